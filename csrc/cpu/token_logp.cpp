@@ -1,0 +1,291 @@
+// Compiled once for each level; the build defines WRPO_LEVEL as its name and sets the instruction set.
+#include "token_logp.h"
+
+#include <cmath>
+#include <type_traits>
+
+#include "../rowmath.h"
+
+namespace wrpo::WRPO_LEVEL {
+namespace {
+
+constexpr int kBlock = 4096;  // elements; stays in L1 in case it is summed twice
+constexpr int kPiece = 256;   // elements of the gradient between two prefetches; 1024 is 10 % slower, 4096 25 %
+constexpr int kSample = 64;   // elements that give the first reference of a row
+
+// A block is summed against a past reference, and again when it holds a score more than 2^kStale times above it.
+// Rounding of z - top grows with the distance: up to 2^-22, base 2, at 8.
+constexpr float kStale = 8.f;
+
+// Beyond this score, base 2, float32 has no digits left for z - top: such a row, of a run that diverges, takes doubles.
+constexpr float kFar = 4194304.f;  // 2^22
+constexpr LogSumExp<double> kTooFar{kInf, 0.0};
+
+// Four elements at a time: independent chains hide the latency of the sums, and 16-bit rows are read as 32-bit words.
+// Elements i, i + q, i + 2q, i + 3q of float32; the two words i and i + q of 16-bit types.
+struct Four {
+  float a, b, c, d;
+};
+
+template <class F>
+WRPO_INLINE Four each(Four x, F f) {
+  return Four{f(x.a), f(x.b), f(x.c), f(x.d)};
+}
+
+using Word = uint32_t __attribute__((aligned(2), may_alias));
+
+template <class T>
+WRPO_INLINE Four load_four(const T* x, int64_t i, int64_t q) {
+  if constexpr (sizeof(T) == 4) {
+    return Four{x[i], x[i + q], x[i + 2 * q], x[i + 3 * q]};
+  } else {
+    const Word* words = reinterpret_cast<const Word*>(x);
+    const Two first = load_two<T>(words[i]), second = load_two<T>(words[i + q]);
+    return Four{first.lo, first.hi, second.lo, second.hi};
+  }
+}
+
+template <class T>
+WRPO_INLINE Four load_four_bias(const float* b, int64_t i, int64_t q) {
+  if constexpr (sizeof(T) == 4) return load_four(b, i, q);
+  return Four{b[2 * i], b[2 * i + 1], b[2 * (i + q)], b[2 * (i + q) + 1]};
+}
+
+template <class T>
+WRPO_INLINE void store_four(T* x, int64_t i, int64_t q, Four y) {
+  if constexpr (sizeof(T) == 4) {
+    x[i] = y.a, x[i + q] = y.b, x[i + 2 * q] = y.c, x[i + 3 * q] = y.d;
+  } else {
+    Word* words = reinterpret_cast<Word*>(x);
+    words[i] = store_two<T>(y.a, y.b), words[i + q] = store_two<T>(y.c, y.d);
+  }
+}
+
+// The base-2 scores of one row, z2 = capped(x + bias) * multiplier, and d z2 / d x = slope(x + bias) * multiplier.
+template <class T, bool has_bias, bool has_softcap>
+struct Scores {
+  const T* x;
+  const float* bias;
+  float inner;       // scale / softcap
+  float multiplier;  // log2 e * inv_temperature * (softcap or scale)
+
+  explicit Scores(const TokenLogp& a)
+      : x(nullptr),
+        bias(a.bias),
+        inner(has_softcap ? float(a.scale / a.softcap) : 1.f),
+        multiplier(float(kLog2E * a.inv_temperature * (has_softcap ? a.softcap : a.scale))) {}
+
+  WRPO_INLINE float linear(int64_t v) const { return has_bias ? load(x[v]) + bias[v] : load(x[v]); }
+
+  WRPO_INLINE Four linear_four(int64_t begin, int64_t i, int64_t q) const {
+    const Four y = load_four(x + begin, i, q);
+    if constexpr (!has_bias) return y;
+    const Four b = load_four_bias<T>(bias + begin, i, q);
+    return Four{y.a + b.a, y.b + b.b, y.c + b.c, y.d + b.d};
+  }
+
+  WRPO_INLINE Tanh capped(float linear) const {
+    if constexpr (has_softcap) return tanh_with_slope(linear * inner);
+    return Tanh{linear, 1.f};
+  }
+
+  WRPO_INLINE float relative(float linear, float top) const { return fused(capped(linear).value, multiplier, -top); }
+};
+
+WRPO_INLINE float larger(float a, float b) { return a > b ? a : b; }  // b where a is NaN
+
+template <class S>
+float sample_max(S row, int64_t begin, int count) {
+  float m = -kInf;
+  for (int i = 0; i < count && i < kSample; ++i) m = larger(row.relative(row.linear(begin + i), 0.f), m);
+  return m > -kInf ? m : 0.f;
+}
+
+struct BlockSum {
+  float sum;  // sum_v 2^(z2_v - top)
+  float max;  // max_v (z2_v - top)
+};
+
+template <class S>
+BlockSum block_sum(S row, int64_t begin, int count, float top) {
+  float s0 = 0, s1 = 0, s2 = 0, s3 = 0, m0 = -kInf, m1 = -kInf, m2 = -kInf, m3 = -kInf;
+  const int quarter = count / 4;
+#pragma omp simd reduction(+ : s0, s1, s2, s3) reduction(max : m0, m1, m2, m3)
+  for (int i = 0; i < quarter; ++i) {
+    const Four z = each(row.linear_four(begin, i, quarter), [&](float x) { return row.relative(x, top); });
+    s0 += pow2(z.a), s1 += pow2(z.b), s2 += pow2(z.c), s3 += pow2(z.d);
+    m0 = larger(z.a, m0), m1 = larger(z.b, m1), m2 = larger(z.c, m2), m3 = larger(z.d, m3);
+  }
+  for (int i = 4 * quarter; i < count; ++i) {
+    const float z = row.relative(row.linear(begin + i), top);
+    s0 += pow2(z);
+    m0 = larger(z, m0);
+  }
+  return BlockSum{(s0 + s1) + (s2 + s3), larger(larger(m0, m1), larger(m2, m3))};
+}
+
+// One read of the row; a block whose scores are far from the reference is summed again, from L1. kTooFar where even
+// the reference is out of reach.
+template <class S>
+LogSumExp<double> row_logsumexp(S row, int64_t V) {
+  LogSumExp<double> total{-kInf, 0.0};
+  float max = -kInf;
+  for (int64_t begin = 0; begin < V; begin += kBlock) {
+    const int count = int(V - begin < kBlock ? V - begin : kBlock);
+    const bool is_empty = total.sum == 0;  // nothing above -inf so far: the reference may still fall
+    float top = is_empty ? sample_max(row, begin, count) : total.top;
+    if (!(std::fabs(top) <= kFar)) return kTooFar;
+    BlockSum block = block_sum(row, begin, count, top);
+    while (block.max > kStale || (is_empty && block.max < -kStale && block.max > -kInf)) {
+      top += block.max;
+      if (!(std::fabs(top) <= kFar)) return kTooFar;
+      block = block_sum(row, begin, count, top);
+    }
+    total = rebase(total, top);
+    total.sum += block.sum;
+    max = larger(top + block.max, max);
+  }
+  return rebase(total, max);
+}
+
+template <class T>
+void fill_zero(T* x, int64_t V) {
+  std::memset(static_cast<void*>(x), 0, size_t(V) * sizeof(T));
+}
+
+template <class T>
+void prefetch_piece(const T* x, int64_t count) {
+  constexpr int kLine = 64;  // bytes
+  for (int64_t i = 0; i < count * int64_t(sizeof(T)); i += kLine)
+    __builtin_prefetch(reinterpret_cast<const char*>(x) + i, 0, 2);
+}
+
+// out[v] = coef * d z/dx * (1[v = target] - 2^(z2_v - top) / sum); out may be the row itself. Meanwhile `next`, the
+// row after this one or nullptr, comes into L2.
+template <class T, bool has_bias, bool has_softcap>
+void row_delta(Scores<T, has_bias, has_softcap> row, int64_t V, LogSumExp<double> total, double coef, int64_t target,
+               T* out, const T* next) {
+  const float top = total.top, target_factor = float(coef), factor = float(-coef / total.sum);
+  const float linear_target = row.linear(target);
+  const auto softmax_part = [&](float linear) {
+    const Tanh t = row.capped(linear);
+    return factor * t.slope * pow2(fused(t.value, row.multiplier, -top));
+  };
+  for (int64_t begin = 0; begin < V; begin += kPiece) {
+    const int64_t count = V - begin < kPiece ? V - begin : kPiece, quarter = count / 4;
+    if (next) prefetch_piece(next + begin, count);
+#pragma omp simd
+    for (int64_t i = 0; i < quarter; ++i)
+      store_four(out + begin, i, quarter, each(row.linear_four(begin, i, quarter), softmax_part));
+    for (int64_t v = begin + 4 * quarter; v < begin + count; ++v) out[v] = store<T>(softmax_part(row.linear(v)));
+  }
+  out[target] = store<T>(target_factor * row.capped(linear_target).slope + softmax_part(linear_target));
+}
+
+// The same in doubles, an element at a time: slow, and right for every finite score.
+struct Wide {
+  double top, sum;  // log-sum-exp, base 2: top + log2(sum)
+};
+
+template <class S>
+double wide_score(S row, int64_t v) {
+  return double(row.capped(row.linear(v)).value) * double(row.multiplier);
+}
+
+template <class S>
+Wide wide_logsumexp(S row, int64_t V) {
+  Wide total{-double(kInf), 0.0};
+  for (int64_t v = 0; v < V; ++v) total.top = wide_score(row, v) > total.top ? wide_score(row, v) : total.top;
+  for (int64_t v = 0; v < V; ++v) total.sum += exp2(wide_score(row, v) - total.top);
+  return total;
+}
+
+template <class S, class T>
+void wide_delta(S row, int64_t V, Wide total, double coef, int64_t target, T* out) {
+  for (int64_t v = 0; v < V; ++v) {
+    const double p = exp2(wide_score(row, v) - total.top) / total.sum;
+    out[v] = store<T>(float(coef * row.capped(row.linear(v)).slope * ((v == target ? 1.0 : 0.0) - p)));
+  }
+}
+
+// Calls f with the Scores of the right type.
+template <class F>
+void dispatch(const TokenLogp& a, F f) {
+  auto with_options = [&](auto zero) {
+    using T = decltype(zero);
+    if (a.bias && a.softcap != 0) return f(Scores<T, true, true>(a));
+    if (a.bias) return f(Scores<T, true, false>(a));
+    if (a.softcap != 0) return f(Scores<T, false, true>(a));
+    return f(Scores<T, false, false>(a));
+  };
+  if (a.dtype == Dtype::float32) return with_options(float{});
+  if (a.dtype == Dtype::bfloat16) return with_options(BFloat16{});
+  return with_options(Float16{});
+}
+
+// d z / d x where the cap is not felt
+double outer_slope(const TokenLogp& a) { return a.scale * a.inv_temperature; }
+
+template <bool overwrite, class T, bool has_bias, bool has_softcap>
+void forward(const TokenLogp& a, Scores<T, has_bias, has_softcap> row, int64_t n, float* logp, float* lse) {
+  T* x = static_cast<T*>(a.logits) + n * a.row_stride;
+  const int64_t y = a.target[n];
+  if (y == a.ignore_index) {
+    logp[n] = lse[n] = 0.f;
+    if (overwrite) fill_zero(x, a.V);
+    return;
+  }
+  row.x = x;
+  const LogSumExp<double> total = row_logsumexp(row, a.V);
+  if (total.top == kInf) {
+    const Wide wide = wide_logsumexp(row, a.V);
+    logp[n] = float((wide_score(row, y) - wide.top - log2(wide.sum)) * kLn2);
+    lse[n] = float((wide.top + log2(wide.sum)) * kLn2);
+    if (overwrite) wide_delta(row, a.V, wide, outer_slope(a), y, x);
+    return;
+  }
+  const double log2_sum = log2(total.sum);
+  const float l = float((double(row.relative(row.linear(y), total.top)) - log2_sum) * kLn2);
+  logp[n] = l > 0.f ? 0.f : l;
+  lse[n] = float((double(total.top) + log2_sum) * kLn2);
+  if (overwrite) row_delta(row, a.V, total, outer_slope(a), y, x, n + 1 < a.n ? x + a.row_stride : nullptr);
+}
+
+template <bool overwrite>
+void all_rows(const TokenLogp& a, float* logp, float* lse) {
+  dispatch(a, [&](auto row) {
+#pragma omp parallel for schedule(static) num_threads(a.threads)
+    for (int64_t n = 0; n < a.n; ++n) forward<overwrite>(a, row, n, logp, lse);
+  });
+}
+
+template <class T, bool has_bias, bool has_softcap>
+void backward(const TokenLogp& a, Scores<T, has_bias, has_softcap> row, int64_t n, float lse, float grad, T* out) {
+  const int64_t y = a.target[n];
+  if (y == a.ignore_index) return fill_zero(out, a.V);
+  row.x = static_cast<const T*>(a.logits) + n * a.row_stride;
+  const double lse2 = double(lse) * kLog2E;
+  const float top = float(lse2);
+  if (!(std::fabs(top) <= kFar))
+    return wide_delta(row, a.V, wide_logsumexp(row, a.V), double(grad) * outer_slope(a), y, out);
+  const T* nothing = nullptr;
+  row_delta(row, a.V, {top, pow2(lse2 - double(top))}, double(grad) * outer_slope(a), y, out, nothing);
+}
+
+}  // namespace
+
+void token_logp(const TokenLogp& a, float* logp, float* lse) { all_rows<false>(a, logp, lse); }
+
+void token_logp_delta(const TokenLogp& a, float* logp, float* lse) { all_rows<true>(a, logp, lse); }
+
+void token_logp_grad(const TokenLogp& a, const float* lse, const float* grad_logp, void* grad_logits,
+                     int64_t grad_row_stride) {
+  dispatch(a, [&](auto row) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(row.x)>>;
+#pragma omp parallel for schedule(static) num_threads(a.threads)
+    for (int64_t n = 0; n < a.n; ++n)
+      backward(a, row, n, lse[n], grad_logp[n], static_cast<T*>(grad_logits) + n * grad_row_stride);
+  });
+}
+
+}  // namespace wrpo::WRPO_LEVEL

@@ -1,0 +1,281 @@
+// The bodies of the row kernels: one block a row, 16 bytes a thread at a time.
+//
+// delta reads its row once from device memory: what fits stays in shared memory, the rest is read again from L2.
+#pragma once
+#include "pack.h"
+#include "token_logp.h"
+
+namespace wrpo::cuda {
+
+constexpr int kRowThreads = 512;
+constexpr int kAhead = 4;  // packs of a thread under way at a time: 64 KB on an SM with two blocks
+
+// A pack is summed against a past reference unless it holds a score more than 2^kStale times above it.
+constexpr float kStale = 8.f;
+
+// Beyond this log-sum-exp, base 2, its float32 has no digits left for a difference to a score.
+constexpr float kFar = 4194304.f;  // 2^22
+
+// What a kernel knows of its problem; the factors are settled on the host, in double.
+struct Rows {
+  void* logits;
+  int64_t row_stride;
+  int V;
+  const int64_t* target;
+  int64_t ignore_index;
+  const float* bias;
+  float inner;       // scale / softcap, or the sign of scale
+  float multiplier;  // >= 0: log2 e * inv_temperature * (softcap or |scale|)
+  float slope;       // scale * inv_temperature: d z / d x where the cap is not felt
+};
+
+inline Rows rows_of(const TokenLogp& a) {
+  const double inner = a.softcap != 0 ? a.scale / a.softcap : a.scale < 0 ? -1.0 : 1.0;
+  const double multiplier = kLog2E * a.inv_temperature *
+                            (a.softcap != 0 ? a.softcap
+                             : a.scale < 0  ? -a.scale
+                                            : a.scale);
+  return {a.logits,     a.row_stride,      int(a.V),
+          a.target,     a.ignore_index,    a.bias,
+          float(inner), float(multiplier), float(a.scale * a.inv_temperature)};
+}
+
+WRPO_BODY float larger(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return fmaxf(a, b);
+#else
+  return a > b ? a : b;  // b where a is NaN
+#endif
+}
+
+// Stands for log2(sum) + multiplier * top. `top` is a capped score: differences of those are right to their last digit
+// however large the scores are.
+using Sum = LogSumExp<float>;
+
+struct Merge {
+  float multiplier;
+
+  WRPO_BODY float moved(Sum a, float top) const {
+    return a.top == top || a.sum == 0.f ? a.sum : a.sum * pow2((a.top - top) * multiplier);
+  }
+
+  WRPO_BODY Sum operator()(Sum a, Sum b) const {
+    if (b.sum == 0.f) return a;
+    if (a.sum == 0.f) return b;
+    const float top = larger(a.top, b.top);
+    return Sum{top, moved(a, top) + moved(b, top)};
+  }
+};
+
+// The scores of one row: z log2 e = multiplier * capped(x + bias).
+template <class Element, bool has_softcap>
+struct Scores {
+  using T = Element;
+  static constexpr int kSize = Pack<T>::kSize;
+  const T* x;
+  const float* bias;  // or nullptr
+  float inner, multiplier;
+
+  WRPO_BODY Scores(const Rows& a, int64_t n)
+      : x(static_cast<const T*>(a.logits) + n * a.row_stride), bias(a.bias), inner(a.inner), multiplier(a.multiplier) {}
+
+  WRPO_BODY Floats<1> linear(int v) const { return {bias ? load(x[v]) + bias[v] : load(x[v])}; }
+
+  WRPO_BODY Floats<kSize> linear(const Pack<T>& pack, int first) const {
+    Floats<kSize> y = unpack<T>(pack);
+    if (bias) {
+      WRPO_UNROLL
+      for (int j = 0; j < kSize; ++j) y.of[j] += bias[first + j];
+    }
+    return y;
+  }
+
+  WRPO_BODY Tanh capped(float linear) const {
+    if constexpr (has_softcap) return tanh_with_slope(linear * inner);
+    return Tanh{linear * inner, 1.f};
+  }
+
+  WRPO_BODY float relative(float capped, float top) const { return (capped - top) * multiplier; }
+
+  // Takes `y` into the sum; its reference moves only where it must.
+  template <int size>
+  WRPO_BODY void add(Sum& total, Floats<size> y) const {
+    float max = -kInf;
+    WRPO_UNROLL
+    for (int j = 0; j < size; ++j) {
+      y.of[j] = capped(y.of[j]).value;
+      max = larger(y.of[j], max);
+    }
+    float top = total.top;
+    if (total.sum == 0.f)  // nothing above -inf so far: the reference may still fall
+      top = max > -kInf ? max : 0.f;
+    else if (relative(max, top) > kStale)
+      top = max;
+    total = Sum{top, Merge{multiplier}.moved(total, top)};
+    WRPO_UNROLL
+    for (int j = 0; j < size; ++j) total.sum += pow2(relative(y.of[j], top));
+  }
+
+  // factor * d z/dx * 2^(relative to top)
+  template <int size>
+  WRPO_BODY Floats<size> softmax_part(Floats<size> y, float factor, float top) const {
+    WRPO_UNROLL
+    for (int j = 0; j < size; ++j) {
+      const Tanh t = capped(y.of[j]);
+      y.of[j] = factor * t.slope * pow2(relative(t.value, top));
+    }
+    return y;
+  }
+};
+
+// Calls f(pack, i) for the packs of thread t, i = t, t + threads, ..., reading kAhead of them at a time by `read(i)`.
+template <class T, class Read, class F>
+WRPO_BODY void each_pack(int t, int threads, int packs, Read read, F f) {
+  for (int first = t; first < packs; first += kAhead * threads) {
+    Pack<T> ahead[kAhead];
+    WRPO_UNROLL
+    for (int k = 0; k < kAhead; ++k)
+      if (first + k * threads < packs) ahead[k] = read(first + k * threads);
+    WRPO_UNROLL
+    for (int k = 0; k < kAhead; ++k)
+      if (first + k * threads < packs) f(ahead[k], first + k * threads);
+  }
+}
+
+template <class T>
+WRPO_BODY void write(T* out, const Pack<T>& pack, bool aligned) {
+  if (aligned) {
+    *reinterpret_cast<Pack<T>*>(out) = pack;
+    return;
+  }
+  const Floats<Pack<T>::kSize> x = unpack<T>(pack);
+  for (int j = 0; j < Pack<T>::kSize; ++j) out[j] = store<T>(x.of[j]);
+}
+
+template <class T, class Block>
+WRPO_BODY void fill(Block block, T* out, int V, float value) {
+  const Cut<T> cut(out, V);
+  Floats<Pack<T>::kSize> values;
+  for (float& x : values.of) x = value;
+  block.each([&](int t) {
+    if (t < cut.edges()) out[cut.edge(t)] = store<T>(value);
+    for (int i = t; i < cut.packs; i += Block::kThreads) write(out + cut.first_of(i), packed<T>(values), true);
+  });
+}
+
+// The sum over a row; the first `num_kept` packs are left in `kept`, each by the thread that will want it again.
+template <class Block, class S>
+WRPO_BODY Sum row_logsumexp(Block block, S row, Cut<typename S::T> cut, Sum* partial, Pack<typename S::T>* kept,
+                            int num_kept) {
+  using T = typename S::T;
+  const Pack<T>* packs = reinterpret_cast<const Pack<T>*>(row.x + cut.head);
+  block.each([&](int t) {
+    Sum sum{0.f, 0.f};
+    if (t < cut.edges()) row.add(sum, row.linear(cut.edge(t)));
+    each_pack<T>(
+        t, Block::kThreads, cut.packs, [&](int i) { return packs[i]; },
+        [&](const Pack<T>& pack, int i) {
+          if (i < num_kept) kept[i] = pack;
+          row.add(sum, row.linear(pack, cut.first_of(i)));
+        });
+    partial[t] = sum;
+  });
+  return tree(block, partial, Merge{row.multiplier});
+}
+
+// out[v] = coef * d z/dx * (1[v = target] - 2^(relative to top) / sum); out may be the row itself. `linear_target` was
+// read before any thread came here.
+template <class Block, class S>
+WRPO_BODY void row_delta(Block block, S row, Cut<typename S::T> cut, Sum total, float coef, int64_t target,
+                         float linear_target, typename S::T* out, const Pack<typename S::T>* kept, int num_kept) {
+  using T = typename S::T;
+  const float top = total.top, factor = -coef / total.sum;
+  const Pack<T>* packs = reinterpret_cast<const Pack<T>*>(row.x + cut.head);
+  const bool aligned = starts_pack(out + cut.head);
+  block.each([&](int t) {
+    if (t < cut.edges()) {
+      const int v = cut.edge(t);
+      out[v] = store<T>(row.softmax_part(row.linear(v), factor, top).of[0]);
+    }
+    each_pack<T>(
+        t, Block::kThreads, cut.packs, [&](int i) { return i < num_kept ? kept[i] : packs[i]; },
+        [&](const Pack<T>& pack, int i) {
+          const int first = cut.first_of(i);
+          write(out + first, packed<T>(row.softmax_part(row.linear(pack, first), factor, top)), aligned);
+        });
+  });
+  block.one([&] {
+    if (target < 0 || target >= cut.V) return;  // the row is NaN
+    const float slope = row.capped(linear_target).slope;
+    out[target] = store<T>(coef * slope + row.softmax_part(Floats<1>{linear_target}, factor, top).of[0]);
+  });
+}
+
+template <class S>
+WRPO_BODY float linear_or_nan(const S& row, int64_t target, int V) {
+  return target >= 0 && target < V ? row.linear(int(target)).of[0] : from_bits(0x7fc00000u);
+}
+
+template <bool overwrite, class S, class Block>
+WRPO_BODY void token_logp_body(Block block, int64_t n, const Rows& a, float* logp, float* lse, Sum* partial,
+                               Pack<typename S::T>* kept, int num_kept) {
+  using T = typename S::T;
+  T* x = static_cast<T*>(a.logits) + n * a.row_stride;
+  const int64_t y = a.target[n];
+  if (y == a.ignore_index) {
+    block.one([&] { logp[n] = lse[n] = 0.f; });
+    if constexpr (overwrite) fill(block, x, a.V, 0.f);
+    return;
+  }
+  const S row(a, n);
+  const Cut<T> cut(row.x, a.V);
+  const float linear_target = linear_or_nan(row, y, a.V);
+  Sum total = row_logsumexp(block, row, cut, partial, kept, num_kept);
+  if (linear_target != linear_target) total.sum = linear_target;
+  block.one([&] {
+    const double log2_sum = log2(double(total.sum));
+    const float l = float((double(row.relative(row.capped(linear_target).value, total.top)) - log2_sum) * kLn2);
+    logp[n] = l > 0.f ? 0.f : l;
+    lse[n] = float((double(total.top) * double(row.multiplier) + log2_sum) * kLn2);
+  });
+  if constexpr (overwrite) row_delta(block, row, cut, total, a.slope, y, linear_target, x, kept, num_kept);
+}
+
+// The sum over a row from its log-sum-exp in nats.
+template <class S>
+WRPO_BODY Sum sum_from(const S& row, float lse) {
+  const float top = row.multiplier > 0.f ? lse * (float(kLog2E) / row.multiplier) : 0.f;
+  return {top, pow2(float(double(lse) * kLog2E - double(top) * double(row.multiplier)))};
+}
+
+template <class S, class Block>
+WRPO_BODY void token_logp_grad_body(Block block, int64_t n, const Rows& a, const float* lse, const float* grad_logp,
+                                    typename S::T* out, Sum* partial) {
+  using T = typename S::T;
+  const int64_t y = a.target[n];
+  if (y == a.ignore_index) return fill(block, out, a.V, 0.f);
+  const S row(a, n);
+  const Cut<T> cut(row.x, a.V);
+  const float linear_target = linear_or_nan(row, y, a.V);
+  block.each([](int) {});  // every thread has read the target's logit before any overwrites it
+  Pack<T>* nothing = nullptr;
+  const float magnitude = lse[n] < 0.f ? -lse[n] : lse[n];
+  const Sum total =
+      magnitude * float(kLog2E) > kFar ? row_logsumexp(block, row, cut, partial, nothing, 0) : sum_from(row, lse[n]);
+  row_delta(block, row, cut, total, grad_logp[n] * a.slope, y, linear_target, out, nothing, 0);
+}
+
+// Calls f with a null pointer to the Scores of the right type.
+template <class F>
+void dispatch(const TokenLogp& a, F f) {
+  auto of_type = [&](auto zero) {
+    using T = decltype(zero);
+    if (a.softcap != 0) return f(static_cast<Scores<T, true>*>(nullptr));
+    return f(static_cast<Scores<T, false>*>(nullptr));
+  };
+  if (a.dtype == Dtype::float32) return of_type(float{});
+  if (a.dtype == Dtype::bfloat16) return of_type(BFloat16{});
+  return of_type(Float16{});
+}
+
+}  // namespace wrpo::cuda

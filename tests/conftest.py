@@ -1,0 +1,132 @@
+"""What every test stands on: the backends that run here, poisoned memory, a fixed seed."""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+import played
+import pytest
+import torch
+
+# Triton reads this when it is imported, so it is settled here, before anything can: without a GPU its kernels are
+# played by the interpreter, on the CPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import interpreter
+
+from wrpo_kernels import token_logp, triton_backend
+
+# Backend and the device it is tested on. The same test files run on all of them.
+PLACES = (
+    ("native", "cpu"),
+    ("reference", "cpu"),
+    ("triton", "cpu"),
+    ("reference", "cuda"),
+    ("triton", "cuda"),
+    ("cuda", "cuda"),
+)
+# The kernel bodies of the CUDA backend played on the host: for test files that say so, `PLACES = HERE + (PLAYED,)`.
+PLAYED = ("cuda", "cpu")
+HERE = tuple(place for place in PLACES if place[1] == "cpu" or torch.cuda.is_available())
+
+
+def refusal(backend: str, device: str) -> str | None:
+    """Why a backend cannot run here, in its own words; None when it can."""
+    if (backend, device) == ("triton", "cpu") and not triton_backend.missing():
+        interpreter.compute_like_a_gpu()
+    try:
+        token_logp(torch.zeros(1, 2, device=device), torch.zeros(1, dtype=torch.int64, device=device), backend=backend)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # NumPy warns of NaN and infinities that a GPU computes without a word.
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+# Of the files below only these run interpreted, in bfloat16: the Triton kernels have their own files, and what is left
+# to prove is that the driver hands them the right rows. On a GPU all of them run.
+INTERPRETED = {
+    "test_linear_token_logp": (
+        "test_the_transform_of_the_logits_is_applied_in_the_order_of_the_models",
+        "test_each_gradient_alone_is_as_good_as_plain_torch",
+        "test_what_stands_in_ignored_positions_reaches_nothing",
+    ),
+    "test_linear_preference_loss": ("test_logp_is_the_sum_of_token_log_probs",),
+    "test_wrpo_loss": (),
+    "test_compile": ("test_autocast_changes_nothing",),
+}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [item for item in items if is_too_slow_interpreted(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+
+
+def is_too_slow_interpreted(item: pytest.Item) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if parameters.get("place") != ("triton", "cpu") or item.path.stem not in INTERPRETED:
+        return False
+    return (
+        item.originalname not in INTERPRETED[item.path.stem]
+        or parameters.get("dtype", torch.bfloat16) != torch.bfloat16
+    )
+
+
+def pytest_report_header() -> list[str]:
+    lines = []
+    for backend, device in PLACES:
+        reason = refusal(backend, device) if (backend, device) in HERE else "torch sees no CUDA device"
+        lines.append(f"wrpo_kernels {backend} on {device}: " + (f"not tested, {reason}" if reason else "tested"))
+    return lines
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "place" in metafunc.fixturenames:
+        places = getattr(metafunc.module, "PLACES", HERE)
+        marked = [pytest.param(place, marks=pytest.mark.gpu if place[1] == "cuda" else ()) for place in places]
+        metafunc.parametrize("place", marked, indirect=True, ids=["-".join(place) for place in places])
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest) -> tuple[str, str]:
+    if request.param == PLAYED:
+        played.use(request.getfixturevalue("played_module"), request.getfixturevalue("monkeypatch"))
+    reason = refusal(*request.param)
+    if reason:
+        pytest.skip(f"backend {request.param[0]!r} does not run here: {reason}")
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def played_module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    return played.build(tmp_path_factory.mktemp("played"))
+
+
+@pytest.fixture
+def backend(place: tuple[str, str]) -> str:
+    return place[0]
+
+
+@pytest.fixture
+def device(place: tuple[str, str]) -> torch.device:
+    return torch.device(place[1])
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """`torch.empty` returns NaN (the largest integer for int types), so an element nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(20241204)

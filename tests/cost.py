@@ -1,0 +1,68 @@
+"""What a call costs: the matrix products it runs and the memory it takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from math import prod
+
+import torch
+
+# Every op that multiplies matrices, with the positions of the two factors among its arguments.
+PRODUCTS = {
+    "aten::mm": (0, 1),
+    "aten::bmm": (0, 1),
+    "aten::addmm": (1, 2),
+    "aten::addmm_": (1, 2),
+    "mkldnn::_linear_pointwise": (0, 1),
+}
+
+
+def product_flops(call: Callable[[], object]) -> int:
+    """2 * n * k * m, summed over all products that `call` runs, in whatever op they hide."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        call()
+    total = 0
+    for event in profile.events():
+        if event.name in PRODUCTS:
+            a, b = (event.input_shapes[position] for position in PRODUCTS[event.name])
+            columns = b[0] if event.name.startswith("mkldnn") else b[-1]
+            total += 2 * prod(a) * columns
+    return total
+
+
+def budget_of(rows: int, vocabulary: int, width: int, dtype: torch.dtype) -> int:
+    """Bytes for the logits [V] of so many rows, with the 4 D values beside each that the docstrings count."""
+    return rows * (vocabulary + 4 * width) * dtype.itemsize
+
+
+MEASURE = """
+import json, sys
+import torch
+
+def resident(name):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
+
+def growth(call):
+    '''Peak resident bytes during `call`, above those before it.'''
+    with open("/proc/self/clear_refs", "w") as peak:
+        peak.write("5")  # the peak starts again from here
+    before = resident("VmRSS")
+    keep = call()
+    return resident("VmHWM") - before
+"""
+
+
+def measured(body: str) -> dict:
+    """Runs `body` in a fresh process, in which `growth(call)` measures; returns the dict it leaves in `result`."""
+    script = MEASURE + textwrap.dedent(body) + "\nprint(json.dumps(result))\n"
+    # Large blocks are mapped and unmapped one by one, so that freed memory leaves the process at once.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)

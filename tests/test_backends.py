@@ -1,0 +1,134 @@
+"""Which implementation runs: the one that was named, or an error with its reason; never another in silence."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from wrpo_kernels import (
+    __version__,
+    linear_preference_loss,
+    linear_token_logp,
+    linear_wrpo_loss,
+    preference_loss,
+    token_logp,
+    wrpo_loss,
+)
+
+ROW_KERNELS = ("token_logp", "token_logp_delta_", "token_logp_grad", "preference_loss")
+GENERAL = {"seq_weight": torch.tensor([0.3, 0.7, -1.0]), "group": torch.zeros(3, dtype=torch.int64), "beta": 0.1}
+
+
+def calls(dtype: torch.dtype = torch.float32) -> dict[str, Callable[..., torch.Tensor]]:
+    """Every public function as one of its options alone; all return something with a gradient."""
+    hidden, weight = torch.randn(3, 4, 8, dtype=dtype, requires_grad=True), torch.randn(11, 8, dtype=dtype)
+    labels = torch.randint(0, 11, (3, 4))
+    logits = torch.randn(3, 4, 11, dtype=dtype, requires_grad=True)
+    wide = torch.promote_types(dtype, torch.float32)
+    logp = torch.randn(3, dtype=wide, requires_grad=True)
+    general = GENERAL | {"seq_weight": GENERAL["seq_weight"].to(wide)}
+    return {
+        "token_logp": lambda **options: token_logp(logits, labels, **options),
+        "linear_token_logp": lambda **options: linear_token_logp(hidden, weight, labels, **options),
+        "preference_loss": lambda **options: preference_loss(logp, **general, **options).loss,
+        "linear_preference_loss": lambda **options: (
+            linear_preference_loss(hidden, weight, labels, **general, **options).loss
+        ),
+        "wrpo_loss": lambda **options: wrpo_loss(logp, alpha=0.3, **options).loss,
+        "linear_wrpo_loss": lambda **options: linear_wrpo_loss(hidden, weight, labels, alpha=0.3, **options).loss,
+    }
+
+
+DOORS = tuple(calls())
+
+
+@pytest.fixture
+def native_calls(monkeypatch) -> Counter:
+    """How often each compiled row kernel has run."""
+    native = pytest.importorskip("wrpo_kernels._cpu", reason="the native module was not built here")
+    counter: Counter = Counter()
+
+    def counting(name: str, kernel: Callable) -> Callable:
+        def call(*arguments):
+            counter[name] += 1
+            return kernel(*arguments)
+
+        return call
+
+    for name in ROW_KERNELS:
+        monkeypatch.setattr(native, name, counting(name, getattr(native, name)))
+    return counter
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_the_backend_that_was_named_is_the_one_that_runs_forward_and_backward(door, native_calls):
+    calls()[door](backend="reference").sum().backward()
+    assert not native_calls
+    calls()[door](backend="native").sum().backward()
+    needed = {
+        "token_logp": {"token_logp", "token_logp_grad"},
+        "linear_token_logp": {"token_logp_delta_"},
+        "preference_loss": {"preference_loss"},
+        "wrpo_loss": {"preference_loss"},
+    }
+    assert set(native_calls) >= needed.get(door, {"token_logp_delta_", "preference_loss"})
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_without_a_name_the_native_kernels_run_where_they_can(door, native_calls):
+    calls()[door]().sum().backward()
+    assert native_calls
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_without_a_name_the_reference_takes_what_the_others_refuse(door):
+    """float64, which no kernel computes."""
+    value = calls(torch.float64)[door]()
+    assert value.dtype == torch.float64
+    value.sum().backward()
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_named_backend_that_cannot_raises_with_its_reason(door):
+    pytest.importorskip("wrpo_kernels._cpu", reason="the native module was not built here")
+    with pytest.raises(RuntimeError, match=r"native: takes float32.*got torch\.float64"):
+        calls(torch.float64)[door](backend="native")
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("name", ["fast", "", "Native", "triton "])
+def test_an_unknown_backend_is_an_error_that_lists_the_known_ones(door, name):
+    with pytest.raises(ValueError, match=rf"backend must be .*'native'.*'reference'.*got '{name}'"):
+        calls()[door](backend=name)
+
+
+def test_no_gradient_work_hides_in_the_forward(native_calls):
+    """Only a head whose gradient is wanted makes `delta`; the forward alone makes log-probs."""
+    with torch.no_grad():
+        calls()["linear_token_logp"](backend="native")
+        calls()["linear_wrpo_loss"](backend="native")
+    assert "token_logp_delta_" not in native_calls
+    assert native_calls["token_logp"] >= 2
+
+
+def test_the_report_says_what_runs_here_and_why_the_others_do_not():
+    done = subprocess.run([sys.executable, "-m", "wrpo_kernels"], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert any(line.split() == ["wrpo", __version__] for line in lines)
+    for package in ("torch", "python", "triton", "transformers"):
+        assert any(line.startswith(package) for line in lines), package
+    native = importlib.util.find_spec("wrpo_kernels._cpu") is not None
+    for op in ("token_logp", "preference_loss"):
+        (line,) = (line for line in lines if line.startswith(op) and "cpu" in line)
+        assert line.split()[-1] == ("native" if native else "reference")
+    if native:
+        assert "simd" in done.stdout
+    else:
+        assert "not native: wrpo_kernels._cpu was not built" in done.stdout

@@ -1,0 +1,298 @@
+"""The command line: settings mean what they say, mistakes are one line, and both stages run from a file of settings."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import yaml
+from tiny_tokenizer import tiny_tokenizer
+
+from wrpo import SFTConfig, WRPOConfig, cli
+from wrpo.data import load_triples
+from wrpo.settings import DataSettings, ModelSettings, SettingsError, parse_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+TRIPLES = str(EXAMPLES / "triples_explicit.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Settings from the lines of a YAML file and from flags, in a folder of their own."""
+
+    def parse(lines: str, *flags: str, config_class: type = WRPOConfig):
+        path = tmp_path / "config.yaml"
+        path.write_text(f"model_name_or_path: m\ntrain_file: t.jsonl\noutput_dir: {tmp_path}\nuse_cpu: true\n{lines}")
+        return parse_settings((ModelSettings, DataSettings, config_class), [str(path), *flags], "wrpo train")
+
+    return parse
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+TYPED = {
+    "a float without a point": ("learning_rate: 3e-7", "learning_rate", 3e-7),
+    "a float that is a whole number": ("beta: 10", "beta", 10.0),
+    "an integer": ("max_length: 512", "max_length", 512),
+    "null for no limit": ("max_length: null", "max_length", None),
+    "none for no limit": ("max_length: none", "max_length", None),
+    "true": ("length_normalize: true", "length_normalize", True),
+    "off": ("draw_curves: off", "draw_curves", False),
+    "text": ("loss_type: ipo", "loss_type", "ipo"),
+    "text that starts with a dash": ("run_name: -x-", "run_name", "-x-"),
+    "a mapping": ('lr_scheduler_kwargs: {"a": 1}', "lr_scheduler_kwargs", {"a": 1}),
+}
+
+
+@pytest.mark.parametrize(("line", "name", "value"), TYPED.values(), ids=TYPED)
+def test_a_yaml_value_has_the_type_of_its_field(settings, line, name, value):
+    config = settings(line)[2]
+    assert getattr(config, name) == value
+    assert type(getattr(config, name)) is type(value)
+
+
+def test_the_settings_of_model_and_data_come_from_the_same_file(settings):
+    model, data, _ = settings(
+        "lora_r: 8\nlora_target_modules: [q_proj, lm_head]\n"
+        "skip_bad_rows: true\nchat_template_kwargs: {thinking: false}"
+    )
+    assert (model.lora_r, model.lora_target_modules) == (8, ["q_proj", "lm_head"])
+    assert data.skip_bad_rows is True
+    assert json.loads(data.chat_template_kwargs) == {"thinking": False}
+
+
+def test_a_flag_wins_over_the_file_in_either_spelling(settings):
+    _, data, config = settings(
+        "beta: 0.1\nmax_length: null", "--beta", "1e-2", "--max-length", "64", "--skip-bad-rows", "--alpha=0.5"
+    )
+    assert (config.beta, config.max_length, config.alpha, data.skip_bad_rows) == (0.01, 64, 0.5, True)
+
+
+def test_what_the_file_leaves_out_has_the_papers_value(settings):
+    config = settings("")[2]
+    assert (config.learning_rate, config.beta, config.alpha, config.max_length) == (3e-7, 0.01, 0.1, 2048)
+
+
+MISTAKES = {
+    "unknown field": (
+        "lerning_rate: 1",
+        [],
+        r"config.yaml: .* 'lerning_rate'; did you mean 'learning_rate'\?",
+    ),
+    "unknown flag": ("", ["--bta", "1"], r"no setting named 'bta'; did you mean 'beta'\?"),
+    "unknown flag like no other": ("", ["--qqqq"], "no setting named 'qqqq'; --help lists them"),
+    "a stray word": ("", ["words"], "expected --field value, got 'words'"),
+    "text for a number": ("beta: much", [], "argument --beta: invalid float value: 'much'"),
+    "a choice that is none": ("torch_dtype: int8", [], "argument --torch_dtype: invalid choice: 'int8'"),
+    "null where a value must be": ("beta: null", [], "config.yaml: beta: expected a value, got null"),
+    "a value out of range": ("alpha: 1.5", [], "alpha must be .* <= 1, got 1.5"),
+    "not YAML": ("beta: [", [], "config.yaml: not a YAML file"),
+}
+
+
+@pytest.mark.parametrize(("lines", "flags", "words"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_in_the_settings_is_named(settings, lines, flags, words):
+    with pytest.raises(SettingsError, match=words):
+        settings(lines, *flags)
+
+
+def test_a_file_without_fields_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text("- beta")
+    with pytest.raises(SettingsError, match=r"config\.yaml: expected 'field: value' lines, got list"):
+        parse_settings((WRPOConfig,), [str(tmp_path / "config.yaml")], "wrpo train")
+
+
+def test_a_mistyped_flag_is_named_before_the_required_one_it_leaves_open():
+    with pytest.raises(SettingsError, match="did you mean 'train_file'"):
+        parse_settings((ModelSettings, DataSettings), ["--train_fil", "x"], "wrpo train")
+
+
+# -- exit status ------------------------------------------------------------------------------------------------------
+
+
+def test_a_mistake_of_the_user_is_one_line_and_status_2(capsys, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt_id": "a"}\n')
+    mistakes = [
+        ["trian"],
+        ["train", "--bta", "1"],
+        ["sft", str(tmp_path / "nowhere.yaml")],
+        ["triples", str(tmp_path / "bad.jsonl"), "-o", str(tmp_path / "out.jsonl")],
+        ["info", "please"],
+    ]
+    for arguments in mistakes:
+        assert cli.main(arguments) == 2
+        shown = capsys.readouterr()
+        assert shown.err.startswith("wrpo")
+        assert shown.err.count("\n") == 1
+        assert shown.out == ""
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def broken(arguments: list[str]) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setitem(cli.COMMANDS, "info", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["info"])
+
+
+def test_a_missing_package_of_the_train_extra_says_what_to_install(monkeypatch, capsys):
+    def broken(arguments: list[str]) -> None:
+        raise ModuleNotFoundError("No module named 'datasets'", name="datasets")
+
+    monkeypatch.setitem(cli.COMMANDS, "info", broken)
+    assert cli.main(["info"]) == 2
+    assert "pip install 'wrpo[train]'" in capsys.readouterr().err
+
+
+def test_help_and_mistyped_commands_load_nothing_heavy():
+    code = "import sys; from wrpo.cli import main; main(['-h']); main(['trian']); print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "wrpo train CONFIG.yaml" in shown.stdout
+    assert "did you mean 'train'?" in shown.stderr
+    assert shown.stdout.splitlines()[-1] == "False"
+
+
+def test_the_module_passes_its_status_on():
+    shown = subprocess.run(
+        [sys.executable, "-m", "wrpo", "trian"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (shown.returncode, shown.stdout) == (2, "")
+    assert shown.stderr == "wrpo: no command 'trian'; did you mean 'train'?\n"
+
+
+def test_info_is_the_report_of_the_kernels(capsys):
+    assert cli.main(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert "torch " in shown
+    assert "token_logp" in shown
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_triples_writes_the_file_and_the_report(tmp_path, capsys):
+    rows = [("big", 0.9), ("target", 0.8), ("target", 0.1)]
+    lines = [
+        json.dumps({"prompt_id": "a", "prompt": "q", "model": m, "sample": i, "response": f"{m} {i}", "reward": r})
+        for i, (m, r) in enumerate(rows)
+    ]
+    (tmp_path / "candidates.jsonl").write_text("\n".join([*lines, "{broken"]))
+    out = tmp_path / "triples.jsonl"
+    command = [
+        "triples",
+        str(tmp_path / "candidates.jsonl"),
+        "-o",
+        str(out),
+        "--skip-bad-rows",
+        "--min-target-gap",
+        "0.5",
+    ]
+    assert cli.main(command) == 0
+    assert load_triples(out)[0]["source_chosen"] == ["big 0"]
+    shown = capsys.readouterr().out
+    assert "3 candidates for 1 prompts -> 1 triples; 1 bad row skipped" in shown
+    assert str(out) in shown
+
+
+def test_the_examples_hold_the_same_triples_in_both_forms():
+    explicit, released = (
+        load_triples(EXAMPLES / f"triples_{form}.jsonl").remove_columns(["file", "row"])[:]
+        for form in ("explicit", "released")
+    )
+    assert explicit == released
+
+
+@pytest.mark.parametrize(("name", "config_class"), [("wrpo.yaml", WRPOConfig), ("sft.yaml", SFTConfig)])
+def test_every_field_of_the_example_settings_arrives(name, config_class, monkeypatch, tmp_path):
+    written = yaml.safe_load((EXAMPLES / name).read_text())
+    flags = ["--use_cpu", "--output_dir", str(tmp_path)]
+    parts = parse_settings((ModelSettings, DataSettings, config_class), [str(EXAMPLES / name), *flags], "wrpo")
+    values = {key: value for part in parts for key, value in vars(part).items()}
+    for key in written.keys() - {"output_dir"}:
+        expected = [] if written[key] == "none" else written[key]  # what TrainingArguments makes of report_to: none
+        assert values[key] == (float(expected) if isinstance(values[key], float) else expected)
+
+
+@pytest.fixture
+def tiny_model(tmp_path) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = tiny_tokenizer()
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **shape))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("sft", []),
+        ("train", ["--eval_file", str(EXAMPLES / "triples_released.jsonl")]),
+        ("train", ["--lora_r", "2", "--lora_target_modules", "q_proj", "lm_head"]),
+    ],
+    ids=["sft", "train", "train with LoRA"],
+)
+def test_a_stage_trains_from_an_example_and_says_where_everything_is(command, flags, tiny_model, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = EXAMPLES / ("sft.yaml" if command == "sft" else "wrpo.yaml")
+    out = tmp_path / "out"
+    here = ["--model_name_or_path", str(tiny_model), "--train_file", TRIPLES, "--output_dir", str(out)]
+    assert cli.main([command, str(config), *here, "--use_cpu", "--save_strategy", "no", *flags]) == 0
+    assert f"model    {out}\n" in capsys.readouterr().out
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics
+    assert ("eval_loss" in json.dumps(metrics)) == ("--eval_file" in flags)
+    assert AutoTokenizer.from_pretrained(out).chat_template
+    if not flags:
+        AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_a_run_resumes_from_its_newest_checkpoint(tiny_model, tmp_path, capsys):
+    out = tmp_path / "out"
+    here = ["--model_name_or_path", str(tiny_model), "--train_file", TRIPLES, "--output_dir", str(out), "--use_cpu"]
+    command = ["sft", str(EXAMPLES / "sft.yaml"), *here, "--logging_steps", "1", "--save_steps", "1"]
+    assert cli.main([*command, "--resume_from_checkpoint", "true"]) == 2
+    assert f"no checkpoint in {out}" in capsys.readouterr().err
+    assert cli.main([*command, "--max_steps", "1"]) == 0
+    assert cli.main([*command, "--max_steps", "2", "--resume_from_checkpoint", "true"]) == 0
+    log = json.loads((out / "metrics.json").read_text())["log_history"]
+    assert [line["step"] for line in log if "loss" in line] == [1, 2], "the first line is the first run's"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--kernel_backend", "nativ"], "kernel_backend='nativ': "),
+        (["--reference", "adapter"], "reference='adapter' needs a PEFT model"),
+        (["--lora_r", "2", "--lora_target_modules", "nowhere"], "nowhere"),
+    ],
+)
+def test_settings_that_do_not_go_with_the_model_are_one_line(flags, words, tiny_model, tmp_path, capsys):
+    here = ["--model_name_or_path", str(tiny_model), "--train_file", TRIPLES, "--output_dir", str(tmp_path / "out")]
+    capsys.readouterr()
+    assert cli.main(["train", *here, "--use_cpu", "--disable_tqdm", "true", *flags]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("wrpo train: ")
+    assert words in last
+
+
+def test_a_model_that_is_not_there_is_one_line(tmp_path, capsys):
+    command = ["train", "--model_name_or_path", str(tmp_path / "nothing"), "--train_file", TRIPLES]
+    assert cli.main([*command, "--use_cpu", "--output_dir", str(tmp_path)]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"wrpo train: model_name_or_path '{tmp_path / 'nothing'}': ")
+    assert shown.count("\n") == 1

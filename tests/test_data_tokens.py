@@ -1,0 +1,223 @@
+"""Tokens join as the model sees them, are kept until what decides them changes, and are cut by one simple rule."""
+
+from __future__ import annotations
+
+import logging
+import random
+from types import SimpleNamespace
+
+import datasets
+import pytest
+from tiny_tokenizer import CHATML, HEADERS, MERGED_SYSTEM, OPENS_A_THOUGHT, REFUSES_SYSTEM, tiny_tokenizer
+
+from wrpo.data import DataError, load_triples, tokenize_triples
+from wrpo.data.truncation import truncate
+
+USER = {"role": "user", "content": "2 + 3?"}
+SYSTEM = {"role": "system", "content": "be brief"}
+EXPLICIT = {"prompt": "2 + 3?", "source_chosen": "five", "target_chosen": "5", "rejected": "6"}
+
+
+def said(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def tokenized(tokenizer, *rows: dict, **options) -> datasets.Dataset:
+    return tokenize_triples(load_triples(list(rows)), tokenizer, **options)
+
+
+def random_text(rng: random.Random) -> str:
+    """Words, digits, punctuation, newlines and letters outside ASCII; starts with what is no space."""
+    pieces = ["five", " two", " 2", "?!", "\n", "\n\n", "  ", "é", "漢", "😀", " model", "\tx"]
+    return rng.choice("ax5é") + "".join(rng.choices(pieces, k=rng.randrange(12)))
+
+
+def random_prompt(rng: random.Random) -> list[dict]:
+    turns = [{"role": "user", "content": random_text(rng)}]
+    for _ in range(rng.randrange(3)):
+        turns += [said(random_text(rng)), {"role": "user", "content": random_text(rng)}]
+    return [{"role": "system", "content": random_text(rng)}] * rng.randrange(2) + turns
+
+
+@pytest.mark.parametrize("template", [CHATML, HEADERS, MERGED_SYSTEM], ids=["chatml", "headers", "merged system"])
+def test_prompt_and_response_ids_join_to_the_rendered_conversation(template):
+    rng = random.Random(0)
+    tokenizer = tiny_tokenizer(template)
+    rows = [
+        {"prompt": random_prompt(rng), "chosen": [random_text(rng), random_text(rng)], "rejected": random_text(rng)}
+        for _ in range(80)
+    ]
+    for row, tokens in zip(rows, tokenized(tokenizer, *rows), strict=True):
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
+        assert tokens["prompt_ids"] == prompt
+        responses = [tokens["source_ids"][0], tokens["target_ids"], tokens["rejected_ids"]]
+        for text, response in zip([*row["chosen"], row["rejected"]], responses, strict=True):
+            whole = tokenizer.apply_chat_template([*row["prompt"], said(text)])["input_ids"]
+            after = whole[len(prompt) + len(response) :]  # what some templates write after the end of the turn
+            assert prompt + response + after == whole
+            assert tokenizer.decode(after).strip() == ""
+            assert response[-1] == tokenizer.eos_token_id
+            assert text.strip() in tokenizer.decode(response)
+
+
+def test_a_response_that_would_merge_with_the_prompt_starts_where_generation_starts():
+    tokenizer = tiny_tokenizer(CHATML)
+    (row,) = tokenized(tokenizer, EXPLICIT | {"source_chosen": "\n\nfive"})
+    prompt = tokenizer.apply_chat_template([USER], add_generation_prompt=True)["input_ids"]
+    whole = tokenizer.apply_chat_template([USER, said("\n\nfive")])["input_ids"]
+    assert whole[: len(prompt)] != prompt, "this tokenizer was meant to merge the three newlines"
+    assert row["prompt_ids"] == prompt
+    assert tokenizer.decode(row["source_ids"][0]) == "\n\nfive<|im_end|>"
+
+
+@pytest.mark.parametrize("template", [HEADERS, MERGED_SYSTEM])
+def test_the_beginning_of_sequence_token_comes_once(template):
+    tokenizer = tiny_tokenizer(template, adds_bos=True)
+    (row,) = tokenized(tokenizer, EXPLICIT)
+    assert row["prompt_ids"].count(tokenizer.bos_token_id) == 1
+    assert tokenizer.bos_token_id not in row["rejected_ids"]
+
+
+@pytest.mark.parametrize(("adds_bos", "front"), [(False, ""), (True, "<bos>")])
+def test_without_a_chat_template_the_text_is_prompt_response_and_end(adds_bos, front):
+    tokenizer = tiny_tokenizer(None, adds_bos=adds_bos)
+    (row,) = tokenized(tokenizer, EXPLICIT | {"prompt": "2 + 3 = "})
+    assert tokenizer.decode(row["prompt_ids"]) == front + "2 + 3 = "
+    assert tokenizer.decode(row["target_ids"]) == "5<|im_end|>"
+    with pytest.raises(DataError, match=r"field 'prompt'.*2 messages and a tokenizer without chat template"):
+        tokenized(tokenizer, EXPLICIT | {"prompt": [SYSTEM, USER]})
+
+
+def test_a_tokenizer_that_cannot_end_a_response_is_refused():
+    tokenizer = tiny_tokenizer(None)
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="expected a tokenizer with a chat template or an eos_token, got neither"):
+        tokenized(tokenizer, EXPLICIT)
+
+
+def test_a_template_that_ends_no_turn_is_warned_of(caplog):
+    tokenized(tiny_tokenizer("{% for m in messages %}{{ m.content }}\n{% endfor %}"), EXPLICIT)
+    assert "the model cannot learn where to stop" in caplog.text
+
+
+def test_a_prompt_the_template_refuses_is_named_or_skipped(caplog):
+    rows = [EXPLICIT, EXPLICIT | {"prompt": [SYSTEM, USER]}]
+    with pytest.raises(DataError, match=r"rows, row 2, field 'prompt'.*no system turns"):
+        tokenized(tiny_tokenizer(REFUSES_SYSTEM), *rows)
+    kept = tokenized(tiny_tokenizer(REFUSES_SYSTEM), *rows, skip_bad_rows=True)
+    assert len(kept) == 1
+    assert "1 bad row skipped (prompt 1" in caplog.text
+
+
+def test_a_template_whose_conversation_leaves_its_prompt_is_refused():
+    with pytest.raises(DataError, match=r"conversation starts with its prompt, .*<think>.*chat_template_kwargs"):
+        tokenized(tiny_tokenizer(OPENS_A_THOUGHT), EXPLICIT)
+
+
+def test_chat_template_kwargs_reach_the_template():
+    template = CHATML.replace("assistant\n{% endif %}", "assistant\n{{ opening }}{% endif %}")
+    with pytest.raises(DataError, match="chat_template_kwargs"):
+        tokenized(tiny_tokenizer(template), EXPLICIT, chat_template_kwargs={"opening": "well"})
+    assert len(tokenized(tiny_tokenizer(template), EXPLICIT)) == 1
+
+
+def test_token_ids_are_kept_on_disk_until_something_that_decides_them_changes():
+    def cached(template=CHATML, row=EXPLICIT, **options) -> str:
+        return tokenized(tiny_tokenizer(template), row, **options).cache_files[0]["filename"]
+
+    assert cached() == cached()
+    assert len({cached(), cached(HEADERS), cached(row=EXPLICIT | {"rejected": "7"}), cached(max_length=9)}) == 4
+
+
+def test_without_sources_the_version_of_the_package_decides_whether_token_ids_are_kept(monkeypatch):
+    def installed_without(module):
+        raise OSError("could not get source code")
+
+    def kept_in() -> str:
+        return tokenized(tiny_tokenizer(), EXPLICIT).cache_files[0]["filename"]
+
+    monkeypatch.setattr("wrpo.data.tokenization.inspect", SimpleNamespace(getsource=installed_without))
+    first = kept_in()
+    assert kept_in() == first
+    monkeypatch.setattr("wrpo.data.tokenization.__version__", "another")
+    assert kept_in() != first
+
+
+def test_two_processes_give_the_same_tokens():
+    rows = [EXPLICIT | {"rejected": str(i)} for i in range(8)]
+    alone = tokenized(tiny_tokenizer(), *rows)[:]
+    datasets.disable_caching()
+    try:
+        assert tokenized(tiny_tokenizer(), *rows, num_proc=2)[:] == alone
+    finally:
+        datasets.enable_caching()
+
+
+# -- truncation -------------------------------------------------------------------------------------------------------
+
+TRUNCATION = {  # prompt and responses as lengths: (before, limits) -> after
+    "a row that fits stays": ((5, [5, 2]), (10, None), (5, [5, 2])),
+    "a long prompt is cut to its own limit first": ((8, [1, 1]), (10, 4), (4, [1, 1])),
+    "the prompt gives way down to what fits": ((8, [4, 1]), (10, None), (6, [4, 1])),
+    "but keeps half of max_length": ((8, [7, 1]), (10, None), (5, [5, 1])),
+    "a short prompt stays whole": ((3, [20, 7, 8]), (10, None), (3, [7, 7, 7])),
+    "each response is cut on its own": ((2, [20, 1, 8]), (10, None), (2, [8, 1, 8])),
+    "no limit at all": ((50, [70]), (None, None), (50, [70])),
+    "the shortest row possible": ((9, [9]), (2, None), (1, [1])),
+    "a prompt limit above max_length": ((9, [3]), (4, 8), (2, [2])),
+}
+
+
+@pytest.mark.parametrize(("before", "limits", "after"), TRUNCATION.values(), ids=TRUNCATION)
+def test_truncation_keeps_the_prompts_end_and_the_responses_start(before, limits, after):
+    prompt = list(range(before[0]))
+    responses = [list(range(100, 100 + length)) for length in before[1]]
+    kept_prompt, kept = truncate(prompt, responses, max_length=limits[0], max_prompt_length=limits[1])
+    assert kept_prompt == prompt[len(prompt) - after[0] :]
+    assert kept == [response[:length] for response, length in zip(responses, after[1], strict=True)]
+
+
+def test_truncation_never_leaves_a_response_less_than_half_or_exceeds_the_length():
+    rng = random.Random(1)
+    for _ in range(500):
+        prompt = [0] * rng.randrange(40)
+        responses = [[1] * rng.randrange(1, 40) for _ in range(rng.randrange(1, 4))]
+        most = rng.randrange(2, 50)
+        kept_prompt, kept = truncate(
+            prompt, responses, max_length=most, max_prompt_length=rng.choice([None, 1, 10, 60])
+        )
+        for before, after in zip(responses, kept, strict=True):
+            assert len(kept_prompt) + len(after) <= most
+            assert after == before or len(after) >= most / 2
+
+
+def test_a_beginning_of_sequence_token_survives_the_cut():
+    options = {"max_length": 6, "bos_token_id": 1}
+    assert truncate([1, 2, 3, 4, 5], [[9, 9, 9]], **options)[0] == [1, 4, 5]
+    assert truncate([2, 1, 3, 4, 5], [[9, 9, 9]], **options)[0] == [3, 4, 5]
+
+
+def test_what_was_cut_is_reported_once_and_an_uncut_set_is_no_warning(caplog):
+    caplog.set_level(logging.INFO, logger="wrpo.data")
+    long = EXPLICIT | {"prompt": "x" * 30, "rejected": "x" * 50}
+    rows = tokenized(tiny_tokenizer(None), EXPLICIT, long, max_length=20)
+    assert [len(rows[1][name]) for name in ("prompt_ids", "target_ids", "rejected_ids")] == [10, 2, 10]
+    reports = [record for record in caplog.records if "tokenised" in record.message]
+    # 30 + 51 tokens: the prompt is cut to 10, the rejected answer to 10.
+    assert [r.message for r in reports] == [
+        "2 rows tokenised: 1 prompts cut by 20 tokens, 1 of 6 responses cut by 41 tokens, no bad rows"
+    ]
+    assert reports[0].levelno == logging.WARNING
+    tokenized(tiny_tokenizer(None), EXPLICIT)
+    assert caplog.records[-1].levelno == logging.INFO
+
+
+@pytest.mark.parametrize("limits", [{"max_length": 1}, {"max_prompt_length": 0}])
+def test_a_limit_that_cannot_be_met_is_refused(limits):
+    with pytest.raises(ValueError, match=f"{next(iter(limits))}: expected at least"):
+        tokenized(tiny_tokenizer(), EXPLICIT, **limits)

@@ -1,0 +1,151 @@
+"""Two processes (DDP and FSDP2 over gloo) with different numbers of tokens train exactly what one process trains."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+from peft import LoraConfig, get_peft_model
+from tiny_models import preference_batch, tiny_model, tiny_rows
+from tiny_runs import ONE_GRADIENT, SETTINGS
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from wrpo import SFTConfig, SFTTrainer, WRPOConfig, WRPOTrainer
+from wrpo.head import install_fused_head, run_in_head
+from wrpo_kernels import linear_wrpo_loss
+
+PREFERENCE = {"beta": 1.0, "empty_response": "zero", "alpha": 0.4, "alpha_start": 0.2}
+RUNS = ("full-precompute", "full-copy", "lora-adapter", "sft")
+
+
+def rows() -> list[dict]:
+    """Eight rows, one with nothing to count in its rejected response: 4 examples on one rank, 3 on the other."""
+    out = tiny_rows(8, sources=2)
+    out[5] = {**out[5], "prompt_ids": [], "rejected_ids": out[5]["rejected_ids"][:1]}
+    return out
+
+
+def train(run: str, folder: Path, processes: int) -> dict:
+    """One step over all rows, a row a micro-batch; then evaluation on 5 rows, which 2 ranks of 2 do not divide."""
+    settings = {
+        **SETTINGS,
+        **ONE_GRADIENT,
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 2,
+        "gradient_accumulation_steps": 8 // processes,
+    }
+    data = {"train_dataset": rows(), "eval_dataset": tiny_rows(5, sources=2, seed=1)}
+    model = tiny_model()
+    if run == "sft":
+        trainer = SFTTrainer(model, SFTConfig(output_dir=str(folder / run), **settings), **data)
+    else:
+        if run == "lora-adapter":
+            torch.manual_seed(0)
+            model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "lm_head"], r=2))
+        reference = run.rpartition("-")[2]
+        args = WRPOConfig(output_dir=str(folder / run), reference=reference, **PREFERENCE, **settings)
+        trainer = WRPOTrainer(model, args, **data)
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert trainer.state.global_step == 1
+    evaluated = trainer.evaluate()
+    return {
+        "change": {name: p.detach() - start[name] for name, p in trainer.model.named_parameters() if p.requires_grad},
+        "log": {k: v for k, v in trainer.state.log_history[0].items() if k not in ("grad_norm", "epoch")},
+        "evaluated": {
+            k: v for k, v in evaluated.items() if "runtime" not in k and "second" not in k and "time" not in k
+        },
+    }
+
+
+def sharded_gradients(rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Gradients under FSDP2, body and head each sharded on their own, beside those of the same mean in one process."""
+
+    def loss(model: nn.Module, part: list[dict]) -> torch.Tensor:
+        batch = preference_batch(part)
+
+        def head_fn(hidden, weight, **head):
+            return linear_wrpo_loss(hidden, weight, batch["labels"], alpha=0.3, beta=1.0, num_sources=2, **head)
+
+        return run_in_head(model, head_fn, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).loss
+
+    parts = tiny_rows(5, sources=2)[:2], tiny_rows(5, sources=2)[2:]
+    whole, sharded = tiny_model(), tiny_model()
+    for model in (whole, sharded):
+        install_fused_head(model)
+    for module in (*sharded.model.layers, sharded.lm_head, sharded):
+        fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+    ((loss(whole, parts[0]) + loss(whole, parts[1])) / 2).backward()  # FSDP averages over ranks
+    loss(sharded, parts[rank]).backward()
+    return {name: (p.grad.full_tensor(), whole.get_parameter(name).grad) for name, p in sharded.named_parameters()}
+
+
+def work(rank: int, folder: Path, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    results = {run: train(run, folder / "two", processes=2) for run in RUNS}
+    results["fsdp2"] = sharded_gradients(rank)
+    torch.save(results, folder / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, dict]:
+    folder = tmp_path_factory.mktemp("ddp")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(work, args=(folder, port), nprocs=2)
+    one = {run: train(run, folder / "one", processes=1) for run in RUNS}
+    return {"one": one, **{name: torch.load(folder / f"{name}.pt") for name in ("rank0", "rank1")}}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_gradients_are_equal_on_both_ranks_bit_by_bit(run, results):
+    first, second = results["rank0"][run]["change"], results["rank1"][run]["change"]
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_gradients_are_those_of_one_process(run, results):
+    expected, got = results["one"][run]["change"], results["rank0"][run]["change"]
+    assert expected.keys() == got.keys()
+    largest = max(change.abs().max().item() for change in expected.values())
+    assert largest > 0
+    for name in expected:
+        # The same terms, added up in another order; the change is read off weights of up to 1, half an ulp each way.
+        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-5 * largest + 2e-7, msg=name)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("what", ["log", "evaluated"])
+def test_logged_and_evaluated_values_are_means_over_all_ranks_without_repeats(run, what, results):
+    expected = results["one"][run][what]
+    assert len(expected) > 3 or run == "sft"
+    for rank in ("rank0", "rank1"):
+        assert results[rank][run][what] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("rank", ["rank0", "rank1"])
+def test_a_sharded_model_with_a_sharded_head_gives_the_gradients_of_a_whole_one(rank, results):
+    for name, (got, expected) in results[rank]["fsdp2"].items():
+        largest = expected.abs().max().item()
+        assert largest > 0
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * largest, msg=name)
+
+
+def test_the_reference_of_all_rows_was_shared_out_and_put_together(results, tmp_path_factory):
+    """The loss of the first step is exactly what it is with policy = reference, on both ranks."""
+    for rank in ("rank0", "rank1"):
+        log = results[rank]["full-precompute"]["log"]
+        assert abs(log["rewards/source_chosen"]) + abs(log["rewards/rejected"]) < 1e-4
+        assert log["logps/rejected"] < -1

@@ -1,0 +1,102 @@
+"""An adapter on the output head changes the fused loss as it changes the model's own logits, or is refused by name."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tiny_models import ATOL, assert_fused_is_plain, fused_logp, plain_logp, preference_batch, tiny_model, tiny_rows
+
+from wrpo.head import install_fused_head
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    return preference_batch(tiny_rows(2))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2-tied", "gemma2-softcap", "phi-bias"])
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"]], ids=["body", "head"])
+def test_lora_on_and_off_the_head_gives_what_the_model_gives(family, targets, batch):
+    model = get_peft_model(tiny_model(family), LoraConfig(target_modules=targets, r=4, init_lora_weights=False))
+    assert_fused_is_plain(model, batch)
+
+
+def test_lora_on_the_head_keeps_what_bfloat16_weights_would_round_away(batch):
+    model = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["lm_head"], r=4, init_lora_weights=False))
+    with torch.no_grad():
+        model.base_model.model.lm_head.lora_B["default"].weight.mul_(1e-3)
+    install_fused_head(model)
+    model.eval()
+    model.bfloat16()
+    with torch.no_grad():
+        with_adapter = fused_logp(model, batch)
+        with model.disable_adapter():
+            without = fused_logp(model, batch)
+    assert (with_adapter - without).abs().min() > 0
+
+
+def test_several_active_adapters_on_the_head_add_up(batch):
+    config = LoraConfig(target_modules=["lm_head"], r=4, init_lora_weights=False)
+    model = get_peft_model(tiny_model(), config, adapter_name="first")
+    model.add_adapter("second", config)
+    model.base_model.set_adapter(["first", "second"])
+    assert_fused_is_plain(model, batch)
+
+
+def test_dropout_of_a_lora_on_the_head_falls_on_the_same_hidden_states(batch):
+    config = LoraConfig(target_modules=["lm_head"], r=4, lora_dropout=0.5, init_lora_weights=False)
+    model = get_peft_model(tiny_model(), config)
+    install_fused_head(model)
+    model.train()
+    torch.manual_seed(7)
+    plain = plain_logp(model, batch)
+    torch.manual_seed(7)
+    torch.testing.assert_close(fused_logp(model, batch).double(), plain, rtol=0, atol=ATOL)
+
+
+def test_disabled_adapters_are_the_base_model_and_merged_ones_the_sum(batch):
+    base = tiny_model()
+    config = LoraConfig(target_modules=["q_proj", "lm_head"], r=4, init_lora_weights=False)
+    model = get_peft_model(copy.deepcopy(base), config).eval()
+    install_fused_head(model)
+    install_fused_head(base)
+    adapted = fused_logp(model, batch)
+    with model.disable_adapter():
+        torch.testing.assert_close(fused_logp(model, batch), fused_logp(base, batch), rtol=0, atol=0)
+    model.merge_adapter()
+    torch.testing.assert_close(fused_logp(model, batch), adapted, rtol=0, atol=ATOL)
+    with model.disable_adapter():  # takes the merged weights out again, to rounding
+        torch.testing.assert_close(fused_logp(model, batch), fused_logp(base, batch), rtol=0, atol=ATOL)
+
+
+def test_a_head_in_modules_to_save_is_the_trained_copy_and_the_original_when_off(batch):
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    model = get_peft_model(tiny_model(), config)
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.5)
+    assert_fused_is_plain(model, batch)
+    with model.disable_adapter():
+        torch.testing.assert_close(fused_logp(model, batch).double(), plain_logp(model, batch), rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (LoraConfig(target_modules=["lm_head"], use_dora=True), "Dora"),
+        (LoraConfig(target_modules=["lm_head"], lora_bias=True), "lora_bias"),
+        (LoraConfig(target_modules=["q_proj"], trainable_token_indices={"lm_head": [3]}), "TrainableTokens"),
+    ],
+    ids=["dora", "lora-bias", "trainable-tokens"],
+)
+def test_an_adapter_on_the_head_that_is_not_known_is_named(config, words):
+    with pytest.raises(TypeError, match=words):
+        install_fused_head(get_peft_model(tiny_model("phi-bias" if config.lora_bias else "llama"), config))
+
+
+def test_an_adapter_that_adds_positions_is_refused():
+    model = get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(TypeError, match=r"PROMPT_TUNING.*virtual tokens"):
+        install_fused_head(model)

@@ -1,0 +1,231 @@
+"""The command `wrpo`.
+
+    wrpo train CONFIG.yaml [--field value ...]     preference optimisation on triples
+    wrpo sft CONFIG.yaml [--field value ...]       the stage before it, on the source answers
+    wrpo triples CANDIDATES... -o TRIPLES.jsonl    triples from scored candidate answers
+    wrpo info                                      versions, and which kernels run here
+
+`wrpo COMMAND --help` lists the rest. Exit status: 0 done; 2 something the user can put right, said in one line; a
+traceback is a bug.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wrpo.user_error import UserError
+
+# Everything heavy is imported where it is used, so that `wrpo --help` and a mistyped command answer at once.
+if TYPE_CHECKING:
+    from wrpo.settings import DataSettings, ModelSettings
+
+logger = logging.getLogger("wrpo")
+
+TRAIN_EXTRA = ("accelerate", "datasets", "transformers", "yaml")
+ENDINGS = {"model": "", "metrics": "metrics.json", "curves": "training_curves.png"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(COMMANDS)}"
+        return _user_error("wrpo", f"no command {name!r}; {hint}")
+    _log_to_stderr()
+    try:
+        COMMANDS[name](rest)
+    except UserError as error:
+        return _user_error(f"wrpo {name}", str(error))
+    except FileNotFoundError as error:
+        return _user_error(f"wrpo {name}", f"{error.filename}: no such file" if error.filename else str(error))
+    except ModuleNotFoundError as error:
+        if error.name not in TRAIN_EXTRA:
+            raise
+        return _user_error(f"wrpo {name}", f"needs the package {error.name}: pip install 'wrpo[train]'")
+    return 0
+
+
+def _user_error(prog: str, message: str) -> int:
+    print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _is_first_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _log_to_stderr() -> None:
+    """Reports of the data and of the trainer, once however many processes train."""
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+    logger.setLevel(logging.INFO if _is_first_process() else logging.ERROR)
+
+
+# -- train, sft -------------------------------------------------------------------------------------------------------
+
+
+def train(arguments: list[str]) -> None:
+    """Preference optimisation."""
+    from wrpo import WRPOConfig
+    from wrpo.settings import DataSettings, ModelSettings, parse_settings
+
+    model, data, config = parse_settings((ModelSettings, DataSettings, WRPOConfig), arguments, "wrpo train")
+    from wrpo import WRPOTrainer
+
+    _fit(WRPOTrainer, config, model, data, targets=True)
+
+
+def sft(arguments: list[str]) -> None:
+    """Fine-tuning on the source answers."""
+    from wrpo import SFTConfig
+    from wrpo.settings import DataSettings, ModelSettings, parse_settings
+
+    model, data, config = parse_settings((ModelSettings, DataSettings, SFTConfig), arguments, "wrpo sft")
+    from wrpo import SFTTrainer
+
+    _fit(SFTTrainer, config, model, data, targets=False)
+
+
+def _fit(trainer_class: Any, config: Any, model: ModelSettings, data: DataSettings, targets: bool) -> None:
+    """Train, save, and say where everything is. Data first: its errors are the cheapest to meet."""
+    from transformers import set_seed
+
+    from wrpo.pretrained import load_model, load_tokenizer
+
+    set_seed(config.seed)
+    checkpoint = _checkpoint(config)
+    tokenizer = load_tokenizer(model)
+    with config.main_process_first(desc="tokenising"):  # the others read what the first has put on disk
+        rows = _rows(data.train_file, data.train_split, tokenizer, config, data, targets)
+        eval_rows = data.eval_file and _rows(data.eval_file, data.eval_split, tokenizer, config, data, targets)
+    if eval_rows and config.eval_strategy == "no":
+        config.eval_strategy = type(config.eval_strategy)("epoch")
+    try:
+        trainer = trainer_class(
+            load_model(model),
+            config,
+            train_dataset=rows,
+            eval_dataset=eval_rows or None,
+            processing_class=tokenizer,
+        )
+    except (ValueError, TypeError) as error:  # settings, model and data that do not go together
+        raise UserError(str(error)) from error
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    if _is_first_process():
+        _say_where(Path(config.output_dir))
+
+
+def _checkpoint(config: Any) -> str | None:
+    """The folder that `resume_from_checkpoint` names; `true` is the newest one in output_dir."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    wanted = config.resume_from_checkpoint
+    if wanted is None or wanted.lower() == "false":
+        return None
+    newest = wanted.lower() == "true"
+    folder = config.output_dir if newest else wanted
+    found = folder if Path(folder).is_dir() else None
+    if newest and found:
+        found = get_last_checkpoint(folder)
+    if found is None:
+        raise UserError(f"resume_from_checkpoint: no checkpoint {'in' if newest else 'at'} {folder}")
+    return found
+
+
+def _rows(path: str, split: str, tokenizer: Any, config: Any, data: DataSettings, targets: bool) -> Any:
+    from wrpo.data import load_triples, tokenize_triples
+
+    return tokenize_triples(
+        load_triples(path, split=split, skip_bad_rows=data.skip_bad_rows, targets=targets),
+        tokenizer,
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        skip_bad_rows=data.skip_bad_rows,
+        chat_template_kwargs=_template_options(data.chat_template_kwargs),
+        num_proc=data.tokenize_processes if data.tokenize_processes > 1 else None,
+    )
+
+
+def _template_options(text: str | None) -> dict | None:
+    try:
+        options = json.loads(text) if text is not None else None
+    except json.JSONDecodeError as error:
+        raise UserError(f"chat_template_kwargs: not JSON: {error}") from error
+    if not isinstance(options, (dict, type(None))):
+        raise UserError(f"chat_template_kwargs: expected a mapping, got {text!r}")
+    return options
+
+
+def _say_where(folder: Path) -> None:
+    for what, name in ENDINGS.items():
+        if (folder / name).exists():
+            print(f"{what:<8} {folder / name}")
+
+
+# -- triples, info ----------------------------------------------------------------------------------------------------
+
+
+def triples(arguments: list[str]) -> None:
+    """Triples from scored candidate answers."""
+    from argparse import ArgumentParser
+
+    from wrpo.candidates import make_triples, write_triples
+
+    parser = ArgumentParser(prog="wrpo triples", description=triples.__doc__, allow_abbrev=False)
+    parser.add_argument("candidates", nargs="+", help="rows of prompt_id, prompt, model, sample, response, reward")
+    parser.add_argument("-o", "--output", required=True, help="JSON lines file to write")
+    parser.add_argument("--target", default="target", help="model name of the target's own answers (default: target)")
+    parser.add_argument(
+        "--num-sources", type=_at_least_one, default=1, help="source models a triple keeps (default: 1)"
+    )
+    parser.add_argument("--weight-temperature", type=_above_zero, help="weights softmax(reward / this); default: equal")
+    parser.add_argument("--min-target-gap", type=float, default=0.0, help="least reward best - worst target answer")
+    parser.add_argument("--min-source-gap", type=float, help="least reward source - worst target answer; default: any")
+    parser.add_argument("--skip-bad-rows", action="store_true", help="leave bad candidates out and count them")
+    options = vars(parser.parse_args(arguments))
+    output = options.pop("output")
+    rows, report = make_triples(**options)
+    write_triples(rows, output)
+    print(report)
+    print(f"triples  {output}")
+
+
+def _at_least_one(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def _above_zero(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise ValueError
+    return value
+
+
+def info(arguments: list[str]) -> None:
+    """Versions, and which kernels run here."""
+    if arguments:
+        raise UserError(f"takes no arguments, got {' '.join(arguments)}")
+    from wrpo_kernels.__main__ import report  # what `python -m wrpo_kernels` prints
+
+    print(report())
+
+
+COMMANDS = {"train": train, "sft": sft, "triples": triples, "info": info}

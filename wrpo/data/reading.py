@@ -1,0 +1,154 @@
+"""Raw rows from files and data sets, each with its file and row number.
+
+JSON lines are read here line by line, so that one broken line is an error of that line; Parquet and saved data sets are
+read through pyarrow and `datasets`. A row that cannot be read is yielded as a `DataError` in the row's place: whether
+it stops the load is decided by the caller.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any
+
+import datasets
+
+from .errors import DataError, shown
+
+RawRow = tuple[str, int, "dict | DataError"]  # file, row counted from 1, content
+
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+
+
+def read_rows(source: Any, *, split: str = "train") -> Iterator[RawRow]:
+    """Every row of `source` in order.
+
+    Args:
+        source: a path (JSON lines, a JSON array, either gzipped, Parquet, or a folder written by `save_to_disk`), a
+            list of such paths, a `datasets.Dataset`, or a list of dicts.
+        split: which split of a saved `DatasetDict` is read.
+
+    Raises:
+        FileNotFoundError: no such path.  DataError, TypeError: a source that cannot be read at all.
+    """
+    if isinstance(source, (str, Path)):
+        return _read_path(Path(source), split)
+    if isinstance(source, datasets.Dataset):
+        return _read_dataset("dataset", source)
+    if isinstance(source, datasets.DatasetDict):
+        return _read_dataset(f"dataset[{split!r}]", _pick_split(source, split))
+    if isinstance(source, (list, tuple)):
+        if source and all(isinstance(part, (str, Path)) for part in source):
+            return chain.from_iterable(_read_path(Path(part), split) for part in source)
+        return _number("rows", source)
+    raise TypeError(
+        f"source: expected a path, a list of paths or of dicts, or a datasets.Dataset, got {type(source).__name__}. "
+        "Load a streaming data set into a datasets.Dataset first."
+    )
+
+
+def _read_path(path: Path, split: str) -> Iterator[RawRow]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder. Check train_file, eval_file or the path given.")
+    if path.is_dir():
+        saved = datasets.load_from_disk(str(path))
+        saved = _pick_split(saved, split) if isinstance(saved, datasets.DatasetDict) else saved
+        return _read_dataset(str(path), saved)
+    if path.name.endswith(".parquet"):
+        return _read_parquet(path)
+    if path.name.endswith(SUFFIXES):
+        return _read_json(path)
+    expected = f"a folder or a file ending in one of {', '.join(SUFFIXES)}"
+    raise DataError(expected, repr(path.name), "Rename or convert it.", file=str(path))
+
+
+def _pick_split(saved: datasets.DatasetDict, split: str) -> datasets.Dataset:
+    if split not in saved:
+        raise DataError(f"a split out of {sorted(saved)}", repr(split), "Name one of them.", field="split")
+    return saved[split]
+
+
+def _number(file: str, rows: Iterable) -> Iterator[RawRow]:
+    for number, row in enumerate(rows, start=1):
+        yield file, number, _as_object(row).at(file, number) if not isinstance(row, dict) else row
+
+
+def _as_object(row: object) -> DataError:
+    return DataError("an object with named fields", shown(row), "Write one JSON object per row.")
+
+
+# -- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _read_json(path: Path) -> Iterator[RawRow]:
+    """A file that starts with `[` is one array; anything else is JSON lines, whatever its suffix."""
+    with _open(path) as file:
+        start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+    return _read_json_array(path) if start.startswith(b"[") else _read_json_lines(path)
+
+
+def _read_json_array(path: Path) -> Iterator[RawRow]:
+    with _open(path) as file:
+        rows = _parse(file.read())
+    if isinstance(rows, DataError):
+        raise rows.at(str(path), None)
+    yield from _number(str(path), rows)
+
+
+def _read_json_lines(path: Path) -> Iterator[RawRow]:
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            row = _parse(line)
+            if not isinstance(row, (dict, DataError)):
+                row = _as_object(row)
+            yield str(path), number, row.at(str(path), number) if isinstance(row, DataError) else row
+
+
+def _parse(raw: bytes) -> Any:
+    """The JSON value, or the error that says why there is none."""
+    try:
+        return json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return DataError(
+            "UTF-8 text", f"byte {raw[error.start]:#04x} at byte {error.start + 1}", "Save the file as UTF-8."
+        )
+    except json.JSONDecodeError as error:
+        got = f"{error.msg} at line {error.lineno} column {error.colno} of {shown(raw.decode())}"
+        return DataError("valid JSON", got, "Repair the row.")
+
+
+# -- Arrow ------------------------------------------------------------------------------------------------------------
+
+
+def _read_parquet(path: Path) -> Iterator[RawRow]:
+    import pyarrow.parquet
+
+    number = 0
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
+        for offset in range(batch.num_rows):
+            number += 1
+            yield str(path), number, _decoded(lambda: batch.slice(offset, 1).to_pylist()[0], str(path), number)  # noqa: B023
+
+
+def _read_dataset(file: str, dataset: datasets.Dataset) -> Iterator[RawRow]:
+    plain = dataset.with_format(None)
+    for index in range(len(plain)):
+        yield file, index + 1, _decoded(lambda: plain[index], file, index + 1)  # noqa: B023
+
+
+def _decoded(fetch: Callable[[], dict], file: str, number: int) -> dict | DataError:
+    """Arrow checks its text only when it is read."""
+    try:
+        return fetch()
+    except UnicodeDecodeError as error:
+        got = f"byte {error.object[error.start]:#04x}"
+        return DataError("UTF-8 text", got, "Write the column as UTF-8.", file=file, row=number)

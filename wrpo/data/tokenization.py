@@ -1,0 +1,245 @@
+"""Triples to token ids, through `datasets.map`.
+
+Prompt and response are tokenised so that they join as the model sees them: the ids of the whole conversation, cut where
+the prompt's own ids end. Where the tokenizer would merge the last character of the prompt with the first of the
+response (a response that starts with a newline, say), the response is tokenised alone, because generation starts from
+the prompt's ids and can never produce the merged token.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import datasets
+from datasets import Features, Value
+from datasets.fingerprint import Hasher
+
+from wrpo_kernels import __version__
+
+from . import rendering, truncation
+from .errors import BadRows, DataError
+from .rendering import Renderer
+from .truncation import truncate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("wrpo.data")
+
+_IDS = [Value("int32")]
+_SOURCES = {"prompt_ids": _IDS, "source_ids": [_IDS], "source_weight": [Value("float64")]}
+_TARGETS = {"target_ids": _IDS, "rejected_ids": _IDS}
+# Tokens cut from the prompt and from each response, and why a row is unusable: read for the report, then dropped.
+_NOTES = {
+    "prompt_cut": Value("int64"),
+    "response_cut": [Value("int64")],
+    "problem": Value("string"),
+    "field": Value("string"),
+}
+
+
+def tokenize_triples(
+    dataset: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = 2048,
+    max_prompt_length: int | None = 1800,
+    skip_bad_rows: bool = False,
+    chat_template_kwargs: dict | None = None,
+    num_proc: int | None = None,
+) -> datasets.Dataset:
+    """Token ids of explicit rows, truncated as `wrpo.data.truncation` says.
+
+    Args:
+        dataset: what `load_triples` returns (rows without `target_chosen` and `rejected` too: the SFT stage).
+        tokenizer: a `PreTrainedTokenizerBase`; its chat template is used if it has one.
+        max_length: most tokens in prompt + one response; None: no limit. Default: 2048 (the paper's).
+        max_prompt_length: most tokens in the prompt; None: no limit of its own. Default: 1800 (the paper's).
+        skip_bad_rows: leave out and count rows that the chat template refuses, instead of raising. Default: False.
+        chat_template_kwargs: passed on to the chat template.
+        num_proc: processes; None: this one (fast tokenizers use threads already).
+
+    Returns:
+        Dataset of prompt_ids [P], source_ids K x [R_k], source_weight [K] and, where the rows have targets, target_ids
+        and rejected_ids; responses end with the end-of-turn token unless they were cut. Kept on disk in the `datasets`
+        cache under a fingerprint of rows, tokenizer, options and of the code that decides the ids.
+
+    Raises:
+        DataError: the first bad row, or no good row at all.  ValueError: limits that cannot be met.
+    """
+    _check_limits(max_length, max_prompt_length)
+    limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
+    has_targets = "target_chosen" in dataset.column_names
+    fingerprint = _fingerprint(dataset, tokenizer, limits, chat_template_kwargs, skip_bad_rows)
+    noted = dataset.map(
+        functools.partial(
+            _tokenize_batch,
+            tokenizer=tokenizer,
+            renderer=Renderer(tokenizer, chat_template_kwargs),
+            limits=limits | {"bos_token_id": tokenizer.bos_token_id},
+            skip_bad_rows=skip_bad_rows,
+        ),
+        batched=True,
+        batch_size=128,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        features=Features(_SOURCES | (_TARGETS if has_targets else {}) | _NOTES),
+        new_fingerprint=fingerprint,
+        cache_file_name=_cache_file(fingerprint),
+        num_proc=num_proc,
+        desc="Tokenising",
+    )
+    return _without_notes(noted, skip_bad_rows)
+
+
+def _check_limits(max_length: int | None, max_prompt_length: int | None) -> None:
+    if max_length is not None and max_length < 2:
+        raise ValueError(
+            f"max_length: expected at least 2, got {max_length}. A prompt and a response need a token each."
+        )
+    if max_prompt_length is not None and max_prompt_length < 1:
+        raise ValueError(f"max_prompt_length: expected at least 1, got {max_prompt_length}. None means no limit.")
+
+
+# -- one batch of rows ------------------------------------------------------------------------------------------------
+
+
+def _tokenize_batch(
+    batch: dict,
+    indices: list[int],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    renderer: Renderer,
+    limits: dict,
+    skip_bad_rows: bool,
+) -> dict:
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    rendered: list[tuple[str, dict[str, str]] | DataError] = []
+    for index, row in zip(indices, rows, strict=True):
+        try:
+            rendered.append(renderer(row["prompt"], _responses(row)))
+        except DataError as error:
+            placed = error.at(row.get("file", "dataset"), row.get("row", index + 1))
+            if not skip_bad_rows:
+                raise placed from error
+            rendered.append(placed)
+    if indices[0] == 0:
+        _warn_of_endless_turns(rendered, renderer)
+    good = [texts for texts in rendered if not isinstance(texts, DataError)]
+    ids = iter(_token_ids(tokenizer, [text for start, whole in good for text in (start, *whole.values())]))
+    out = [
+        _bad_row(row, texts) if isinstance(texts, DataError) else _good_row(row, texts, ids, tokenizer, limits)
+        for row, texts in zip(rows, rendered, strict=True)
+    ]
+    return {name: [row[name] for row in out] for name in out[0]}
+
+
+def _responses(row: dict) -> dict[str, str]:
+    responses = {f"source_chosen[{k}]": text for k, text in enumerate(row["source_chosen"])}
+    return responses | {name: row[name] for name in ("target_chosen", "rejected") if name in row}
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Ids of rendered text: special tokens are already written out in it, so none is added."""
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+
+def _good_row(
+    row: dict,
+    texts: tuple[str, dict[str, str]],
+    ids: Iterator[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    limits: dict,
+) -> dict:
+    """The tokenised row; takes the ids of its texts, prompt first, from the iterator."""
+    start, whole = texts
+    full_prompt = next(ids)
+    full = [_response_ids(full_prompt, next(ids), text[len(start) :], tokenizer) for text in whole.values()]
+    prompt, responses = truncate(full_prompt, full, **limits)
+    out = {"prompt_ids": prompt, "source_ids": responses, "source_weight": row["source_weight"]}
+    if "target_chosen" in row:
+        *out["source_ids"], out["target_ids"], out["rejected_ids"] = responses
+    cuts = [len(a) - len(b) for a, b in zip(full, responses, strict=True)]
+    return out | {"prompt_cut": len(full_prompt) - len(prompt), "response_cut": cuts, "problem": None, "field": None}
+
+
+def _response_ids(prompt: list[int], whole: list[int], response: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if whole[: len(prompt)] == prompt:
+        return whole[len(prompt) :]
+    return _token_ids(tokenizer, [response])[0]
+
+
+def _bad_row(row: dict, error: DataError) -> dict:
+    empty: dict[str, Any] = {"prompt_ids": [], "source_ids": [], "source_weight": []}
+    if "target_chosen" in row:
+        empty |= {"target_ids": [], "rejected_ids": []}
+    return empty | {"prompt_cut": 0, "response_cut": [], "problem": str(error), "field": error.field}
+
+
+def _warn_of_endless_turns(rendered: list, renderer: Renderer) -> None:
+    texts = next((texts for texts in rendered if not isinstance(texts, DataError)), None)
+    if texts and not renderer.ends_its_turns(next(iter(texts[1].values()))):
+        logger.warning(
+            "The chat template ends a response without a special token: the model cannot learn where to stop."
+        )
+
+
+# -- cache ------------------------------------------------------------------------------------------------------------
+
+
+def _fingerprint(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *options: object) -> str:
+    """Changes whenever the ids could: with rows, vocabulary, template, options, and the code that decides the ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    code = [_source(module) for module in (rendering, truncation, sys.modules[__name__])]
+    return Hasher.hash([dataset._fingerprint, vocabulary, special, tokenizer.chat_template, options, code])
+
+
+def _source(module: ModuleType) -> str:
+    """The module's text; the version of the package where it is installed without sources."""
+    try:
+        return inspect.getsource(module)
+    except OSError:
+        return __version__
+
+
+def _cache_file(fingerprint: str) -> str | None:
+    """Where the ids are kept; None (memory) where the user has disabled caching in `datasets`."""
+    if not datasets.is_caching_enabled():
+        return None
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "wrpo"
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder / f"tokens-{fingerprint}.arrow")
+
+
+# -- report -----------------------------------------------------------------------------------------------------------
+
+
+def _without_notes(noted: datasets.Dataset, skip_bad_rows: bool) -> datasets.Dataset:
+    """Report what was cut and skipped, once, and drop the columns that say so."""
+    notes = noted.select_columns(list(_NOTES)).with_format("arrow")[:].to_pydict()
+    bad = BadRows(skip_bad_rows)
+    for field, problem in zip(notes["field"], notes["problem"], strict=True):
+        if problem is not None:
+            bad.note(field, problem)
+    prompts = [cut for cut in notes["prompt_cut"] if cut]
+    responses = [cut for cuts in notes["response_cut"] for cut in cuts if cut]
+    lost = bool(prompts or responses or bad.count)
+    logger.log(
+        logging.WARNING if lost else logging.INFO,
+        "%d rows tokenised: %d prompts cut by %d tokens, %d of %d responses cut by %d tokens, %s",
+        len(noted) - bad.count, len(prompts), sum(prompts), len(responses), sum(map(len, notes["response_cut"])),
+        sum(responses), bad.report(),
+    )  # fmt: skip
+    if bad.count == len(noted):
+        raise DataError("at least one usable row", bad.report(), "Look at the first one.")
+    tokens = noted.remove_columns(list(_NOTES))
+    return tokens.select([i for i, problem in enumerate(notes["problem"]) if problem is None]) if bad.count else tokens

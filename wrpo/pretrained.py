@@ -1,0 +1,79 @@
+"""The model and the tokenizer that the settings name."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from .settings import ModelSettings, SettingsError
+
+logger = logging.getLogger("wrpo")
+
+
+def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """The tokenizer with a padding token and, where a file is named, another chat template.
+
+    Raises:
+        SettingsError: nothing to load there.  FileNotFoundError: no such template file.
+    """
+    tokenizer = _load(AutoTokenizer, settings)
+    if settings.chat_template_file:
+        tokenizer.chat_template = Path(settings.chat_template_file).read_text(encoding="utf-8")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked everywhere, so any id serves
+    return tokenizer
+
+
+def load_model(settings: ModelSettings) -> Any:
+    """The causal language model, with fresh LoRA adapters if `lora_r` > 0.
+
+    Raises:
+        SettingsError: nothing to load there, or LoRA without the package `peft`.
+    """
+    dtype = "auto" if settings.torch_dtype == "auto" else getattr(torch, settings.torch_dtype)
+    options: dict[str, Any] = (
+        {} if settings.attn_implementation is None else {"attn_implementation": settings.attn_implementation}
+    )
+    if settings.gguf_file is not None and hasattr(transformers, "GgufConfig"):
+        # Plain tensors; without it some releases keep them packed, or call them quantised and refuse to train them.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = _load(AutoModelForCausalLM, settings, dtype=dtype, **options)
+    if settings.lora_r:
+        return _with_adapters(model, settings)
+    if model.dtype != torch.float32:
+        logger.warning(
+            "The weights are %s: steps smaller than about 1/256 of a weight are rounded away. "
+            "Full fine-tuning wants torch_dtype: float32 with bf16: true.",
+            model.dtype,
+        )
+    return model
+
+
+def _load(auto: Any, settings: ModelSettings, **options: Any) -> Any:
+    name = settings.model_name_or_path
+    if settings.gguf_file is not None:
+        options["gguf_file"] = settings.gguf_file
+    try:
+        return auto.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise SettingsError(f"model_name_or_path {name!r}: {error}") from error
+
+
+def _with_adapters(model: Any, settings: ModelSettings) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise SettingsError("lora_r needs the package peft: pip install 'wrpo[peft]'") from error
+    config = LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=settings.lora_target_modules or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)

@@ -1,0 +1,191 @@
+"""Reference log-probs of a whole data set, computed once before training and kept on disk.
+
+The file holds the log-probs of all responses, row after row (sources, target, rejected), and the fingerprint of what
+they were made from: the token ids, the model's weights, the tokenizer and the settings. A file made from anything else
+is computed again, with a warning that says what changed; so is one that cannot be read or whose numbers were altered.
+
+Rows are gone through longest first, so that a batch holds little padding and memory runs out at once or never; the
+data's own order stays. Each rank takes its share of the batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+logger = logging.getLogger("wrpo.reference")
+
+NOT_ARITHMETIC = ("_name_or_path", "transformers_version", "use_cache")  # config fields that change no number
+SAMPLES = 1024  # values of each parameter that enter its fingerprint; a fine-tuned model differs in nearly all
+
+
+def with_reference(
+    dataset: Any,
+    cache_file: Path,
+    fingerprint: dict[str, str],
+    logp_of: Callable[[list[dict]], Tensor],
+    *,
+    batch_size: int,
+    accelerator: Any,
+    progress: bool = True,
+) -> Any:
+    """The data set with a column `ref_logp`, from `cache_file` if that was made from the same, else computed and kept.
+
+    Args:
+        dataset: rows as `tokenize_triples` makes them; a `datasets.Dataset`, or anything with length and index.
+        cache_file: where the log-probs are kept.
+        fingerprint: what they are made from besides the data, see `model_fingerprint`.
+        logp_of: [S] float32 of the rows of one batch, in the WRPO layout of the collator.
+        batch_size: rows in a batch.
+        accelerator: of the trainer; shares the work out and gathers it.
+        progress: show a progress bar on the main process. Default: True.
+
+    Raises:
+        ValueError: a log-prob is NaN or infinite; nothing is kept.
+    """
+    lengths, counts, data = survey(dataset)
+    fingerprint = {"data": data, **fingerprint}
+    values = load(cache_file, fingerprint) if accelerator.is_main_process else None
+    (values,) = broadcast_object_list([values])
+    if values is None:
+        values = compute(dataset, lengths, counts, logp_of, batch_size, accelerator, progress)
+        refuse_not_finite(values, counts)
+        if accelerator.is_main_process:
+            save(cache_file, fingerprint, values)
+    by_row = [part.tolist() for part in np.split(values, np.cumsum(counts)[:-1])]
+    if hasattr(dataset, "add_column"):
+        return dataset.add_column("ref_logp", by_row)
+    return WithReference(dataset, by_row)
+
+
+class WithReference(torch.utils.data.Dataset):
+    """Rows of another data set with their reference log-probs."""
+
+    def __init__(self, rows: Any, by_row: list[list[float]]):
+        self.rows, self.by_row = rows, by_row
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return {**self.rows[index], "ref_logp": self.by_row[index]}
+
+
+def responses_of(row: dict) -> list[list[int]]:
+    return [*row["source_ids"], row["target_ids"], row["rejected_ids"]]
+
+
+def survey(dataset: Any) -> tuple[np.ndarray, np.ndarray, str]:
+    """Tokens of each row's longest sequence, its number of responses, and the hash of all token ids."""
+    digest, lengths, counts = hashlib.sha256(), [], []
+    for row in (dataset[index] for index in range(len(dataset))):
+        parts = [row["prompt_ids"], *responses_of(row)]
+        lengths.append(len(parts[0]) + max(map(len, parts[1:])))
+        counts.append(len(parts) - 1)
+        digest.update(np.array([len(part) for part in parts], dtype=np.int64).tobytes())
+        digest.update(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts]).tobytes())
+    return np.array(lengths), np.array(counts), digest.hexdigest()
+
+
+def compute(
+    dataset: Any,
+    lengths: np.ndarray,
+    counts: np.ndarray,
+    logp_of: Callable[[list[dict]], Tensor],
+    batch_size: int,
+    accelerator: Any,
+    progress: bool,
+) -> np.ndarray:
+    """Log-probs of all responses, row after row, float32."""
+    first = np.cumsum(counts) - counts
+    order = np.argsort(-lengths, kind="stable")
+    batches = [order[start : start + batch_size].tolist() for start in range(0, len(order), batch_size)]
+    total = torch.zeros(int(counts.sum()), dtype=torch.float32, device=accelerator.device)
+    # Every rank runs the model equally often: sharded weights are gathered by all ranks together.
+    rounds = range(accelerator.process_index, -(-len(batches) // accelerator.num_processes) * accelerator.num_processes,
+                   accelerator.num_processes)  # fmt: skip
+    for turn in tqdm(rounds, desc="Reference log-probs", disable=not (progress and accelerator.is_main_process)):
+        indices = batches[turn % len(batches)]
+        logp = logp_of([dataset[index] for index in indices]).view(-1, len(indices))  # [K + 2, B]
+        if turn < len(batches):
+            for column, index in enumerate(indices):
+                own = [*range(counts[index] - 2), logp.shape[0] - 2, logp.shape[0] - 1]  # without padded sources
+                total[first[index] : first[index] + counts[index]] = logp[own, column]
+    return accelerator.reduce(total, "sum").cpu().numpy()
+
+
+def refuse_not_finite(values: np.ndarray, counts: np.ndarray) -> None:
+    """Raises ValueError naming the first row with a log-prob that is NaN or infinite."""
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+        row = int(np.searchsorted(np.cumsum(counts), bad[0], side="right"))
+        raise ValueError(
+            f"the reference log-probs of {len(bad)} responses are not finite, the first in row {row} (counted from 0): "
+            f"{values[bad[0]]}. Check the weights of the reference model, and use bf16 or float32 where fp16 overflows"
+        )
+
+
+def model_fingerprint(model: Any, tokenizer: Any, settings: dict[str, Any]) -> dict[str, str]:
+    """What the log-probs are made from besides the data: hashes under "model", "tokenizer" and "settings"."""
+    config = {name: value for name, value in model.config.to_dict().items() if name not in NOT_ARITHMETIC}
+    weights = hashlib.sha256(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
+    for name, value in sorted(model.state_dict().items()):
+        sample = value.detach().reshape(-1)[:: max(1, value.numel() // SAMPLES)][:SAMPLES]
+        weights.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        weights.update(sample.double().cpu().numpy().tobytes())
+    adapters = getattr(model, "active_adapters", None) if hasattr(model, "disable_adapter") else None
+    weights.update(str(adapters).encode())
+    words: Sequence = ()
+    if tokenizer is not None:
+        words = [tokenizer.chat_template, sorted(tokenizer.get_vocab().items())]
+    return {
+        "model": weights.hexdigest(),
+        "tokenizer": hashlib.sha256(json.dumps(words).encode()).hexdigest(),
+        "settings": json.dumps(settings, sort_keys=True),
+    }
+
+
+def load(cache_file: Path, fingerprint: dict[str, str]) -> np.ndarray | None:
+    """What is kept, if it was made from the same; None with a warning if not; None in silence if there is no file."""
+    if not cache_file.exists():
+        return None
+    try:
+        with safe_open(cache_file, framework="np") as file:
+            kept = dict(file.metadata() or {})
+            values = file.get_tensor("ref_logp")
+    except (SafetensorError, OSError, ValueError) as error:
+        logger.warning("%s cannot be read (%s): computing the reference log-probs again", cache_file, error)
+        return None
+    if kept.pop("values", None) != hashlib.sha256(values.tobytes()).hexdigest():
+        logger.warning("%s is damaged: its numbers are not those that were written. Computing them again", cache_file)
+        return None
+    changed = [name for name in fingerprint if kept.get(name) != fingerprint[name]]
+    if changed:
+        logger.warning(
+            "%s was made from another %s: computing the reference log-probs again", cache_file, ", ".join(changed)
+        )
+        return None
+    logger.info("reference log-probs read from %s", cache_file)
+    return values
+
+
+def save(cache_file: Path, fingerprint: dict[str, str], values: np.ndarray) -> None:
+    """Written beside and moved into place, so that a reader never sees half a file."""
+    cache_file.parent.mkdir(parents=True, exist_ok=True)
+    partial = cache_file.with_suffix(f".{os.getpid()}.partial")
+    metadata = {**fingerprint, "values": hashlib.sha256(values.tobytes()).hexdigest()}
+    save_file({"ref_logp": values}, partial, metadata=metadata)
+    os.replace(partial, cache_file)

@@ -1,0 +1,167 @@
+"""Settings of a run: dataclass fields, filled from a YAML file and from the command line, which wins.
+
+Both are read by one argument parser, so a value means the same in either: `3e-7` (which YAML takes for text) is a float
+where the field is one, `true` is a bool, `null` and `none` leave an optional number unset. A name that no field has is
+an error that suggests the nearest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from argparse import Namespace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+from .user_error import UserError
+
+
+class SettingsError(UserError):
+    """A setting that the user can put right."""
+
+
+def _knob(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelSettings:
+    """Which model is trained, and which part of it."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder or hub name of the target model and its tokenizer."})
+    gguf_file: str | None = _knob(None, "GGUF file in that folder to take weights and tokenizer from.")
+    torch_dtype: Literal["float32", "bfloat16", "float16", "auto"] = _knob(
+        "float32",
+        "Type of the weights in memory; auto: as saved. Full fine-tuning wants float32 (with bf16: true for speed): "
+        "bfloat16 weights round the paper's small steps away. Under LoRA bfloat16 is fine.",
+    )
+    attn_implementation: str | None = _knob(None, "Attention of transformers: eager, sdpa, flash_attention_2.")
+    chat_template_file: str | None = _knob(None, "Jinja file used instead of the tokenizer's chat template.")
+    trust_remote_code: bool = _knob(False, "Run code that a hub repository carries.")
+    lora_r: int = _knob(0, "Rank of LoRA adapters; 0: train all weights.")
+    lora_alpha: float = _knob(16.0, "LoRA scale: the adapter's output is multiplied by lora_alpha / lora_r.")
+    lora_dropout: float = _knob(0.0, "Dropout before the adapters.")
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules to adapt, by name. Default: every linear layer."}
+    )
+
+
+@dataclass
+class DataSettings:
+    """Which rows it is trained on."""
+
+    train_file: str = field(metadata={"help": "Triples: .jsonl, .json, .parquet, or a folder of save_to_disk."})
+    eval_file: str | None = _knob(None, "Triples to evaluate on, every epoch unless eval_strategy says otherwise.")
+    train_split: str = _knob("train", "Split of train_file, where it is a saved DatasetDict.")
+    eval_split: str = _knob("test", "Split of eval_file, where it is a saved DatasetDict.")
+    skip_bad_rows: bool = _knob(False, "Leave bad rows out and count them, instead of stopping at the first.")
+    chat_template_kwargs: str | None = _knob(
+        None, "Options of the chat template as a mapping (on the command line JSON: '{\"enable_thinking\": false}')."
+    )
+    tokenize_processes: int = _knob(1, "Processes that tokenise; one is enough for fast tokenizers.")
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(re.sub(r"/--[\w-]+", "", message))  # each flag in one of its two spellings
+
+
+def parse_settings(classes: tuple[type, ...], arguments: list[str], prog: str) -> tuple[Any, ...]:
+    """One instance of each dataclass, from `[CONFIG.yaml] [--field value ...]`.
+
+    Raises:
+        SettingsError: an unknown name, a value of the wrong type, a missing field, a file that is not YAML, or values
+            that the dataclass itself refuses.
+        FileNotFoundError: no such YAML file.
+    """
+    hints = {name: hint for cls in classes for name, hint in _fields(cls).items()}
+    parser = _Parser(classes, prog=prog, usage=f"{prog} [CONFIG.yaml] [--field value ...]", allow_abbrev=False)
+    _let_numbers_be_none(parser, hints)
+    flags: list[str] = []
+    if arguments and not arguments[0].startswith("-"):
+        flags, unset = _from_yaml(Path(arguments[0]), hints)
+        parser.set_defaults(**unset)
+        arguments = arguments[1:]
+    _refuse_unknown(arguments, parser, hints)
+    values, stray = parser.parse_known_args([*flags, *arguments])
+    if stray:
+        raise SettingsError(f"expected --field value, got {stray[0]!r}")
+    return tuple(_build(cls, values) for cls in classes)
+
+
+def _fields(cls: type) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+
+
+def _build(cls: type, values: Namespace) -> Any:
+    try:
+        return cls(**{name: getattr(values, name) for name in _fields(cls)})
+    except (ValueError, TypeError) as error:
+        raise SettingsError(str(error)) from error
+
+
+def _refuse_unknown(arguments: list[str], parser: HfArgumentParser, hints: dict[str, Any]) -> None:
+    """Before argparse looks: it would rather speak of the required field that a mistyped name leaves open."""
+    for argument in arguments:
+        if argument.startswith("--") and argument.split("=")[0] not in parser._option_string_actions:
+            raise SettingsError(_no_such(argument, hints))
+
+
+def _no_such(name: str, known: Iterable[str]) -> str:
+    """Names the nearest field: a typing error is the usual cause."""
+    bare = name.lstrip("-").split("=")[0].replace("-", "_")
+    near = difflib.get_close_matches(bare, list(known), n=1, cutoff=0.5)
+    return f"no setting named {bare!r}" + (f"; did you mean {near[0]!r}?" if near else "; --help lists them")
+
+
+def _let_numbers_be_none(parser: HfArgumentParser, hints: dict[str, Any]) -> None:
+    """`--max_length none`: for optional numbers and bools, where it cannot be a value."""
+    for action in parser._actions:
+        parse = action.type
+        allowed = get_args(hints.get(action.dest))
+        if callable(parse) and type(None) in allowed and str not in allowed:
+            action.type = _or_none(parse)
+
+
+def _or_none(parse: Any) -> Any:
+    def parse_or_none(text: str) -> Any:
+        return None if text.lower() in ("none", "null") else parse(text)
+
+    parse_or_none.__name__ = getattr(parse, "__name__", "value")  # argparse puts it into its message
+    return parse_or_none
+
+
+def _from_yaml(path: Path, hints: dict[str, Any]) -> tuple[list[str], dict[str, None]]:
+    """(command-line flags, fields set to null)."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: not a YAML file: {error}") from error
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path}: expected 'field: value' lines, got {type(content).__name__}")
+    flags: list[str] = []
+    unset: dict[str, None] = {}
+    for name, value in content.items():
+        if name not in hints:
+            raise SettingsError(f"{path}: {_no_such(str(name), hints)}")
+        if value is None:
+            if type(None) not in get_args(hints[name]):
+                raise SettingsError(f"{path}: {name}: expected a value, got null")
+            unset[name] = None
+        else:
+            flags += _flags(name, value)
+    return flags, unset
+
+
+def _flags(name: str, value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]

@@ -1,0 +1,22 @@
+"""Preference losses at the speed of the bare matrix products: the `[tokens, vocabulary]` tensors never exist.
+
+`python -m wrpo_kernels` says which implementation runs here, and why the others do not.
+"""
+
+from wrpo_kernels.linear_preference_loss import linear_preference_loss
+from wrpo_kernels.linear_token_logp import linear_token_logp
+from wrpo_kernels.preference_loss import PreferenceOutput, preference_loss
+from wrpo_kernels.token_logp import token_logp
+from wrpo_kernels.version import __version__
+from wrpo_kernels.weighted_reward import linear_wrpo_loss, wrpo_loss
+
+__all__ = [
+    "PreferenceOutput",
+    "__version__",
+    "linear_preference_loss",
+    "linear_token_logp",
+    "linear_wrpo_loss",
+    "preference_loss",
+    "token_logp",
+    "wrpo_loss",
+]

@@ -1,0 +1,48 @@
+"""How many rows of logits exist at a time: the byte budget, turned into chunks of rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+DEFAULT_BUDGET = 512 << 20  # bytes; 2048 rows of Llama-3's 128256 logits in bfloat16
+
+
+class Plan(NamedTuple):
+    """Rows [0, keep) leave their delta in memory until the backward; the others pass through chunks of `chunk` rows."""
+
+    keep: int
+    chunk: int
+
+
+def rows_within(budget_bytes: int, vocabulary: int, width: int, dtype: torch.dtype) -> int:
+    """Rows whose logits [V] fit, with a gathered hidden state and a copy scaled in float32 [4 D]; at least one."""
+    row_bytes = (vocabulary + 4 * width) * dtype.itemsize
+    return max(1, budget_bytes // row_bytes)
+
+
+def plan_rows(num_rows: int, fit: int, keeps_delta: bool) -> Plan:
+    """With deltas to keep and too many rows, three quarters of the budget keep and one quarter is worked in."""
+    if num_rows <= fit:
+        return Plan(num_rows if keeps_delta else 0, num_rows)
+    if not keeps_delta:
+        return Plan(0, even_chunk(num_rows, fit))
+    keep = fit - max(1, fit // 4)
+    return Plan(keep, even_chunk(num_rows - keep, fit - keep))
+
+
+def even_chunk(num_rows: int, most: int) -> int:
+    """The smallest chunk that needs no more chunks than `most` would: no thin last one."""
+    chunks = -(-num_rows // most)
+    return -(-num_rows // chunks)
+
+
+def check_budget(budget_bytes: int | None) -> int:
+    if budget_bytes is None:
+        return DEFAULT_BUDGET
+    if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, int):
+        raise TypeError(f"budget_bytes must be an int, got {type(budget_bytes).__name__}")
+    if budget_bytes <= 0:
+        raise ValueError(f"budget_bytes must be > 0, got {budget_bytes}")
+    return budget_bytes

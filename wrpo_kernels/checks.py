@@ -1,0 +1,70 @@
+"""Checks whose messages name the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_shape(name: str, value: Tensor, letters: str, *expected: int) -> None:
+    """`letters` is the shape in the project's alphabet, e.g. "[V, D]"; `expected` its values."""
+    if tuple(value.shape) != expected:
+        raise ValueError(f"{name} must be {letters} = {list(expected)}, got {list(value.shape)}")
+
+
+def check_float(name: str, value: Tensor) -> None:
+    if value.dtype not in FLOATS:
+        raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+
+
+def check_int64(name: str, value: Tensor) -> None:
+    if value.dtype != torch.int64:
+        raise ValueError(f"{name} must be int64, got {value.dtype}; convert it with {name}.long()")
+
+
+def check_device(name: str, value: Tensor, like: str, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name} must be on the device of {like}, {device}, got {value.device}")
+
+
+def check_constant(name: str, value: Tensor) -> None:
+    if value.requires_grad:
+        raise ValueError(f"{name} is a constant of the loss but requires grad; pass {name}.detach()")
+
+
+def check_number(name: str, value: float, *, above: float = -math.inf, least: float = -math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value) or value <= above or value < least:
+        bound = f" > {above:g}" if above > -math.inf else f" >= {least:g}" if least > -math.inf else ""
+        raise ValueError(f"{name} must be a finite number{bound}, got {value}")
+
+
+def check_int(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
+def check_backend_name(value: object) -> None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"backend must be the name of a backend or None, got {type(value).__name__}")
+
+
+def check_labels(name: str, labels: Tensor, ignore_index: int, vocabulary: int) -> None:
+    """Reads every label; positions are those of the flattened argument."""
+    wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
+    if wrong.any():
+        position = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{name}[{position}] (of the flattened tensor) must be in [0, V={vocabulary}) or "
+            f"ignore_index={ignore_index}, got {int(labels[position])}"
+        )

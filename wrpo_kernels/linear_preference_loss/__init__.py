@@ -1,0 +1,179 @@
+"""The family of preference losses from hidden states in, loss and gradients out; the logits are never stored."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from wrpo_kernels.budget import check_budget, rows_within
+from wrpo_kernels.linear_preference_loss import contract
+from wrpo_kernels.linear_token_logp import contract as token_contract
+from wrpo_kernels.linear_token_logp import gradients_asked, logp_of_rows
+from wrpo_kernels.linear_token_logp.head import labels_by_position
+from wrpo_kernels.logit_transform import LogitTransform
+from wrpo_kernels.preference_loss import PreferenceOutput, preference_loss, reduce_loss, settle
+from wrpo_kernels.rows import count_rows, nan_unless_counted
+from wrpo_kernels.token_logp.contract import logp_dtype
+from wrpo_kernels.transfer import sent
+
+SMALL_HEAD = 1 << 18  # elements of a weight [V, D] that is at home in the cache
+
+
+def linear_preference_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ref_logp: Tensor | None = None,
+    *,
+    seq_weight: Tensor,
+    group: Tensor,
+    beta: float,
+    gamma: float = 0.0,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    length_normalize: bool = False,
+    nll_weight: float | Tensor = 0.0,
+    group_weight: Tensor | None = None,
+    num_groups: int | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    empty: str = "raise",
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    cu_seqlens: Tensor | None = None,
+    num_rows: int | None = None,
+    budget_bytes: int | None = None,
+    backend: str | None = None,
+) -> PreferenceOutput:
+    """`preference_loss` of the responses whose hidden states are given, without storing their logits.
+
+        logp[s] = sum_t log softmax(z[s, t])[labels[s, t]]            over the labels that count; z as linear_token_logp
+        loss    = preference_loss(logp, ref_logp, ...)                formula and remaining arguments: see there
+
+    Args:
+        hidden: [S, T, D] float32 | bfloat16 | float16, or packed [N, D] with `cu_seqlens`.
+        weight: [V, D] head.
+        labels: [S, T] int64 (or [N]); labels[s, t] is predicted from hidden[s, t]. `ignore_index` marks prompt and
+            padding, which never reach the head.
+        ref_logp: [S] float32, summed reference log-prob of each response; None is reference-free.
+        seq_weight, group, beta, gamma, loss_type, label_smoothing, length_normalize, nll_weight, group_weight,
+            num_groups, reduction, normalizer, empty: as preference_loss; lengths are counted from `labels`.
+        bias, logit_scale, softcap, temperature, ignore_index: as linear_token_logp.
+        cu_seqlens: [S+1] int32 | int64, bounds of the packed sequences, best on the CPU. Default: none, padded form.
+        num_rows: how many labels count, where the caller knows, as in linear_token_logp. Default: counted, which waits
+            for an accelerator once. A trained head whose rows exceed the budget waits once more, to plan its passes.
+        budget_bytes: what the logits that exist at a time may take. Default: 512 MiB.
+        backend: "native", "triton" or "reference". Default: the first that can.
+
+    Returns:
+        PreferenceOutput(loss, logp [S], reward [S], margin [G]), float32; only `loss` carries a gradient, to `hidden`,
+        `weight` and `bias`.
+
+    Raises:
+        ValueError: a shape, dtype, device, option or label is wrong; the message names it.
+        RuntimeError: the backend that was asked for refuses.
+
+    Numerics: as linear_token_logp and preference_loss. dW is accumulated in float32.
+    Memory: `budget_bytes` and 4 D values a row of a chunk. A 16-bit trained head whose rows do not fit at once keeps
+        its dW in float32 until the backward has rounded it.
+    Cost: forward alone 2NDV flops, frozen head 4NDV whatever the length, trained head 6NDV while the rows of one group
+        fit the budget; 2DV more for each row that does not. N counts only the labels that count.
+    Source: WRPO, arXiv:2412.03187.
+    """
+    head_options = (bias, logit_scale, softcap, temperature, ignore_index, backend)
+    token_contract.check(hidden, weight, labels, *head_options, target_name="labels")
+    check_sequences(labels, cu_seqlens)
+    budget_bytes = check_budget(budget_bytes)
+    transform = LogitTransform(bias, float(logit_scale), float(softcap or 0.0), float(temperature))
+    length = per_sequence(labels != ignore_index, cu_seqlens)
+    counted = length.sum()
+    rows = count_rows(counted, labels.numel(), num_rows)
+    loss = {
+        "ref_logp": ref_logp,
+        "seq_weight": seq_weight,
+        "group": group,
+        "beta": beta,
+        "gamma": gamma,
+        "loss_type": loss_type,
+        "label_smoothing": label_smoothing,
+        "length": length,
+        "length_normalize": length_normalize,
+        "nll_weight": nll_weight,
+        "group_weight": group_weight,
+        "num_groups": num_groups,
+        "empty": empty,
+    }
+    if reduction != "none" and takes_one_pass(hidden, weight, bias, token_contract.bound(rows, labels), budget_bytes):
+        total, kept, *values = sum_in_one_pass(
+            hidden, weight, labels, transform, ignore_index, rows, budget_bytes, backend, loss
+        )
+        total = nan_unless_counted(total, counted, num_rows)
+        return PreferenceOutput(reduce_loss(total, reduction, normalizer, kept), *values)
+    compiling = torch.compiler.is_compiling()
+    with nullcontext() if compiling else labels_by_position("labels", labels, ignore_index, weight.shape[0]):
+        token_logp = logp_of_rows(hidden, weight, labels, transform, ignore_index, rows, budget_bytes, backend)
+    logp = nan_unless_counted(per_sequence(token_logp, cu_seqlens), counted, num_rows)
+    return preference_loss(logp, **loss, reduction=reduction, normalizer=normalizer, backend=backend)
+
+
+def takes_one_pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, num_rows: int, budget_bytes: int) -> bool:
+    """Whether gradients are made together with the loss, to be scaled in the backward.
+
+    Not in float16: a loss scale comes with the backward, too late for gradients that have already run out of bits.
+
+    So for a trained head whose rows do not fit the budget together, where anything else would cost more products; and
+    for a small head whose rows fit: its gradient is scaled in less time than a second op takes to call. Elsewhere the
+    rows' deltas are kept for the backward, and a frozen head takes one pass anyway.
+    """
+    if hidden.dtype == torch.float16:
+        return False
+    if num_rows > rows_within(budget_bytes, weight.shape[0], weight.shape[1], hidden.dtype):
+        return any(gradients_asked(weight, bias))
+    return weight.numel() <= SMALL_HEAD and any(gradients_asked(hidden, weight, bias))
+
+
+def sum_in_one_pass(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    transform: LogitTransform,
+    ignore_index: int,
+    num_rows: int,
+    budget_bytes: int,
+    backend: str | None,
+    loss: dict,
+) -> tuple[Tensor, int | Tensor, Tensor, Tensor, Tensor]:
+    """The summed loss, the number of groups that count, and logp, reward and margin."""
+    like = hidden.new_empty(len(loss["length"]), dtype=logp_dtype(hidden.dtype))
+    arguments, kept = settle(like, **loss)
+    keeps = gradients_asked(hidden, weight, transform.bias)
+    head = (*transform[1:], ignore_index, budget_bytes, *keeps, num_rows, backend)
+    total, logp, reward, margin, *_ = torch.ops.wrpo.linear_preference_loss.default(
+        hidden, weight, labels, transform.bias, *arguments, *head
+    )
+    return total, kept, logp, reward, margin
+
+
+def check_sequences(labels: Tensor, cu_seqlens: Tensor | None) -> None:
+    if cu_seqlens is not None:
+        contract.check_cu_seqlens(cu_seqlens, labels)
+    elif labels.dim() != 2:
+        raise ValueError(f"labels must be [S, T], or packed [N] with cu_seqlens, got {list(labels.shape)}")
+
+
+def per_sequence(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """[S, T] or packed [N] -> [S]; booleans are counted as int64, log-probs summed in float64."""
+    wide = torch.float64 if values.is_floating_point() else torch.int64
+    narrow = values.dtype if values.is_floating_point() else torch.int64
+    if cu_seqlens is None:
+        return values.sum(1, dtype=wide).to(narrow)
+    bounds = sent(torch.ops.wrpo.checked_cu_seqlens(cu_seqlens, len(values)), torch.int64, values.device)
+    # On an accelerator the checks of segment_reduce would read the bounds back.
+    unsafe = values.device.type != "cpu"
+    sums = torch.segment_reduce(values.double(), "sum", offsets=bounds, axis=0, initial=0.0, unsafe=unsafe)
+    return sums.to(narrow)

@@ -1,0 +1,130 @@
+"""The registered op `wrpo::linear_preference_loss`: check, schema, fake and autograd of the one-pass form.
+
+The op returns the summed loss of all groups together with the gradients of that sum, so that the backward only scales
+them. Rows that fit the budget together take another way: see the public function.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from wrpo_kernels.autograd import register_autograd
+from wrpo_kernels.backends import choose
+from wrpo_kernels.budget import rows_within
+from wrpo_kernels.checks import check_tensor
+from wrpo_kernels.gradients import Gradients
+from wrpo_kernels.linear_preference_loss import one_pass
+from wrpo_kernels.linear_token_logp.head import Head, labels_by_position, no_autocast
+from wrpo_kernels.logit_transform import LogitTransform
+from wrpo_kernels.preference_loss import contract as preference
+from wrpo_kernels.preference_loss.family import Family
+from wrpo_kernels.products import STRIPE_BYTES
+from wrpo_kernels.rows import Rows
+from wrpo_kernels.token_logp.contract import logp_dtype
+
+torch.library.define(
+    "wrpo::linear_preference_loss",
+    "(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, "
+    "Tensor? ref_logp, Tensor seq_weight, Tensor group, Tensor length, Tensor? nll_weight, Tensor? group_weight, "
+    "SymInt num_groups, float beta, float gamma, str loss_type, float label_smoothing, bool length_normalize, "
+    "float logit_scale, float softcap, float temperature, int ignore_index, "
+    "SymInt budget_bytes, bool keeps_hidden, bool keeps_weight, bool keeps_bias, "
+    "SymInt num_rows, str? backend)"
+    " -> (Tensor loss, Tensor logp, Tensor reward, Tensor margin, Tensor dh, Tensor dw, Tensor db)",
+)
+torch.library.define("wrpo::scaled_to", "(Tensor total, Tensor factor, ScalarType dtype) -> Tensor")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, labels: Tensor) -> None:
+    check_tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens must be [S+1] int32 or int64, got {list(cu_seqlens.shape)} {cu_seqlens.dtype}")
+    if labels.dim() != 1:
+        raise ValueError(f"with cu_seqlens, labels must be packed [N], got {list(labels.shape)}")
+
+
+torch.library.define("wrpo::checked_cu_seqlens", "(Tensor cu_seqlens, SymInt num_rows) -> Tensor")
+
+
+@torch.library.impl("wrpo::checked_cu_seqlens", "CompositeExplicitAutograd")
+def _checked_cu_seqlens(cu_seqlens, num_rows):
+    """The bounds as int64; an op, so that compiled code too looks at the values before a kernel follows them."""
+    if cu_seqlens.device.type == "cpu":  # elsewhere reading them would wait for the device
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != num_rows or any(a > b for a, b in pairwise(bounds)):
+            raise ValueError(f"cu_seqlens must rise from 0 to N={num_rows}, got {bounds}")
+    return cu_seqlens.to(torch.int64, copy=True)
+
+
+@torch.library.register_fake("wrpo::checked_cu_seqlens")
+def _fake_checked_cu_seqlens(cu_seqlens, num_rows):
+    return torch.empty_like(cu_seqlens, dtype=torch.int64)
+
+
+@torch.library.impl("wrpo::linear_preference_loss", "CompositeExplicitAutograd")
+def _linear_preference_loss(hidden, weight, target, bias, *arguments):
+    num_groups, family, scalars = arguments[6], Family(*arguments[7:12]), arguments[12:15]
+    ignore_index, budget_bytes, *keeps, num_rows, backend = arguments[15:]
+    preference.check_groups(arguments[2], num_groups)
+    sequences = one_pass.Sequences(*preference.as_constants(logp_dtype(hidden.dtype), *arguments[:6]))
+    fit = rows_within(budget_bytes, weight.shape[0], weight.shape[1], hidden.dtype)
+    with no_autocast(hidden), labels_by_position("labels", target, ignore_index, weight.shape[0]):
+        head = Head(hidden, weight, LogitTransform(bias, *scalars), ignore_index, backend)
+        rows = Rows.that_count(hidden, target, ignore_index, num_rows)
+        # As if there were two chunks at least: the totals are float32 whatever the number of groups that fit.
+        gradients = Gradients(hidden, head.weight, keeps, 2)
+        like = hidden.new_empty(0, dtype=logp_dtype(hidden.dtype))
+        kernel = choose("preference_loss", backend, preference.CANDIDATES, like)
+        result = one_pass.run(head, rows, sequences, num_groups, family, fit, gradients, kernel)
+        saved = (hidden.new_empty(0) if x is None else x for x in gradients.totals())
+        return result.loss.sum(), *result[1:], *saved
+
+
+@torch.library.impl("wrpo::scaled_to", "CompositeExplicitAutograd")
+def _scaled_to(total, factor, dtype):
+    """factor * total, rounded to `dtype` a stripe at a time: no float32 copy of the whole."""
+    out = torch.empty_like(total, dtype=dtype)
+    step = max(1, STRIPE_BYTES // (4 * max(total[:1].numel(), 1)))
+    for first in range(0, len(total), step):
+        out[first : first + step] = total[first : first + step] * factor
+    return out
+
+
+@torch.library.register_fake("wrpo::scaled_to")
+def _fake_scaled_to(total, factor, dtype):
+    return torch.empty_like(total, dtype=dtype)
+
+
+@torch.library.register_fake("wrpo::linear_preference_loss")
+def _fake(hidden, weight, target, bias, *arguments):
+    length, num_groups = arguments[3], arguments[6]
+    keeps_hidden, keeps_weight, keeps_bias = arguments[17:20]
+    wide = logp_dtype(hidden.dtype)
+    logp, margin = hidden.new_empty(length.shape[0], dtype=wide), hidden.new_empty(num_groups, dtype=wide)
+    dh = hidden.new_empty(hidden.shape) if keeps_hidden else hidden.new_empty(0)
+    dw = hidden.new_empty(weight.shape, dtype=wide) if keeps_weight else hidden.new_empty(0)
+    db = hidden.new_empty(weight.shape[0], dtype=wide) if keeps_bias else hidden.new_empty(0)
+    return logp.new_empty(()), logp, torch.empty_like(logp), margin, dh, dw, db
+
+
+def _save(ctx, inputs, output):
+    ctx.dtypes = [None if x is None else x.dtype for x in (inputs[0], inputs[1], inputs[3])]
+    ctx.keeps = inputs[21:24]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[4:])
+
+
+def _backward(ctx, grad_loss, *_):
+    grads = zip(ctx.saved_tensors, ctx.dtypes, ctx.keeps, strict=True)
+    hidden, weight, bias = (_scaled(total, grad_loss, dtype) if keep else None for total, dtype, keep in grads)
+    return (hidden, weight, None, bias) + (None,) * 22
+
+
+def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return total * factor if total.dtype == dtype == factor.dtype else torch.ops.wrpo.scaled_to(total, factor, dtype)
+
+
+register_autograd("linear_preference_loss", _save, _backward)

@@ -1,0 +1,133 @@
+"""Loss and gradients in one pass of 6NDV flops: for a trained head whose rows do not fit the budget, or a small one.
+
+The coefficient of a row depends on the log-probs of its own group only. So whole groups are taken as the budget
+allows, and each is finished before the next one starts:
+
+    logits of the groups' rows -> log-probs and delta -> sequence sums -> margins -> one coefficient a sequence
+                               -> dh = c (delta W), dW += delta^T (c h)
+
+A group that is larger than the budget is taken in pieces: all but the last are recomputed once (2DV a row) when the
+coefficients are known.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wrpo_kernels.budget import even_chunk
+from wrpo_kernels.gradients import Gradients
+from wrpo_kernels.linear_token_logp.head import Head
+from wrpo_kernels.linear_token_logp.passes import chunks
+from wrpo_kernels.preference_loss.family import Family
+from wrpo_kernels.rows import Rows
+from wrpo_kernels.scratch import scratch
+from wrpo_kernels.transfer import sent
+
+
+class Sequences(NamedTuple):
+    """What the loss knows of each sequence, in the order of the op: S sequences in G groups."""
+
+    ref_logp: Tensor | None  # [S]
+    seq_weight: Tensor  # [S]
+    group: Tensor  # [S] int64
+    length: Tensor  # [S] int64, counted rows
+    nll_weight: Tensor | None  # [S]
+    group_weight: Tensor | None  # [G]
+
+    def none(self) -> Sequences:
+        """No sequences, all groups."""
+        return Sequences(*(None if x is None else x[:0] for x in self[:5]), self.group_weight)
+
+    def of(self, chosen: Tensor, groups: Tensor, local: Tensor) -> Sequences:
+        """The `chosen` sequences, which are those of whole `groups`; `local` are their groups numbered anew."""
+        part = Sequences(*(None if x is None else x[chosen] for x in self[:5]), None)
+        weight = None if self.group_weight is None else self.group_weight[groups]
+        return part._replace(group=local, group_weight=weight)
+
+
+class Result(NamedTuple):
+    loss: Tensor  # [G]
+    logp: Tensor  # [S]
+    reward: Tensor  # [S]
+    margin: Tensor  # [G]
+
+
+def passes_of_groups(length: list[int], group: list[int], num_groups: int, fit: int) -> list[list[int]]:
+    """Sequences of each pass: whole groups in order, as many as have at most `fit` rows together, at least one."""
+    members: list[list[int]] = [[] for _ in range(num_groups)]
+    for sequence, g in enumerate(group):
+        members[g].append(sequence)
+    passes: list[list[int]] = []
+    room = -1
+    for sequences in members:
+        rows = sum(length[s] for s in sequences)
+        if rows > room or not passes:
+            passes.append([])
+            room = fit
+        passes[-1] += sequences
+        room -= rows
+    return [sequences for sequences in passes if sequences]
+
+
+def run(
+    head: Head,
+    rows: Rows,
+    sequences: Sequences,
+    num_groups: int,
+    family: Family,
+    fit: int,
+    gradients: Gradients,
+    kernel: ModuleType,
+) -> Result:
+    """Adds the gradients of the summed loss to `gradients`; returns the values."""
+    buffer = scratch(min(fit, len(rows)), *head.weight.shape[:1], head.weight.dtype, head.weight.device)
+    if len(rows) <= fit:
+        return _finish(head, rows, sequences, num_groups, family, buffer, gradients, kernel)
+    logp = torch.zeros(len(sequences.length), dtype=head.logp_dtype, device=buffer.device)
+    # A group that no sequence belongs to has the margin -gamma, whichever way it is computed.
+    loss, _, margin, _ = kernel.forward(logp[:0], *sequences.none(), num_groups, family)
+    result = Result(loss, logp, torch.zeros_like(logp), margin)
+    # The one place that waits for an accelerator: which rows share a pass depends on the lengths.
+    length, group = torch.stack([sequences.length, sequences.group]).tolist()
+    of_sequence = rows.positions().split(length)
+    for members in passes_of_groups(length, group, num_groups, fit):
+        some = rows.at(torch.cat([of_sequence[s] for s in members]))
+        numbers = sorted({group[s] for s in members})
+        chosen, groups = (sent(values, torch.int64, buffer.device) for values in (members, numbers))
+        local = {g: number for number, g in enumerate(numbers)}
+        part = sequences.of(chosen, groups, sent([local[group[s]] for s in members], torch.int64, buffer.device))
+        values = _finish(head, some, part, len(groups), family, buffer, gradients, kernel)
+        result.logp[chosen], result.reward[chosen] = values.logp, values.reward
+        result.loss[groups], result.margin[groups] = values.loss, values.margin
+    return result
+
+
+def _finish(
+    head: Head,
+    rows: Rows,
+    sequences: Sequences,
+    num_groups: int,
+    family: Family,
+    buffer: Tensor,
+    gradients: Gradients,
+    kernel: ModuleType,
+) -> Result:
+    """Values and gradients of whole groups, whose rows come sequence after sequence."""
+    token_logp = torch.empty(len(rows), dtype=head.logp_dtype, device=buffer.device)
+    pieces = list(chunks(0, len(rows), even_chunk(len(rows), len(buffer)))) if len(rows) else []
+    for first, last in pieces[:-1]:
+        head.logp_into(token_logp[first:last], rows, first, last, buffer)
+    for first, last in pieces[-1:]:
+        delta = head.delta_into(token_logp[first:last], rows, first, last, buffer)
+    logp = kernel.sequence_sum(token_logp, sequences.length)
+    loss, reward, margin, coef = kernel.forward(logp, *sequences, num_groups, family)
+    coef = kernel.over_rows(coef, sequences.length, len(rows))
+    for first, last in reversed(pieces):
+        if last < len(rows):
+            delta = head.delta_into(token_logp[first:last], rows, first, last, buffer)
+        gradients.add(rows, first, delta, coef[first:last])
+    return Result(loss, logp, reward, margin)

@@ -1,0 +1,93 @@
+"""Log-probability of each target token, from hidden states: the logits are never stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wrpo_kernels.budget import check_budget
+from wrpo_kernels.linear_token_logp import contract
+from wrpo_kernels.logit_transform import LogitTransform
+from wrpo_kernels.rows import count_rows, nan_unless_counted
+
+
+def linear_token_logp(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    num_rows: int | None = None,
+    budget_bytes: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Log-probability of each target token under a language-model head, without storing the logits.
+
+        z = softcap * tanh(logit_scale * (hidden W^T + bias) / softcap) / temperature      (no softcap: no tanh)
+        logp[n] = z[n, target[n]] - logsumexp_v z[n, v]
+
+    Args:
+        hidden: [..., D] float32 | bfloat16 | float16, the hidden states that the head receives. Their type is the
+            type of the matrix products.
+        weight: [V, D] head, any floating type (another than `hidden`'s is converted for the products).
+        target: [...] int64 in [0, V), or `ignore_index`. target[..., t] is predicted from hidden[..., t].
+        bias: [V] of the head. Default: none.
+        logit_scale: factor on the head's output. Default: 1.
+        softcap: bound of the tanh, in nats. Default: none.
+        temperature: divides the scores, > 0. Default: 1.
+        ignore_index: such positions never reach the head: logp 0, gradient 0. Default: -100.
+        num_rows: how many labels count, where the caller knows: an accelerator is then never waited for. A wrong
+            number is an error on the CPU and gives NaN elsewhere. Default: counted, which waits once.
+        budget_bytes: what the logits that exist at a time may take. Default: 512 MiB.
+        backend: "native", "triton" or "reference", the row kernel; "triton_fused" writes no logits where nothing needs
+            a gradient, and is "triton" elsewhere. Default: the first that can, "triton_fused" never.
+
+    Returns:
+        [...] float32, nats, <= 0; differentiable in `hidden`, `weight` and `bias` for any upstream gradient, as often
+        as the graph is kept. Each gradient has the type of its tensor. (float64 for float64 hidden states.)
+
+    Raises:
+        ValueError: a shape, dtype, device, option or target out of range; the message names it.
+        RuntimeError: the backend that was asked for refuses; the message holds its reason.
+
+    Numerics: log-probs are accumulated in float32. dW is summed in float32 inside each product and, where the rows
+        need several, across them; a 16-bit product on the CPU is rounded to its type before it is added. The same
+        bits on every run.
+    Memory: `budget_bytes`, held until the backward if the head is trained; beside it 4 D values a row of a chunk, a
+        float32 dW when a 16-bit head's rows do not fit the budget at once, and a converted weight when its type is
+        not that of `hidden`.
+    Cost: 2NDV flops forward alone, 4NDV with a frozen head, 6NDV with a trained one, plus 2DV for each row whose
+        logits did not fit the budget; N counts only the rows that are not ignored.
+    Source: WRPO, arXiv:2412.03187; online softmax, arXiv:1805.02867.
+    """
+    contract.check(hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index, backend)
+    transform = LogitTransform(bias, float(logit_scale), float(softcap or 0.0), float(temperature))
+    budget_bytes, counted = check_budget(budget_bytes), (target != ignore_index).sum()
+    rows = count_rows(counted, target.numel(), num_rows)
+    logp = logp_of_rows(hidden, weight, target, transform, ignore_index, rows, budget_bytes, backend)
+    return nan_unless_counted(logp, counted, num_rows)
+
+
+def logp_of_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    transform: LogitTransform,
+    ignore_index: int,
+    num_rows: int,
+    budget_bytes: int,
+    backend: str | None,
+) -> Tensor:
+    """`linear_token_logp` of checked arguments, of whose labels `num_rows` count (or UNCOUNTED)."""
+    keeps = gradients_asked(hidden, weight, transform.bias)
+    arguments = (*transform, ignore_index, num_rows, budget_bytes, *keeps, backend)
+    logp, _, _ = torch.ops.wrpo.linear_token_logp.default(hidden, weight, target, *arguments)
+    return logp
+
+
+def gradients_asked(*tensors: Tensor | None) -> tuple[bool, ...]:
+    return tuple(torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors)

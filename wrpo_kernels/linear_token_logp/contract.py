@@ -1,0 +1,150 @@
+"""The registered op `wrpo::linear_token_logp`: its check, schema, fake and autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wrpo_kernels.autograd import register_autograd
+from wrpo_kernels.budget import Plan, plan_rows, rows_within
+from wrpo_kernels.checks import (
+    check_backend_name,
+    check_device,
+    check_float,
+    check_int,
+    check_int64,
+    check_shape,
+    check_tensor,
+)
+from wrpo_kernels.gradients import Gradients
+from wrpo_kernels.linear_token_logp import passes
+from wrpo_kernels.linear_token_logp.head import Head, labels_by_position, no_autocast
+from wrpo_kernels.logit_transform import LogitTransform, check_transform
+from wrpo_kernels.products import scaled_rows
+from wrpo_kernels.rows import UNCOUNTED, Rows
+from wrpo_kernels.token_logp.contract import logp_dtype
+
+# num_rows is how many labels count, or UNCOUNTED; keeps_* say which gradients will be asked for. They fix the shapes of
+# what is saved, so that a tracing compiler knows them too.
+_TENSORS = "Tensor hidden, Tensor weight, Tensor target, Tensor? bias"
+_OPTIONS = (
+    "float logit_scale, float softcap, float temperature, int ignore_index, SymInt num_rows, SymInt budget_bytes, "
+    "bool keeps_hidden, bool keeps_weight, bool keeps_bias, str? backend"
+)
+torch.library.define(
+    "wrpo::linear_token_logp", f"({_TENSORS}, {_OPTIONS}) -> (Tensor logp, Tensor unscaled, Tensor kept)"
+)
+torch.library.define(
+    "wrpo::linear_token_logp_backward",
+    f"(Tensor grad_logp, Tensor unscaled, Tensor kept, {_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+)
+
+
+def check(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    backend: str | None = None,
+    target_name: str = "target",
+) -> None:
+    for name, value in (("hidden", hidden), ("weight", weight)):
+        check_tensor(name, value)
+        check_float(name, value)
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(f"weight must be [V, D] with V >= 1, got {list(weight.shape)}")
+    if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"hidden must be [..., D={weight.shape[1]}] as weight [V, D], got {list(hidden.shape)}")
+    check_device("weight", weight, "hidden", hidden.device)
+    check_tensor(target_name, target)
+    check_int64(target_name, target)
+    check_shape(target_name, target, "hidden's leading shape", *hidden.shape[:-1])
+    check_device(target_name, target, "hidden", hidden.device)
+    check_transform(bias, logit_scale, softcap, temperature, hidden, weight.shape[0])
+    check_int("ignore_index", ignore_index)
+    check_backend_name(backend)
+
+
+def bound(num_rows: int, target: Tensor) -> int:
+    return target.numel() if num_rows == UNCOUNTED else num_rows
+
+
+def _plan(hidden: Tensor, weight: Tensor, num_rows: int, budget_bytes: int, keeps_head: bool) -> Plan:
+    fit = rows_within(budget_bytes, weight.shape[0], weight.shape[1], hidden.dtype)
+    return plan_rows(num_rows, fit, keeps_head)
+
+
+def _open(hidden, weight, target, bias, options):
+    logit_scale, softcap, temperature, ignore_index, num_rows, budget_bytes, _, keeps_weight, keeps_bias, backend = (
+        options
+    )
+    head = Head(hidden, weight, LogitTransform(bias, logit_scale, softcap, temperature), ignore_index, backend)
+    rows = Rows.that_count(hidden, target, ignore_index, num_rows)
+    return head, rows, _plan(hidden, weight, bound(num_rows, target), budget_bytes, keeps_weight or keeps_bias)
+
+
+@torch.library.impl("wrpo::linear_token_logp", "CompositeExplicitAutograd")
+def _linear_token_logp(hidden, weight, target, bias, *options):
+    keeps_hidden, keeps_weight, keeps_bias = options[6:9]
+    with no_autocast(hidden), labels_by_position("target", target, options[3], weight.shape[0]):
+        head, rows, plan = _open(hidden, weight, target, bias, options)
+        logp, unscaled, kept = passes.forward(head, rows, plan, keeps_hidden and not (keeps_weight or keeps_bias))
+        return rows.spread(logp).view(target.shape), unscaled, kept
+
+
+@torch.library.impl("wrpo::linear_token_logp_backward", "CompositeExplicitAutograd")
+def _linear_token_logp_backward(grad_logp, unscaled, kept, hidden, weight, target, bias, *options):
+    _, keeps_weight, keeps_bias = options[6:9]
+    with no_autocast(hidden):
+        if not (keeps_weight or keeps_bias):
+            rows = Rows.that_count(hidden, target, *options[3:5])
+            scaled = scaled_rows(unscaled[: len(rows)], rows.take(grad_logp.reshape(-1)))
+            return rows.spread(scaled).view(hidden.shape), weight.new_empty(0), hidden.new_empty(0)
+        head, rows, plan = _open(hidden, weight, target, bias, options)
+        chunks = (plan.keep > 0) + -(-(len(rows) - plan.keep) // max(plan.chunk, 1))
+        gradients = Gradients(hidden, head.weight, options[6:9], chunks)
+        passes.backward(head, rows, plan, kept, rows.take(grad_logp.reshape(-1)), gradients)
+        totals = zip(gradients.totals(), (hidden, weight, bias), strict=True)
+        return tuple(hidden.new_empty(0) if total is None else total.to(like.dtype) for total, like in totals)
+
+
+@torch.library.register_fake("wrpo::linear_token_logp")
+def _fake(hidden, weight, target, bias, *options):
+    check(hidden, weight, target, bias, *options[:4])
+    num_rows, budget_bytes, keeps_hidden, keeps_weight, keeps_bias = options[4:9]
+    num_rows = bound(num_rows, target)
+    keeps_head = keeps_weight or keeps_bias
+    plan = _plan(hidden, weight, num_rows, budget_bytes, keeps_head)
+    logp = hidden.new_empty(target.shape, dtype=logp_dtype(hidden.dtype))
+    unscaled = hidden.new_empty(num_rows if keeps_hidden and not keeps_head else 0, hidden.shape[-1])
+    return logp, unscaled, hidden.new_empty(plan.keep, weight.shape[0])
+
+
+@torch.library.register_fake("wrpo::linear_token_logp_backward")
+def _fake_backward(grad_logp, unscaled, kept, hidden, weight, target, bias, *options):
+    keeps_hidden, keeps_weight, keeps_bias = options[6:9]
+    return (
+        hidden.new_empty(hidden.shape) if keeps_hidden else hidden.new_empty(0),
+        torch.empty_like(weight) if keeps_weight else weight.new_empty(0),
+        torch.empty_like(bias) if keeps_bias else hidden.new_empty(0),
+    )
+
+
+def _save(ctx, inputs, output):
+    hidden, weight, target, bias, *options = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(output[1], output[2], hidden, weight, target, bias)
+    ctx.options = options
+
+
+def _backward(ctx, grad_logp, *_):
+    grads = torch.ops.wrpo.linear_token_logp_backward(grad_logp, *ctx.saved_tensors, *ctx.options)
+    hidden, weight, bias = (grad if keep else None for grad, keep in zip(grads, ctx.options[6:9], strict=True))
+    return (hidden, weight, None, bias) + (None,) * len(ctx.options)
+
+
+register_autograd("linear_token_logp", _save, _backward)

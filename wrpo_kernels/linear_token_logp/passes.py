@@ -1,0 +1,60 @@
+"""The passes of `linear_token_logp` over chunks of rows (N rows that count, D hidden, V vocabulary).
+
+    nothing needs a gradient     2NDV   logits of a chunk -> log-probs, and the buffer is used again
+    only the hidden states do    4NDV   ... -> delta -> delta W, kept as [N, D]; the upstream gradient scales rows later
+    the head does                6NDV   delta of the rows that fit the budget is kept for the backward;
+                                 8NDV   the others are recomputed there
+
+No pass needs the upstream gradient before the backward: it enters as one factor a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from wrpo_kernels.budget import Plan
+from wrpo_kernels.gradients import Gradients
+from wrpo_kernels.linear_token_logp.head import Head
+from wrpo_kernels.products import grad_hidden_into
+from wrpo_kernels.rows import Rows
+from wrpo_kernels.scratch import scratch
+
+
+def chunks(first: int, last: int, step: int) -> Iterator[tuple[int, int]]:
+    for start in range(first, last, max(step, 1)):
+        yield start, min(start + step, last)
+
+
+def forward(head: Head, rows: Rows, plan: Plan, keeps_hidden: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns logp [N], the unscaled gradient of the hidden states [N or 0, D] and the kept deltas [keep, V]."""
+    (vocabulary, width), weight = head.weight.shape, head.weight
+    logp = weight.new_empty(len(rows), dtype=head.logp_dtype)
+    kept = scratch(plan.keep, vocabulary, weight.dtype, weight.device)
+    unscaled = weight.new_empty(len(rows) if keeps_hidden else 0, width)
+    if head.is_fused and not plan.keep and not keeps_hidden:
+        head.logp_of(rows, logp)
+        return logp, unscaled, kept
+    first_chunk = min(plan.keep, len(rows))
+    if first_chunk:
+        head.delta_into(logp[:first_chunk], rows, 0, first_chunk, kept)
+    buffer = scratch(min(plan.chunk, len(rows) - first_chunk), vocabulary, weight.dtype, weight.device)
+    for first, last in chunks(first_chunk, len(rows), plan.chunk):
+        if keeps_hidden:
+            delta = head.delta_into(logp[first:last], rows, first, last, buffer)
+            grad_hidden_into(unscaled[first:last], delta, weight)
+        else:
+            head.logp_into(logp[first:last], rows, first, last, buffer)
+    return logp, unscaled, kept
+
+
+def backward(head: Head, rows: Rows, plan: Plan, kept: Tensor, coef: Tensor, gradients: Gradients) -> None:
+    """Adds the gradients of the rows, each scaled by its `coef` [N], from their kept or recomputed deltas."""
+    first_chunk = min(plan.keep, len(rows))
+    if first_chunk:
+        gradients.add(rows, 0, kept[:first_chunk], coef[:first_chunk])
+    buffer = scratch(min(plan.chunk, len(rows) - first_chunk), kept.shape[1], kept.dtype, kept.device)
+    for first, last in chunks(first_chunk, len(rows), plan.chunk):
+        delta = head.delta_into(coef.new_empty(last - first), rows, first, last, buffer)
+        gradients.add(rows, first, delta, coef[first:last])

@@ -1,0 +1,42 @@
+"""What a language model does to its logits after the head's matrix product.
+
+    z = logit_scale * (h W^T + bias)            Cohere multiplies; Granite's `logits_scaling` divides: pass 1 / it
+    z = softcap * tanh(z / softcap)             Gemma-2's `final_logit_softcapping`
+    z = z / temperature                         sampling temperature, last
+
+This is the order in which the models themselves apply them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from wrpo_kernels.checks import check_device, check_float, check_number, check_shape, check_tensor
+
+
+class LogitTransform(NamedTuple):
+    bias: Tensor | None  # [V] or None
+    logit_scale: float
+    softcap: float  # 0 means none
+    temperature: float
+
+    @property
+    def slope(self) -> float:
+        """d z / d (h W^T) where the softcap does not bend."""
+        return self.logit_scale / self.temperature
+
+
+def check_transform(
+    bias: Tensor | None, logit_scale: float, softcap: float | None, temperature: float, like: Tensor, vocabulary: int
+) -> None:
+    if bias is not None:
+        check_tensor("bias", bias)
+        check_float("bias", bias)
+        check_shape("bias", bias, "[V]", vocabulary)
+        check_device("bias", bias, "the scores", like.device)
+    check_number("logit_scale", logit_scale)
+    if softcap is not None:
+        check_number("softcap", softcap, least=0.0)
+    check_number("temperature", temperature, above=0.0)

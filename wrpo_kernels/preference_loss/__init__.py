@@ -1,0 +1,218 @@
+"""The family of preference losses, from sequence log-probs: any number of weighted responses in one margin."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wrpo_kernels.checks import check_backend_name, check_int, check_int64, check_number, check_tensor
+from wrpo_kernels.preference_loss import contract
+from wrpo_kernels.preference_loss.family import Family
+
+
+class PreferenceOutput(NamedTuple):
+    """What every preference loss returns; only `loss` carries a gradient."""
+
+    loss: Tensor  # [] float32, or [G] with reduction="none"
+    logp: Tensor  # [S] float32, sequence log-probs, nats
+    reward: Tensor  # [S] float32, implicit rewards r_s
+    margin: Tensor  # [G] float32, margins m_g
+
+
+def preference_loss(
+    logp: Tensor,
+    ref_logp: Tensor | None = None,
+    *,
+    seq_weight: Tensor,
+    group: Tensor,
+    beta: float,
+    gamma: float = 0.0,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    length: Tensor | None = None,
+    length_normalize: bool = False,
+    nll_weight: float | Tensor = 0.0,
+    group_weight: Tensor | None = None,
+    num_groups: int | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    empty: str = "raise",
+    backend: str | None = None,
+) -> PreferenceOutput:
+    """Preference loss of groups of weighted responses, from their sequence log-probs.
+
+        r_s = beta * n_s * (logp[s] - ref_logp[s])            n_s = 1, or 1 / length[s] with length_normalize
+        m_g = sum_{s in g} seq_weight[s] * r_s - gamma
+        loss_g = group_weight[g] * phi(m_g) - sum_{s in g} nll_weight[s] * n_s * logp[s]
+
+        phi(m) = -(1 - eps) log sigmoid(m) - eps log sigmoid(-m)      "sigmoid", eps = label_smoothing
+               = max(0, 1 - m)                                        "hinge"
+               = ((m - 1/2) / beta)^2                                 "ipo", beta is the paper's tau
+
+    WRPO is the weights [alpha, 1 - alpha, -1], DPO [1, -1]; several sources or several rejected responses are
+    several weights.
+
+    Args:
+        logp: [S] float32, summed log-prob of each response under the policy, nats. The only input with a gradient.
+        ref_logp: [S] float32, the same under the reference, summed too; None is reference-free. Default: None.
+        seq_weight: [S] float32, weight of each response in its group's margin.
+        group: [S] int64 in [0, G), the example that each response belongs to, in any order.
+        beta: scale of the implicit reward, > 0.
+        gamma: target margin, in units of reward. Default: 0.
+        loss_type: "sigmoid", "hinge" or "ipo". Default: "sigmoid".
+        label_smoothing: probability that a preference is flipped, in [0, 0.5). Default: 0.
+        length: [S] int64, number of counted tokens; needed by length_normalize and by `empty`. Default: none.
+        length_normalize: divide each response's log-ratio by its own length. Default: False.
+        nll_weight: number or [S] float32, weight of each response's negative log-likelihood. Default: 0.
+        group_weight: [G] float32, weight of each example's margin loss; 0 switches it off whatever the margin, and
+            leaves the example's NLL to `nll_weight`. Default: 1.
+        num_groups: G; None reads it from `group`, which waits for the device on an accelerator. Default: None.
+        reduction: "mean" over groups, "sum", or "none" for [G]. Default: "mean".
+        normalizer: number or 0-d tensor that replaces G under "mean", so that micro-batches of uneven size add up
+            exactly: pass the number of examples of the whole batch. Default: G.
+        empty: what a response of length 0 means: "raise" (ValueError), or "zero": its whole group counts nothing and
+            leaves the mean. Default: "raise".
+        backend: "native", "triton" or "reference". Default: the first that can.
+
+    Returns:
+        PreferenceOutput(loss, logp [S], reward [S], margin [G]), float32; all but `loss` detached.
+
+    Raises:
+        ValueError: a shape, dtype, device or option is wrong; the message names it.
+        RuntimeError: the backend that was asked for refuses.
+
+    Numerics: sums and exponentials in float64 in a fixed order, results rounded once to float32.
+    Memory: a few floats a sequence.
+    Source: WRPO, arXiv:2412.03187; DPO 2305.18290; IPO 2310.12036; SimPO 2405.14734; hinge, SLiC-HF 2305.10425.
+    """
+    check_tensor("logp", logp)
+    check_backend_name(backend)
+    arguments, kept = settle(
+        logp,
+        ref_logp=ref_logp,
+        seq_weight=seq_weight,
+        group=group,
+        beta=beta,
+        gamma=gamma,
+        loss_type=loss_type,
+        label_smoothing=label_smoothing,
+        length=length,
+        length_normalize=length_normalize,
+        nll_weight=nll_weight,
+        group_weight=group_weight,
+        num_groups=num_groups,
+        empty=empty,
+    )
+    loss, reward, margin, _ = torch.ops.wrpo.preference_loss.default(logp, *arguments, backend)
+    return PreferenceOutput(reduce_loss(loss, reduction, normalizer, kept), logp.detach(), reward, margin)
+
+
+def settle(
+    logp: Tensor,
+    *,
+    ref_logp: Tensor | None,
+    seq_weight: Tensor,
+    group: Tensor,
+    beta: float,
+    gamma: float,
+    loss_type: str,
+    label_smoothing: float,
+    length: Tensor | None,
+    length_normalize: bool,
+    nll_weight: float | Tensor,
+    group_weight: Tensor | None,
+    num_groups: int | None,
+    empty: str,
+) -> tuple[tuple, int | Tensor]:
+    """The checked arguments of the op after `logp`, in its order, and the number of groups that count.
+
+    Of `logp` [S] only shape, type and device are read.
+    """
+    num_groups = count_groups(group, num_groups)
+    family = Family(beta, gamma, loss_type, label_smoothing, length_normalize)
+    nll_weight = spread_nll_weight(nll_weight, logp)
+    contract.check(logp, ref_logp, seq_weight, group, length, nll_weight, group_weight, num_groups, family)
+    group_weight, nll_weight, kept = drop_empty(empty, length, group, group_weight, nll_weight, num_groups, logp)
+    return (ref_logp, seq_weight, group, length, nll_weight, group_weight, num_groups, *family), kept
+
+
+def count_groups(group: Tensor, num_groups: int | None) -> int:
+    check_tensor("group", group)
+    check_int64("group", group)
+    if num_groups is None:
+        return int(group.max()) + 1 if group.numel() else 0
+    if not torch.compiler.is_compiling():
+        check_int("num_groups", num_groups)
+        if num_groups < 0:
+            raise ValueError(f"num_groups must be >= 0, got {num_groups}")
+    return num_groups
+
+
+def spread_nll_weight(nll_weight: float | Tensor, logp: Tensor) -> Tensor | None:
+    if isinstance(nll_weight, Tensor):
+        return nll_weight
+    check_number("nll_weight", nll_weight, least=0.0)
+    return torch.full_like(logp, nll_weight, requires_grad=False) if nll_weight else None
+
+
+def drop_empty(
+    empty: str,
+    length: Tensor | None,
+    group: Tensor,
+    group_weight: Tensor | None,
+    nll_weight: Tensor | None,
+    num_groups: int,
+    like: Tensor,
+) -> tuple[Tensor | None, Tensor | None, Tensor | int]:
+    """Weights without the groups that hold an empty response, and the number of groups that remain."""
+    if empty not in ("raise", "zero"):
+        raise ValueError(f"empty must be 'raise' or 'zero', got {empty!r}")
+    if length is None:
+        return group_weight, nll_weight, num_groups
+    contract.check_groups(group, num_groups)
+    if empty == "raise":
+        raise_on_empty(length)
+        return group_weight, nll_weight, num_groups
+    full = like.new_ones(num_groups, requires_grad=False)
+    full = full.scatter_reduce(0, group, (length > 0).to(full.dtype), "amin")  # 0 where any response is empty
+    weight = full if group_weight is None else group_weight * full
+    return weight, None if nll_weight is None else nll_weight * full[group], full.sum().clamp(min=1)
+
+
+def raise_on_empty(length: Tensor) -> None:
+    if torch.compiler.is_compiling() or length.device.type != "cpu":
+        return  # reading the lengths would wait for the device; an empty response then has log-prob 0, never NaN
+    shortest = int(length.min()) if length.numel() else 1
+    if shortest < 0:
+        raise ValueError(f"length must be >= 0, got {shortest}")
+    if shortest == 0:
+        sequence = int((length == 0).nonzero()[0])
+        raise ValueError(
+            f"sequence {sequence} has no counted token, so its log-prob means nothing; drop its example, give it a "
+            "longer max_length, or pass empty='zero' to switch such examples off"
+        )
+
+
+def reduce_loss(loss: Tensor, reduction: str, normalizer: float | Tensor | None, kept: int | Tensor) -> Tensor:
+    """[G], or their sum [], -> the scalar that `reduction` and `normalizer` name."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if normalizer is not None:
+        if reduction != "mean":
+            raise ValueError(f"normalizer belongs to reduction='mean', got reduction={reduction!r}")
+        if isinstance(normalizer, Tensor):
+            if normalizer.numel() != 1:
+                raise ValueError(f"normalizer must be a number or a 0-d tensor, got {list(normalizer.shape)}")
+            normalizer = normalizer.reshape(())
+        else:
+            check_number("normalizer", normalizer, above=0.0)
+    if reduction == "none":
+        return loss
+    total = loss.sum() if loss.dim() else loss
+    if reduction == "sum":
+        return total
+    if normalizer is None:
+        normalizer = kept if isinstance(kept, Tensor) else max(kept, 1)
+    return total / normalizer

@@ -1,0 +1,211 @@
+"""`preference_loss` by one Triton launch, a program a group; sums of rows and coefficients of rows by one more each.
+
+Everything is float64 as in the other backends; there are a few sequences to a group, so that its cost is the launch. A
+sequence whose group is not in [0, G) cannot raise without waiting for the device: its reward and coefficient are NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wrpo_kernels.preference_loss.family import LOSS_TYPES, Family
+from wrpo_kernels.triton_math import logistic, softplus
+
+BLOCK = 256  # sequences at a time
+SIGMOID, HINGE, IPO = (tl.constexpr(LOSS_TYPES.index(name)) for name in ("sigmoid", "hinge", "ipo"))
+
+
+@triton.jit
+def _phi(m, beta, eps, LOSS: tl.constexpr):
+    """The loss of a margin and its derivative."""
+    if LOSS == HINGE:
+        return tl.where(m >= 1.0, 0.0, 1.0 - m), tl.where(m < 1.0, -1.0, 0.0)
+    elif LOSS == IPO:
+        distance = (m - 0.5) / beta
+        return distance * distance, 2.0 * distance / beta
+    else:
+        # eps * softplus(m) = eps * (m + softplus(-m)); without smoothing an infinite margin must not meet the 0
+        smoothing = tl.where(eps == 0.0, 0.0, eps * m)
+        return softplus(-m) + smoothing, eps - logistic(-m)
+
+
+@triton.jit
+def _members(s, S, g, logp, ref_logp, seq_weight, group, length, beta, HAS_REF: tl.constexpr, BY_LENGTH: tl.constexpr):
+    """Of sequences s: whether they are in group g, log-prob, n_s, reward and weight."""
+    within = s < S
+    mine = within & (tl.load(group + s, mask=within, other=-1) == g)
+    lp = tl.load(logp + s, mask=mine, other=0.0).to(tl.float64)
+    w = tl.load(seq_weight + s, mask=mine, other=0.0).to(tl.float64)
+    ratio = lp
+    if HAS_REF:
+        ratio = lp - tl.load(ref_logp + s, mask=mine, other=0.0).to(tl.float64)
+    n = tl.full(s.shape, 1.0, tl.float64)
+    if BY_LENGTH:
+        count = tl.load(length + s, mask=mine, other=0)
+        n = tl.where(count > 0, n / tl.where(count > 0, count, 1).to(tl.float64), 0.0)
+    return mine, lp, n, beta * n * ratio, w
+
+
+@triton.jit(do_not_specialize=["S", "G"])
+def _preference_loss_fwd(
+    logp,  # [S] float32
+    ref_logp,  # [S] float32
+    seq_weight,  # [S] float32
+    group,  # [S] int64
+    length,  # [S] int64
+    nll_weight,  # [S] float32
+    group_weight,  # [G] float32
+    loss,  # [G] float32
+    reward,  # [S] float32
+    margin,  # [G] float32
+    coef,  # [S] float32
+    S,
+    G,
+    beta_high,
+    beta_low,
+    gamma_high,
+    gamma_low,
+    eps_high,
+    eps_low,
+    LOSS: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    BY_LENGTH: tl.constexpr,
+    HAS_NLL: tl.constexpr,
+    HAS_GROUP_WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # Triton passes a Python float as float32: two of them hold 48 of a double's 53 bits.
+    beta = tl.cast(beta_high, tl.float64) + tl.cast(beta_low, tl.float64)
+    gamma = tl.cast(gamma_high, tl.float64) + tl.cast(gamma_low, tl.float64)
+    eps = tl.cast(eps_high, tl.float64) + tl.cast(eps_low, tl.float64)
+    g = tl.program_id(0)
+    one = tl.full([], 1.0, tl.float64)
+    m, nll_sum = -gamma, one - one
+    for first in range(0, S, BLOCK):
+        s = first + tl.arange(0, BLOCK)
+        mine, lp, n, r, w = _members(s, S, g, logp, ref_logp, seq_weight, group, length, beta, HAS_REF, BY_LENGTH)
+        m += tl.sum(tl.where(w != 0.0, w * r, 0.0), 0)
+        if HAS_NLL:
+            nll = tl.load(nll_weight + s, mask=mine, other=0.0).to(tl.float64) * n
+            nll_sum += tl.sum(tl.where(nll != 0.0, nll * lp, 0.0), 0)
+    value, slope = _phi(m, beta, eps, LOSS)
+    is_group = g < G
+    if HAS_GROUP_WEIGHT:
+        a = tl.load(group_weight + g, mask=is_group, other=0.0).to(tl.float64)
+        value = tl.where(a != 0.0, value * a, 0.0)
+        slope = tl.where(a != 0.0, slope * a, 0.0)
+    tl.store(loss + g, (value - nll_sum).to(tl.float32), mask=is_group)
+    tl.store(margin + g, m.to(tl.float32), mask=is_group)
+    for first in range(0, S, BLOCK):
+        s = first + tl.arange(0, BLOCK)
+        mine, lp, n, r, w = _members(s, S, g, logp, ref_logp, seq_weight, group, length, beta, HAS_REF, BY_LENGTH)
+        c = n * beta * w * slope
+        if HAS_NLL:
+            c -= tl.load(nll_weight + s, mask=mine, other=0.0).to(tl.float64) * n
+        if g < G:
+            tl.store(reward + s, r.to(tl.float32), mask=mine)
+            tl.store(coef + s, c.to(tl.float32), mask=mine)
+        if g == 0:
+            member_of = tl.load(group + s, mask=s < S, other=0)
+            strays = (s < S) & ((member_of < 0) | (member_of >= G))
+            tl.store(reward + s, float("nan"), mask=strays)
+            tl.store(coef + s, float("nan"), mask=strays)
+
+
+@triton.jit
+def _rows_of(sequence, length, BLOCK: tl.constexpr):
+    """First and last + 1 of a sequence's rows: the lengths before it are summed here, no launch of their own."""
+    first = tl.full([], 0, tl.int64)
+    for start in range(0, sequence, BLOCK):
+        s = start + tl.arange(0, BLOCK)
+        first += tl.sum(tl.load(length + s, mask=s < sequence, other=0), 0)
+    return first, first + tl.load(length + sequence)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _sequence_sum_fwd(rows, length, sums, N, BLOCK: tl.constexpr):
+    sequence = tl.program_id(0)
+    first, last = _rows_of(sequence, length, BLOCK)
+    last = tl.minimum(last, N)
+    total = tl.zeros([BLOCK], tl.float64)
+    for start in range(first, last, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        total += tl.load(rows + n, mask=n < last, other=0.0).to(tl.float64)
+    tl.store(sums + sequence, tl.sum(total, 0).to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["N"])
+def _over_rows_fwd(values, length, rows, N, BLOCK: tl.constexpr):
+    sequence = tl.program_id(0)
+    first, last = _rows_of(sequence, length, BLOCK)
+    last = tl.minimum(last, N)
+    value = tl.load(values + sequence)
+    for start in range(first, last, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        tl.store(rows + n, tl.zeros([BLOCK], tl.float32) + value, mask=n < last)
+
+
+def sequence_sum(rows: Tensor, length: Tensor) -> Tensor:
+    """[N] -> [S]: rows stand sequence after sequence, `length` [S] of them each; float64 sums in a fixed order."""
+    sums = rows.new_empty(len(length))
+    _of_sequences(_sequence_sum_fwd, length, rows, length.contiguous(), sums, len(rows))
+    return sums
+
+
+def over_rows(values: Tensor, length: Tensor, num_rows: int) -> Tensor:
+    """[S] -> [N]: every row gets the value of its sequence; NaN where the lengths name fewer rows than there are."""
+    rows = values.new_full((num_rows,), torch.nan)
+    _of_sequences(_over_rows_fwd, length, values, length.contiguous(), rows, num_rows)
+    return rows
+
+
+def _of_sequences(kernel: triton.JITFunction, length: Tensor, *arguments: Tensor | int) -> None:
+    if len(length):
+        with torch.cuda.device_of(length):
+            kernel[(len(length),)](*arguments, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True)
+
+
+def forward(
+    logp: Tensor,
+    ref_logp: Tensor | None,
+    seq_weight: Tensor,
+    group: Tensor,
+    length: Tensor | None,
+    nll_weight: Tensor | None,
+    group_weight: Tensor | None,
+    num_groups: int,
+    family: Family,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns `loss` [G], `reward` [S], `margin` [G] and `coef` [S] = d loss[group[s]] / d logp[s]."""
+    loss, margin = logp.new_empty(num_groups), logp.new_empty(num_groups)
+    reward, coef = torch.empty_like(logp), torch.empty_like(logp)
+    inputs = (logp, ref_logp, seq_weight, group, length, nll_weight, group_weight)
+    settled = [logp if x is None else x.contiguous() for x in inputs]  # what is absent is not read
+    with torch.cuda.device_of(logp):
+        _preference_loss_fwd[(max(num_groups, 1),)](
+            *settled,
+            *(loss, reward, margin, coef),
+            logp.shape[0],
+            num_groups,
+            *_halves(family.beta),
+            *_halves(family.gamma),
+            *_halves(family.label_smoothing),
+            LOSS=LOSS_TYPES.index(family.loss_type),
+            HAS_REF=ref_logp is not None,
+            BY_LENGTH=family.length_normalize,
+            HAS_NLL=nll_weight is not None,
+            HAS_GROUP_WEIGHT=group_weight is not None,
+            BLOCK=BLOCK,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+    return loss, reward, margin, coef
+
+
+def _halves(value: float) -> tuple[float, float]:
+    """A number as the sum of two float32."""
+    high = torch.tensor(value, dtype=torch.float32).item()
+    return high, value - high

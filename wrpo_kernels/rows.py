@@ -1,0 +1,103 @@
+"""The rows that count: positions whose label is a response token. Prompt and padding never reach the head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wrpo_kernels.checks import check_int
+
+UNCOUNTED = -1
+
+
+class Rows:
+    """Rows of `hidden` [M, D], or [S, T, D] of any strides, and `target` [M], compacted chunk by chunk.
+
+    Attributes:
+        index: [N] int64, their positions in `hidden`; None when all M rows are taken as they stand.
+        target: [N] int64, their labels.
+    """
+
+    def __init__(self, hidden: Tensor, target: Tensor, index: Tensor | None) -> None:
+        self._hidden, self._labels = hidden, target
+        self.index = index
+        self.target = target.contiguous() if index is None else target[index]
+
+    @classmethod
+    def that_count(cls, hidden: Tensor, target: Tensor, ignore_index: int, num_rows: int = UNCOUNTED) -> Rows:
+        """The rows whose label is not `ignore_index`; on an accelerator `num_rows` of them, without waiting for it."""
+        target = target.reshape(-1)
+        if hidden.dim() != 3 or hidden.is_contiguous():  # a slice such as hidden[:, :-1] is not copied to be flattened
+            hidden = hidden.reshape(-1, hidden.shape[-1])
+        if num_rows == UNCOUNTED or target.device.type == "cpu":
+            index = (target != ignore_index).nonzero()[:, 0]
+        elif num_rows < len(target):
+            # A count that is too large is filled with row 0; `nan_unless_counted` tells.
+            index = torch.nonzero_static(target != ignore_index, size=num_rows, fill_value=0)[:, 0]
+        else:
+            return cls(hidden, target, None)
+        return cls(hidden, target, None if len(index) == len(target) else index)
+
+    def __len__(self) -> int:
+        return self.target.numel()
+
+    def at(self, positions: Tensor) -> Rows:
+        """The rows at these positions of `hidden`, in this order."""
+        return Rows(self._hidden, self._labels, positions)
+
+    def positions(self) -> Tensor:
+        """[N] int64, where each row stands in `hidden`."""
+        return torch.arange(len(self), device=self.target.device) if self.index is None else self.index
+
+    def hidden(self, first: int, last: int) -> Tensor:
+        """[last - first, D], a view where nothing was left out."""
+        if self._hidden.dim() == 3:
+            positions, width = self.positions()[first:last], self._hidden.shape[1]
+            return self._hidden[positions // width, positions % width]
+        if self.index is None:
+            return self._hidden[first:last]
+        return self._hidden.index_select(0, self.index[first:last])
+
+    def take(self, values: Tensor) -> Tensor:
+        """[M, ...] -> [N, ...]"""
+        return values if self.index is None else values.index_select(0, self.index)
+
+    def put_(self, out: Tensor, first: int, values: Tensor) -> None:
+        """Writes the values of rows [first, first + n) to their places in `out` [M, ...]."""
+        last = first + values.shape[0]
+        if self.index is None:
+            out[first:last] = values
+        else:
+            out.index_copy_(0, self.index[first:last], values)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[N, ...] -> [M, ...], zero where the label does not count."""
+        if self.index is None:
+            return values
+        out = values.new_zeros(len(self._labels), *values.shape[1:])
+        return out.index_copy_(0, self.index, values)
+
+
+def count_rows(counted: Tensor, most: int, num_rows: int | None) -> int:
+    """How many of `most` labels count: `num_rows` where the caller says so, else `counted` [], read from the device.
+
+    UNCOUNTED where it cannot be read, while compiling.
+    """
+    if num_rows is not None:
+        check_int("num_rows", num_rows)
+        if not 0 <= num_rows <= most:
+            raise ValueError(f"num_rows must be in [0, {most}], the number of labels, got {num_rows}")
+    if torch.compiler.is_compiling():
+        return UNCOUNTED if num_rows is None else num_rows
+    if num_rows is not None and counted.device.type != "cpu":
+        return num_rows
+    if num_rows not in (None, int(counted)):
+        raise ValueError(f"num_rows must be the number of labels that count, {int(counted)}, got {num_rows}")
+    return int(counted)
+
+
+def nan_unless_counted(values: Tensor, counted: Tensor, num_rows: int | None) -> Tensor:
+    """A wrong `num_rows` would leave rows out in silence, and raising would wait for the device: it gives NaN."""
+    if num_rows is None or counted.device.type == "cpu":
+        return values
+    return values * torch.where(counted == num_rows, 1.0, torch.nan).to(values.dtype)

@@ -1,0 +1,54 @@
+"""Log-probability of each target token, from logits that exist."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wrpo_kernels.token_logp import contract
+
+
+def token_logp(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    backend: str | None = None,
+) -> Tensor:
+    """Log-probability of each target token, without storing the softmax.
+
+        z = softcap * tanh(logit_scale * (logits + bias) / softcap) / temperature      (no softcap: no tanh)
+        logp[n] = z[n, target[n]] - logsumexp_v z[n, v]
+
+    Args:
+        logits: [..., V] float32 | bfloat16 | float16, unnormalised scores in nats. Any row stride; rows that are not
+            contiguous, or whose leading dimensions cannot be flattened, are copied.
+        target: [...] int64 in [0, V), or `ignore_index`.
+        bias: [V] added to the logits. Default: none.
+        logit_scale: factor on logits and bias. Default: 1.
+        softcap: bound of the tanh, in nats. Default: none.
+        temperature: divides the scores, > 0. Default: 1.
+        ignore_index: such rows give logp 0 and gradient 0, whatever stands in them. Default: -100.
+        backend: "native", "triton" or "reference". Default: the first that can; `python -m wrpo_kernels` says which.
+
+    Returns:
+        [...] float32, nats, <= 0. Differentiable in `logits` and `bias`. (float64 for float64 logits.)
+
+    Raises:
+        ValueError: a shape, dtype, device, option or target out of range; the message names it.
+        RuntimeError: the backend that was asked for refuses; the message holds its reason.
+
+    Numerics: reads in the input type, computes and accumulates in float32, the gradient is rounded once to the type
+        of the logits; the same bits on every run and for every number of threads.
+    Memory: keeps one float a row for the backward; the gradient is the only [N, V] tensor that is made.
+    Source: WRPO, arXiv:2412.03187; online softmax, arXiv:1805.02867.
+    """
+    contract.check(logits, target, bias, logit_scale, softcap, temperature, ignore_index, backend)
+    rows = logits.reshape(-1, logits.shape[-1])
+    options = (bias, float(logit_scale), float(softcap or 0.0), float(temperature), ignore_index, backend)
+    logp, _ = torch.ops.wrpo.token_logp.default(rows, target.reshape(-1), *options)
+    return logp.view(target.shape)

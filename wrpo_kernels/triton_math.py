@@ -1,0 +1,81 @@
+"""The arithmetic of one row, shared by the Triton kernels: the transform of a logit and the running log-sum-exp.
+
+All of it is float32 and in nats. A running log-sum-exp is a pair (top, total) that stands for `top + log(total)`; it is
+kept per lane, so that the loop over a row needs no exchange between threads, and the lanes are merged once a row.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# A finite floor: exp(-inf - LOWEST) is 0, where exp(-inf - (-inf)) would be NaN. A row of -inf alone still gives NaN.
+LOWEST = tl.constexpr(-3.4e38)
+
+
+@triton.jit
+def tanh_with_slope(u):
+    """tanh(u), and 1 - tanh(u)^2 without the cancellation where tanh is near 1."""
+    e = tl.exp(-2.0 * tl.abs(u))
+    q = 1.0 / (1.0 + e)
+    value = (1.0 - e) * q
+    return tl.where(u < 0, -value, value), 4.0 * e * q * q
+
+
+@triton.jit
+def transformed(x, scale, cap, HAS_SOFTCAP: tl.constexpr):
+    """The score z of a logit (bias already added), and dz/dx without the constant factor of the slope.
+
+    Without a softcap z = scale * x; with one z = cap * tanh(scale * x).
+    """
+    if HAS_SOFTCAP:
+        value, bend = tanh_with_slope(x * scale)
+        z = value * cap
+    else:
+        z = x * scale
+        bend = 1.0
+    return z, bend
+
+
+@triton.jit
+def tile_columns(LANES: tl.constexpr, UNROLL: tl.constexpr, VECTOR: tl.constexpr):
+    """Columns of a tile [UNROLL, LANES, VECTOR]: neighbours are VECTOR values of one lane, which one load brings."""
+    by_load = tl.arange(0, UNROLL)[:, None, None] * (LANES * VECTOR)
+    return by_load + tl.arange(0, LANES)[None, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+
+
+@triton.jit
+def take_in(top, total, z):
+    """The running log-sum-exp [LANES] after the scores z [UNROLL, LANES, VECTOR].
+
+    One exponential a score and one a lane: two a score would be all that an H100 can compute in the time it reads one.
+    """
+    higher = tl.maximum(top, tl.max(tl.max(z, 2), 0))
+    grown = tl.sum(tl.sum(tl.exp(z - higher[None, :, None]), 2), 0)
+    return higher, total * tl.exp(top - higher) + grown
+
+
+@triton.jit
+def merged(top, total):
+    """The lanes' log-sum-exps [LANES] as one."""
+    highest = tl.max(top, 0)
+    return highest, tl.sum(total * tl.exp(top - highest), 0)
+
+
+@triton.jit
+def log1p(e):
+    """log(1 + e) for e in [0, 1], exact where 1 + e rounds: the quotient takes the rounding out again."""
+    u = 1.0 + e
+    return tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), without overflow."""
+    return tl.where(x > 0.0, x, 0.0) + log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def logistic(x):
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x > 0.0, 1.0, e) / (1.0 + e)

@@ -5,8 +5,8 @@ Writes triples.jsonl, what the demo trains on: asks the model for five answers t
 and lets `wrpo.candidates` choose: the best answer of any expert, the model's own best and its worst. Prompts on which
 the model's answers are all worth the same give no triple, nor do those where every expert slipped below the model.
 
-The file that is shipped was sampled the same way by an earlier state of this code and scored by the present one, so this
-command makes one like it, not the same; see docs/log.md.
+The file that is shipped was sampled the same way by an earlier state of this code and scored by the present one, so
+this command makes one like it, not the same; see docs/log.md.
 """
 
 from __future__ import annotations

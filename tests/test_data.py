@@ -26,9 +26,12 @@ LOADED = {
     "source_chosen": ["five"],
     "source_weight": [1.0],
     "source_model": [None],
+    "source_reward": None,
     "target_chosen": "5",
     "rejected": "6",
+    "source_logp": None,
 }
+OF_TARGETS = ("target_chosen", "rejected", "source_logp")
 
 
 def loaded(row: dict, **options) -> dict:
@@ -72,6 +75,12 @@ def test_the_entries_of_chosen_before_the_last_are_sources():
     assert (triple["source_model"], triple["source_weight"]) == (["a", "b"], [0.25, 0.75])
 
 
+def test_rewards_and_log_probs_of_the_sources_are_kept():
+    row = loaded(EXPLICIT | {"source_reward": 3, "source_logp": [[-1, -0.5], [0, -1], [-2, -3]]})
+    assert row["source_reward"] == [3.0]
+    assert row["source_logp"] == [[-1.0, -0.5], [0.0, -1.0], [-2.0, -3.0]]
+
+
 def test_sources_share_equally_when_no_weight_is_given():
     assert loaded(EXPLICIT | {"source_chosen": ["a", "b", "c", "d"]})["source_weight"] == [0.25] * 4
 
@@ -88,7 +97,7 @@ def test_loading_a_loaded_triple_changes_nothing():
 
 def test_sft_rows_need_no_target_answers():
     for row in ({"prompt": "2 + 3?", "source_chosen": "five"}, {"prompt": "2 + 3?", "chosen": ["five"]}, RELEASED):
-        assert loaded(row, targets=False) == {k: v for k, v in LOADED.items() if k not in ("target_chosen", "rejected")}
+        assert loaded(row, targets=False) == {k: v for k, v in LOADED.items() if k not in OF_TARGETS}
 
 
 def write(folder, kind: str, rows: list[dict]):
@@ -169,6 +178,13 @@ BAD = {
     "weight is text": (EXPLICIT | {"source_weight": "1"}, "source_weight", "'1'"),
     "too few models": (EXPLICIT | {"source_chosen": ["a", "b"], "source_model": ["m"]}, "source_model", "2 names"),
     "model is a number": (EXPLICIT | {"source_model": 7}, "source_model", "got 7"),
+    "too few rewards": (EXPLICIT | {"source_reward": []}, "source_reward", "1 finite number"),
+    "reward infinite": (EXPLICIT | {"source_reward": [float("inf")]}, "source_reward", "inf"),
+    "log-probs of sources alone": (EXPLICIT | {"source_logp": [[-1.0]]}, "source_logp", "3 lists"),
+    "log-probs of other models": (EXPLICIT | {"source_logp": [[-1.0], [-1.0, -2.0], [-1.0]]}, "source_logp", "3 lists"),
+    "log-probs of no model": (EXPLICIT | {"source_logp": [[], [], []]}, "source_logp", "3 lists"),
+    "log-prob above zero": (EXPLICIT | {"source_logp": [[-1.0], [0.5], [-1.0]]}, "source_logp", "at most 0"),
+    "log-prob is NaN": (EXPLICIT | {"source_logp": [[-1.0], [-1.0], [float("nan")]]}, "source_logp", "finite"),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import datasets
 import pytest
 import torch
@@ -92,6 +94,47 @@ def test_reference_log_probs_that_do_not_fit_their_row_are_refused(first, second
         PreferenceCollator(pad_token_id=0)(rows)
 
 
+def test_shares_follow_the_rewards_where_a_temperature_is_given():
+    rows = [ONE | {"source_reward": [-3.0]}, TWO | {"source_reward": [1.0, 0.0]}]
+    shares = PreferenceCollator(0, reward_temperature=0.5)(rows)["source_weight"]
+    expected = [[1.0, 0.0], [1 / (1 + math.exp(-2)), 1 / (1 + math.exp(2))]]
+    torch.testing.assert_close(shares, torch.tensor(expected))
+    large = PreferenceCollator(0, reward_temperature=1e-3)([TWO | {"source_reward": [-1e6, 1e6]}])
+    assert large["source_weight"].tolist() == [[0.0, 1.0]]
+
+
+def test_source_ids_name_the_model_of_each_answer():
+    rows = [ONE | {"source_model": ["b"]}, TWO | {"source_model": ["a", "unheard of"]}, TWO]
+    ids = PreferenceCollator(0, source_models=["a", "b", "source 2"])(rows)["source_id"]
+    # b, and no second source; a, and a model that is not listed; rows without names go by place
+    assert ids.tolist() == [[1, -1], [0, 3], [3, 2]]
+
+
+def test_log_probs_under_the_source_models_follow_their_sequences():
+    rows = [
+        ONE | {"source_logp": [[-1.0, -1.5], [-2.0, -2.5], [-3.0, -3.5]]},
+        TWO | {"source_logp": [[-4.0, -4.5], [-5.0, -5.5], [-6.0, -6.5], [-7.0, -7.5]]},
+    ]
+    got = PreferenceCollator(0, with_source_logp=True)(rows)["source_logp"]
+    assert got[:, 0].tolist() == [-1.0, -4.0, -1.0, -5.0, -2.0, -6.0, -3.0, -7.0]
+    assert torch.equal(got[:, 1], got[:, 0] - 0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "words"),
+    [
+        ({"reward_temperature": 1.0}, {"source_reward": None}, "row 2, field 'source_reward': expected 2 rewards"),
+        ({"with_source_logp": True}, {"source_logp": None}, "row 2, field 'source_logp': expected 4 lists of 1 log"),
+        ({"with_source_logp": True}, {"source_logp": [[-1.0]] * 3}, "row 2, field 'source_logp': expected 4 lists"),
+        ({"with_source_logp": True}, {"source_logp": [[-1.0] * 2] * 4}, "row 2, field 'source_logp': expected 4 lists"),
+    ],
+)
+def test_a_column_that_is_asked_for_and_does_not_fit_its_row_is_named(options, change, words):
+    one = ONE | {"source_reward": [1.0], "source_logp": [[-1.0]] * 3}
+    with pytest.raises(DataError, match="batch, " + words):
+        PreferenceCollator(0, **options)([one, TWO | change])
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -134,6 +177,6 @@ def test_sft_rows_go_from_file_to_batch(tmp_path, monkeypatch):
     rows = load_triples([{"prompt": "2 + 3?", "source_chosen": ["five", "V"]}], targets=False)
     tokenizer = tiny_tokenizer()
     tokens = tokenize_triples(rows, tokenizer)
-    assert set(tokens.column_names) == {"prompt_ids", "source_ids", "source_weight"}
+    assert set(tokens.column_names) == {"prompt_ids", "source_ids", "source_weight", "source_model", "source_reward"}
     batch = SFTCollator(tokenizer.pad_token_id)(list(tokens))
     assert tokenizer.decode(batch["labels"][0][batch["labels"][0] != -100]) == "five<|im_end|>"

@@ -23,8 +23,13 @@ _SOURCES = {
     "source_chosen": [Value("string")],
     "source_weight": [Value("float64")],
     "source_model": [Value("string")],
+    "source_reward": [Value("float64")],
 }
-_TARGETS = {"target_chosen": Value("string"), "rejected": Value("string")}
+_TARGETS = {
+    "target_chosen": Value("string"),
+    "rejected": Value("string"),
+    "source_logp": [[Value("float64")]],
+}
 _PLACE = {"file": Value("string"), "row": Value("int64")}
 
 
@@ -41,7 +46,7 @@ def load_triples(
         targets: False for the SFT stage, which needs the source answers only. Default: True.
 
     Returns:
-        Dataset with the explicit row's columns, `target_chosen` and `rejected` only if `targets`, and where each row
+        Dataset with the explicit row's columns, those of the target's responses only if `targets`, and where each row
         came from (`file`, `row`). In memory, as Arrow.
 
     Raises:

@@ -34,8 +34,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("wrpo.data")
 
 _IDS = [Value("int32")]
-_SOURCES = {"prompt_ids": _IDS, "source_ids": [_IDS], "source_weight": [Value("float64")]}
-_TARGETS = {"target_ids": _IDS, "rejected_ids": _IDS}
+# Columns that are handed on as they are; null where the rows do not have them.
+_NUMBERS = [Value("float64")]
+_OF_SOURCES = {"source_weight": _NUMBERS, "source_model": [Value("string")], "source_reward": _NUMBERS}
+_OF_RESPONSES = {"source_logp": [_NUMBERS]}
+_SOURCES = {"prompt_ids": _IDS, "source_ids": [_IDS], **_OF_SOURCES}
+_TARGETS = {"target_ids": _IDS, "rejected_ids": _IDS, **_OF_RESPONSES}
 # Tokens cut from the prompt and from each response, and why a row is unusable: read for the report, then dropped.
 _NOTES = {
     "prompt_cut": Value("int64"),
@@ -67,9 +71,10 @@ def tokenize_triples(
         num_proc: processes; None: this one (fast tokenizers use threads already).
 
     Returns:
-        Dataset of prompt_ids [P], source_ids K x [R_k], source_weight [K] and, where the rows have targets, target_ids
-        and rejected_ids; responses end with the end-of-turn token unless they were cut. Kept on disk in the `datasets`
-        cache under a fingerprint of rows, tokenizer, options and of the code that decides the ids.
+        Dataset of prompt_ids [P], source_ids K x [R_k], source_weight, source_model and source_reward [K] and, where
+        the rows have targets, target_ids, rejected_ids and source_logp [K + 2][M]; responses end with the end-of-turn
+        token unless they were cut. Kept on disk in the `datasets` cache under a fingerprint of rows, tokenizer, options
+        and of the code that decides the ids.
 
     Raises:
         DataError: the first bad row, or no good row at all.  ValueError: limits that cannot be met.
@@ -163,8 +168,9 @@ def _good_row(
     full_prompt = next(ids)
     full = [_response_ids(full_prompt, next(ids), text[len(start) :], tokenizer) for text in whole.values()]
     prompt, responses = truncate(full_prompt, full, **limits)
-    out = {"prompt_ids": prompt, "source_ids": responses, "source_weight": row["source_weight"]}
+    out = {"prompt_ids": prompt, "source_ids": responses} | {name: row.get(name) for name in _OF_SOURCES}
     if "target_chosen" in row:
+        out |= {name: row.get(name) for name in _OF_RESPONSES}
         *out["source_ids"], out["target_ids"], out["rejected_ids"] = responses
     cuts = [len(a) - len(b) for a, b in zip(full, responses, strict=True)]
     return out | {"prompt_cut": len(full_prompt) - len(prompt), "response_cut": cuts, "problem": None, "field": None}
@@ -177,9 +183,9 @@ def _response_ids(prompt: list[int], whole: list[int], response: str, tokenizer:
 
 
 def _bad_row(row: dict, error: DataError) -> dict:
-    empty: dict[str, Any] = {"prompt_ids": [], "source_ids": [], "source_weight": []}
+    empty: dict[str, Any] = dict.fromkeys(_SOURCES)
     if "target_chosen" in row:
-        empty |= {"target_ids": [], "rejected_ids": []}
+        empty |= dict.fromkeys(_TARGETS)
     return empty | {"prompt_cut": 0, "response_cut": [], "problem": str(error), "field": error.field}
 
 

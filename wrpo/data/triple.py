@@ -5,8 +5,10 @@ Two forms are understood.
     released (as the paper's data)   prompt, chosen: [source_1 .. source_K, target], rejected: [target]
     explicit                         prompt, source_chosen: one or many, target_chosen, rejected
 
-Both may carry `source_model` (names) and `source_weight` (shares that sum to 1; default 1/K each). A prompt is a
-string, a message, or a list of messages; a response is a string, an assistant message, or a list of messages that ends
+Both may carry, each with one entry for each source answer, `source_model` (names), `source_weight` (shares that sum to
+1; default 1/K each) and `source_reward` (numbers, any unit); and `source_logp`, for each response (sources, target,
+rejected) its mean log-prob per token under each of M models, each with its own tokens. A prompt is a string, a message,
+or a list of messages; a response is a string, an assistant message, or a list of messages that ends
 with the assistant's and repeats the prompt before it. Where the prompt is missing, or is the bare text of a user turn,
 the repeated part is the prompt.
 """
@@ -34,7 +36,8 @@ def normalise(row: dict, *, targets: bool = True) -> dict:
 
     Returns:
         {"prompt": list of {"role", "content"}, "source_chosen": list of K str, "source_weight": list of K float that
-        sum to 1, "source_model": list of K (str | None), "target_chosen": str, "rejected": str}
+        sum to 1, "source_model": list of K (str | None), "source_reward": list of K float or None, "target_chosen":
+        str, "rejected": str, "source_logp": list of K + 2 lists of M float, nats, or None}
 
     Raises:
         DataError: with the field, without file and row.
@@ -48,6 +51,9 @@ def normalise(row: dict, *, targets: bool = True) -> dict:
     triple["source_chosen"] = sources
     triple["source_weight"] = _weights(row.get("source_weight"), len(sources))
     triple["source_model"] = _models(row.get("source_model"), len(sources))
+    triple["source_reward"] = _rewards(row.get("source_reward"), len(sources))
+    if targets:
+        triple["source_logp"] = _logp(row.get("source_logp"), len(sources) + 2)
     return triple
 
 
@@ -192,7 +198,7 @@ def _weights(value: Any, count: int) -> list[float]:
     if value is None:
         return [1.0 / count] * count
     weights = value if isinstance(value, list) else [value]
-    if not all(isinstance(w, (int, float)) and not isinstance(w, bool) for w in weights) or len(weights) != count:
+    if not all(_is_number(w) for w in weights) or len(weights) != count:
         todo = "Give one number for each source answer, or leave the field out for equal shares."
         raise DataError(f"{count} number{'s' * (count > 1)}", shown(value), todo, field="source_weight")
     total = math.fsum(weights)
@@ -208,3 +214,31 @@ def _models(value: Any, count: int) -> list[str | None]:
         todo = "Give one name for each source answer, or leave the field out."
         raise DataError(f"{count} name{'s' * (count > 1)}", shown(value), todo, field="source_model")
     return models
+
+
+def _rewards(value: Any, count: int) -> list[float] | None:
+    if value is None:
+        return None
+    rewards = value if isinstance(value, list) else [value]
+    if not all(_is_number(reward) and math.isfinite(reward) for reward in rewards) or len(rewards) != count:
+        todo = "Give one number for each source answer, or leave the field out."
+        raise DataError(f"{count} finite number{'s' * (count > 1)}", shown(value), todo, field="source_reward")
+    return [float(reward) for reward in rewards]
+
+
+def _logp(value: Any, count: int) -> list[list[float]] | None:
+    if value is None:
+        return None
+    rows = value if isinstance(value, list) and all(isinstance(row, list) and row for row in value) else []
+    models = len(rows[0]) if rows else 0
+    if len(rows) != count or any(len(row) != models for row in rows):
+        todo = "Give one list for each source, target and rejected response, in this order, or leave the field out."
+        raise DataError(f"{count} lists with one number for each model", shown(value), todo, field="source_logp")
+    if not all(_is_number(logp) and -math.inf < logp <= 0 for row in rows for logp in row):
+        todo = "Divide the sum over the response's tokens by their number."
+        raise DataError("finite mean log-probs, at most 0", shown(value), todo, field="source_logp")
+    return [[float(logp) for logp in row] for row in rows]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

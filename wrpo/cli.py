@@ -2,7 +2,8 @@
 
     wrpo train CONFIG.yaml [--field value ...]     preference optimisation on triples
     wrpo sft CONFIG.yaml [--field value ...]       the stage before it, on the source answers
-    wrpo triples CANDIDATES... -o TRIPLES.jsonl    triples from scored candidate answers
+    wrpo build [CONFIG.yaml] [--field value ...]   SFT split and triples from scored candidate answers
+    wrpo eval [ANSWERS...] -o FOLDER               solved prompts, wins, implicit-reward accuracy on held-out data
     wrpo info                                      versions, and which kernels run here
 
 `wrpo COMMAND --help` lists the rest. Exit status: 0 done; 2 something the user can put right, said in one line; a
@@ -177,46 +178,21 @@ def _say_where(folder: Path) -> None:
             print(f"{what:<8} {folder / name}")
 
 
-# -- triples, info ----------------------------------------------------------------------------------------------------
+# -- build, eval, info ------------------------------------------------------------------------------------------------
 
 
-def triples(arguments: list[str]) -> None:
-    """Triples from scored candidate answers."""
-    from argparse import ArgumentParser
+def build(arguments: list[str]) -> None:
+    """SFT split and triples from scored candidate answers."""
+    from wrpo.building.command import run
 
-    from wrpo.candidates import make_triples, write_triples
-
-    parser = ArgumentParser(prog="wrpo triples", description=triples.__doc__, allow_abbrev=False)
-    parser.add_argument("candidates", nargs="+", help="rows of prompt_id, prompt, model, sample, response, reward")
-    parser.add_argument("-o", "--output", required=True, help="JSON lines file to write")
-    parser.add_argument("--target", default="target", help="model name of the target's own answers (default: target)")
-    parser.add_argument(
-        "--num-sources", type=_at_least_one, default=1, help="source models a triple keeps (default: 1)"
-    )
-    parser.add_argument("--weight-temperature", type=_above_zero, help="weights softmax(reward / this); default: equal")
-    parser.add_argument("--min-target-gap", type=float, default=0.0, help="least reward best - worst target answer")
-    parser.add_argument("--min-source-gap", type=float, help="least reward source - worst target answer; default: any")
-    parser.add_argument("--skip-bad-rows", action="store_true", help="leave bad candidates out and count them")
-    options = vars(parser.parse_args(arguments))
-    output = options.pop("output")
-    rows, report = make_triples(**options)
-    write_triples(rows, output)
-    print(report)
-    print(f"triples  {output}")
+    run(arguments)
 
 
-def _at_least_one(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+def evaluate(arguments: list[str]) -> None:
+    """Solved prompts, wins and implicit-reward accuracy on held-out data."""
+    from wrpo.evaluation.command import run
 
-
-def _above_zero(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise ValueError
-    return value
+    run(arguments)
 
 
 def info(arguments: list[str]) -> None:
@@ -228,4 +204,4 @@ def info(arguments: list[str]) -> None:
     print(report())
 
 
-COMMANDS = {"train": train, "sft": sft, "triples": triples, "info": info}
+COMMANDS = {"train": train, "sft": sft, "build": build, "eval": evaluate, "info": info}

@@ -126,7 +126,7 @@ def test_a_mistake_of_the_user_is_one_line_and_status_2(capsys, tmp_path):
         ["trian"],
         ["train", "--bta", "1"],
         ["sft", str(tmp_path / "nowhere.yaml")],
-        ["triples", str(tmp_path / "bad.jsonl"), "-o", str(tmp_path / "out.jsonl")],
+        ["build", str(tmp_path / "bad.jsonl"), "-o", str(tmp_path / "out")],
         ["info", "please"],
     ]
     for arguments in mistakes:
@@ -179,30 +179,6 @@ def test_info_is_the_report_of_the_kernels(capsys):
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
-
-
-def test_triples_writes_the_file_and_the_report(tmp_path, capsys):
-    rows = [("big", 0.9), ("target", 0.8), ("target", 0.1)]
-    lines = [
-        json.dumps({"prompt_id": "a", "prompt": "q", "model": m, "sample": i, "response": f"{m} {i}", "reward": r})
-        for i, (m, r) in enumerate(rows)
-    ]
-    (tmp_path / "candidates.jsonl").write_text("\n".join([*lines, "{broken"]))
-    out = tmp_path / "triples.jsonl"
-    command = [
-        "triples",
-        str(tmp_path / "candidates.jsonl"),
-        "-o",
-        str(out),
-        "--skip-bad-rows",
-        "--min-target-gap",
-        "0.5",
-    ]
-    assert cli.main(command) == 0
-    assert load_triples(out)[0]["source_chosen"] == ["big 0"]
-    shown = capsys.readouterr().out
-    assert "3 candidates for 1 prompts -> 1 triples; 1 bad row skipped" in shown
-    assert str(out) in shown
 
 
 def test_the_examples_hold_the_same_triples_in_both_forms():

@@ -2,7 +2,7 @@
 
     wrpo train CONFIG.yaml [--field value ...]     preference optimisation on triples
     wrpo sft CONFIG.yaml [--field value ...]       the stage before it, on the source answers
-    wrpo build [CONFIG.yaml] [--field value ...]   SFT split and triples from scored candidate answers
+    wrpo build CANDIDATES ... -o FOLDER            SFT split and triples from scored candidate answers
     wrpo eval [ANSWERS...] -o FOLDER               solved prompts, wins, implicit-reward accuracy on held-out data
     wrpo info                                      versions, and which kernels run here
 

@@ -7,8 +7,10 @@ it stops the load is decided by the caller.
 
 from __future__ import annotations
 
+import glob
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -20,6 +22,7 @@ from .errors import DataError, shown
 
 RawRow = tuple[str, int, "dict | DataError"]  # file, row counted from 1, content
 
+BROKEN_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 
 
@@ -27,8 +30,9 @@ def read_rows(source: Any, *, split: str = "train") -> Iterator[RawRow]:
     """Every row of `source` in order.
 
     Args:
-        source: a path (JSON lines, a JSON array, either gzipped, Parquet, or a folder written by `save_to_disk`), a
-            list of such paths, a `datasets.Dataset`, or a list of dicts.
+        source: a path or glob (JSON lines, a JSON array, either gzipped, Parquet, or a folder written by
+            `save_to_disk`), a list of such paths, a `datasets.Dataset`, or a list of dicts. Files of a glob are read in
+            the order of their names.
         split: which split of a saved `DatasetDict` is read.
 
     Raises:
@@ -52,8 +56,14 @@ def read_rows(source: Any, *, split: str = "train") -> Iterator[RawRow]:
 
 def _read_path(path: Path, split: str) -> Iterator[RawRow]:
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder. Check train_file, eval_file or the path given.")
+        named = sorted(glob.glob(str(path), recursive=True))
+        if not named:
+            raise FileNotFoundError(f"{path}: no such file or folder. Check train_file, eval_file or the path given.")
+        return chain.from_iterable(_read_path(Path(part), split) for part in named)
     if path.is_dir():
+        if not any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
+            todo = f"Name the files in it, for example '{path}/*.jsonl'."
+            raise DataError("a folder of save_to_disk", "another folder", todo, file=str(path))
         saved = datasets.load_from_disk(str(path))
         saved = _pick_split(saved, split) if isinstance(saved, datasets.DatasetDict) else saved
         return _read_dataset(str(path), saved)
@@ -90,7 +100,10 @@ def _open(path: Path) -> IO[bytes]:
 def _read_json(path: Path) -> Iterator[RawRow]:
     """A file that starts with `[` is one array; anything else is JSON lines, whatever its suffix."""
     with _open(path) as file:
-        start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+        try:
+            start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+        except BROKEN_GZIP as error:
+            raise _broken_gzip(path, error) from error
     return _read_json_array(path) if start.startswith(b"[") else _read_json_lines(path)
 
 
@@ -103,14 +116,26 @@ def _read_json_array(path: Path) -> Iterator[RawRow]:
 
 
 def _read_json_lines(path: Path) -> Iterator[RawRow]:
+    name = str(path)
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        row = _parse(line)
+        if not isinstance(row, (dict, DataError)):
+            row = _as_object(row)
+        yield name, number, row.at(name, number) if isinstance(row, DataError) else row
+
+
+def _lines(path: Path) -> Iterator[bytes]:
     with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            row = _parse(line)
-            if not isinstance(row, (dict, DataError)):
-                row = _as_object(row)
-            yield str(path), number, row.at(str(path), number) if isinstance(row, DataError) else row
+        try:
+            yield from file
+        except BROKEN_GZIP as error:
+            raise _broken_gzip(path, error) from error
+
+
+def _broken_gzip(path: Path, error: Exception) -> DataError:
+    return DataError("a whole gzip file", str(error), "Copy or compress it again.", file=str(path))
 
 
 def _parse(raw: bytes) -> Any:
@@ -130,25 +155,35 @@ def _parse(raw: bytes) -> Any:
 
 
 def _read_parquet(path: Path) -> Iterator[RawRow]:
+    import pyarrow as pa
     import pyarrow.parquet
 
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise DataError("a Parquet file", str(error), "Copy or write it again.", file=str(path)) from error
     number = 0
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
-        for offset in range(batch.num_rows):
+    for batch in file.iter_batches(batch_size=256):
+        try:
+            rows: list = batch.to_pylist()
+        except UnicodeDecodeError:  # one row is at fault; the others are good
+            rows = [_decoded(lambda: batch.slice(k, 1).to_pylist()[0]) for k in range(batch.num_rows)]  # noqa: B023
+        for row in rows:
             number += 1
-            yield str(path), number, _decoded(lambda: batch.slice(offset, 1).to_pylist()[0], str(path), number)  # noqa: B023
+            yield str(path), number, row.at(str(path), number) if isinstance(row, DataError) else row
 
 
-def _read_dataset(file: str, dataset: datasets.Dataset) -> Iterator[RawRow]:
+def _read_dataset(name: str, dataset: datasets.Dataset) -> Iterator[RawRow]:
     plain = dataset.with_format(None)
-    for index in range(len(plain)):
-        yield file, index + 1, _decoded(lambda: plain[index], file, index + 1)  # noqa: B023
+    for number in range(1, len(plain) + 1):
+        row = _decoded(lambda: plain[number - 1])  # noqa: B023
+        yield name, number, row.at(name, number) if isinstance(row, DataError) else row
 
 
-def _decoded(fetch: Callable[[], dict], file: str, number: int) -> dict | DataError:
+def _decoded(fetch: Callable[[], dict]) -> dict | DataError:
     """Arrow checks its text only when it is read."""
     try:
         return fetch()
     except UnicodeDecodeError as error:
         got = f"byte {error.object[error.start]:#04x}"
-        return DataError("UTF-8 text", got, "Write the column as UTF-8.", file=file, row=number)
+        return DataError("UTF-8 text", got, "Write the column as UTF-8.")

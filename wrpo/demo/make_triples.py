@@ -2,7 +2,7 @@
 
 Writes triples.jsonl, what the demo trains on: asks the model for five answers to each training prompt at temperature
 0.8 and top-p 0.95, asks the experts of `sources.py` for theirs, lets the verifiers of `skills.py` score all of them,
-and lets `wrpo.candidates` choose: the best answer of any expert, the model's own best and its worst. Prompts on which
+and lets `wrpo.building` choose: the best answer of any expert, the model's own best and its worst. Prompts on which
 the model's answers are all worth the same give no triple, nor do those where every expert slipped below the model.
 
 The file that is shipped was sampled the same way by an earlier state of this code and scored by the present one, so
@@ -12,12 +12,13 @@ this command makes one like it, not the same; see docs/log.md.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 from pathlib import Path
 
 import torch
 
-from wrpo.candidates import make_triples, write_triples
+from wrpo.building import BuildSettings, build_rows
 
 from . import model as demo_model
 from .skills import SKILLS, Task, score, tasks
@@ -61,11 +62,10 @@ def main() -> None:
     rows = [
         row for n, (task, said) in enumerate(zip(asked, sampled, strict=True)) for row in candidates(task, n, said, rng)
     ]
-    triples, report = make_triples(rows)
-    triples = [triple for triple in triples if triple["source_reward"][0] >= triple["target_reward"]]
-    random.Random(options.seed).shuffle(triples)
-    write_triples(triples, options.output)
-    print(report)
+    built = build_rows(rows, BuildSettings(sft_share=0, seed=options.seed))
+    triples = [triple for triple in built.triples if triple["source_reward"][0] >= triple["target_reward"]]
+    options.output.write_text("".join(json.dumps(triple, ensure_ascii=False) + "\n" for triple in triples), "utf-8")
+    print(built.report)
     print(f"{len(triples)} triples in which an expert is at least as good as the model")
     print(f"triples  {options.output}")
 

@@ -1,0 +1,68 @@
+"""python -m benchmarks.build [--prompts 100000] [--answers 10] [--dir FOLDER]
+
+Rows a second and peak memory of `wrpo build`, on candidates that are made here and come in the worst order: one model's
+answers to all prompts, then the next model's. Needs room for the candidates three times (130 bytes a row and more).
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+def write_candidates(prompts: int, answers: int, path: str | Path) -> None:
+    """JSON lines: half of the answers to a prompt from as many sources, the other half the target's."""
+    rng = random.Random(0)
+    sources = answers // 2
+    with open(path, "w") as file:
+        for number in range(answers):
+            model, sample = (f"source-{number}", 0) if number < sources else ("target", number - sources)
+            head = f'"model": "{model}", "sample": {sample}, "response": "answer {number} of {model}'
+            file.writelines(
+                f'{{"prompt_id": "{prompt:08d}", "prompt": "question {prompt}", {head} to {prompt}", '
+                f'"reward": {rng.random():.4f}}}\n'
+                for prompt in range(prompts)
+            )
+
+
+def measured(folder: str, candidates: str) -> str:
+    """Build in this process and say what it took."""
+    import resource
+
+    from wrpo.building import BuildFiles, BuildSettings, build
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    report, _, seconds = build(BuildSettings(), BuildFiles([candidates], folder, overwrite=True))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return (
+        f"{report.candidates:,} candidates, {report.prompts:,} prompts -> {report.sft:,} SFT rows, {report.triples:,} "
+        f"triples: {seconds:.0f} s, {report.candidates / seconds:,.0f} rows/s, peak {peak:.0f} MiB "
+        f"({before:.0f} MiB before the first row)"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=100_000)
+    parser.add_argument("--answers", type=int, default=10, help="answers a prompt (default: 10)")
+    parser.add_argument("--dir", help="folder for the candidates and the output (default: the system's temporary one)")
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)  # the fresh process
+    options = parser.parse_args()
+    if options.measure:
+        print(measured(*options.measure))
+        return
+    with tempfile.TemporaryDirectory(dir=options.dir) as folder:
+        candidates = f"{folder}/candidates.jsonl"
+        write_candidates(options.prompts, options.answers, candidates)
+        print(f"candidates: {Path(candidates).stat().st_size / 2**20:,.0f} MiB", flush=True)
+        # In a fresh process: a peak is only a process's own.
+        command = [sys.executable, "-m", "benchmarks.build", "--measure", f"{folder}/out", candidates]
+        subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    main()

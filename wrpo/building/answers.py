@@ -1,0 +1,82 @@
+"""One prompt and its answers, once its rows are found to agree with each other."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+from wrpo.data.errors import BadRows, DataError, shown
+from wrpo.data.triple import Message
+
+from .candidate import Answer
+from .grouping import Record
+
+REPEATED = "the same row again"
+
+
+class Prompt(NamedTuple):
+    """One prompt and all answers to it, best first."""
+
+    prompt_id: str
+    prompt: str | list[Message]
+    answers: list[Answer]
+
+
+def one_prompt(group: list[Record], bad: BadRows, dropped: Counter[str]) -> Prompt | None:
+    """The prompt of records (order, prompt id, prompt, *fields of `Answer`) that share a prompt id.
+
+    Rows that repeat another are dropped and counted. Rows that contradict another are bad, both sides of them, for
+    nothing says which is right: all answers where the prompts differ, and then there is no prompt; the answers of one
+    model and sample number where texts or rewards differ.
+
+    Raises:
+        DataError: the first contradiction, unless bad rows are skipped.
+    """
+    _, prompt_id, prompt, *_ = group[0]
+    answers = sorted(Answer(*record[3:]) for record in group)
+    other = next((record for record in group if record[2] != prompt), None)
+    if other is not None:
+        _add_all(_two_prompts(group[0], other), answers, bad)
+        return None
+    return Prompt(prompt_id, prompt, _without_contradictions(prompt_id, answers, bad, dropped))
+
+
+def _without_contradictions(prompt_id: str, answers: list[Answer], bad: BadRows, dropped: Counter[str]) -> list[Answer]:
+    first: dict[tuple[str, int], Answer] = {}
+    contradicted: dict[tuple[str, int], list[Answer]] = {}
+    for answer in answers:
+        key = (answer.model, answer.sample)
+        earlier = first.setdefault(key, answer)
+        if earlier is answer:
+            continue
+        if earlier[:4] == answer[:4]:
+            dropped[REPEATED] += 1
+        else:
+            contradicted.setdefault(key, [earlier]).append(answer)
+    for rows in contradicted.values():
+        _add_all(_two_answers(prompt_id, *rows[:2]), rows, bad)
+    return [answer for key, answer in first.items() if key not in contradicted]
+
+
+def _add_all(error: DataError, rows: list[Answer], bad: BadRows) -> None:
+    bad.add(error)
+    for _ in rows[1:]:
+        bad.note(error.field, str(error))
+
+
+def _two_prompts(one: Record, other: Record) -> DataError:
+    return DataError(
+        f"the prompt that {one[1]!r} has in {one[-2]}, row {one[-1]}, {shown(one[2])}",
+        shown(other[2]),
+        "Give different prompts different ids.",
+        field="prompt", file=other[-2], row=other[-1],
+    )  # fmt: skip
+
+
+def _two_answers(prompt_id: str, one: Answer, other: Answer) -> DataError:
+    return DataError(
+        f"one answer of {one.model!r} with sample {one.sample} to {prompt_id!r}",
+        f"another {'reward' if one.response == other.response else 'text'} than in {one.file}, row {one.row}",
+        "Number a model's answers to one prompt from 0.",
+        field="sample", file=other.file, row=other.row,
+    )  # fmt: skip

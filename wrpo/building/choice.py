@@ -1,0 +1,125 @@
+"""From one prompt's answers to its SFT row or its triple, or to the reason why there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from wrpo.data.collation import softmax
+
+from .answers import Prompt
+from .candidate import Answer
+from .settings import BuildSettings
+
+
+class Unusable(Exception):
+    """A prompt gives no row; the message is the reason, as the report counts it."""
+
+
+def choose_sources(sources: list[Answer], settings: BuildSettings) -> list[Answer]:
+    """The best answer of each of the best `num_sources` models, from the answer of rank `source_rank` on.
+
+    Args:
+        sources: distinct answers of the source models, best first.
+
+    Raises:
+        Unusable: none is left.
+    """
+    if not sources:
+        raise Unusable("no answer of a source model")
+    best: dict[str, Answer] = {}
+    for answer in sources[settings.source_rank - 1 :]:
+        best.setdefault(answer.model, answer)
+    if not best:
+        raise Unusable(f"no {settings.source_rank} different source answers")
+    chosen = [answer for answer in best.values() if _is_good(answer, settings)][: settings.num_sources]
+    if not chosen:
+        raise Unusable(f"reward of source_chosen below {settings.min_chosen_reward:g}")
+    return chosen
+
+
+def sft_row(prompt: Prompt, chosen: list[Answer], settings: BuildSettings) -> dict[str, Any]:
+    """What `wrpo sft` reads: the prompt and the source answers, best first."""
+    rewards = [answer.reward for answer in chosen]
+    return {
+        "prompt_id": prompt.prompt_id,
+        "prompt": prompt.prompt,
+        "source_chosen": [answer.response for answer in chosen],
+        "source_model": [answer.model for answer in chosen],
+        "source_weight": _weights(rewards, settings.weight_temperature),
+        "source_reward": rewards,
+    }
+
+
+def triple(
+    prompt: Prompt, chosen: list[Answer], sources: list[Answer], targets: list[Answer], settings: BuildSettings
+) -> dict[str, Any]:
+    """What `wrpo train` reads: the SFT row, and with it the target's best answer and the rejected one.
+
+    Args:
+        chosen: what `choose_sources` returned.
+        sources, targets: distinct answers of the source models and of the target, best first.
+
+    Raises:
+        Unusable: no answer can be preferred to another.
+    """
+    if not targets:
+        raise Unusable(f"no answer of {settings.target!r}")
+    best, rejected = targets[0], _rejected(chosen[0].model, sources, targets, settings)
+    _refuse_target_gap(best, rejected, settings)
+    if not _is_good(best, settings):
+        raise Unusable(f"reward of target_chosen below {settings.min_chosen_reward:g}")
+    most = settings.max_rejected_reward
+    if most is not None and rejected.reward > most:
+        raise Unusable(f"reward of rejected above {most:g}")
+    return sft_row(prompt, _preferred(chosen, rejected, settings), settings) | {
+        "target_chosen": best.response,
+        "rejected": rejected.response,
+        "target_reward": best.reward,
+        "rejected_reward": rejected.reward,
+        "rejected_model": rejected.model,
+    }
+
+
+def _rejected(source_model: str, sources: list[Answer], targets: list[Answer], settings: BuildSettings) -> Answer:
+    if settings.rejected == "target":
+        return targets[-1]
+    if settings.rejected == "source":
+        return sources[-1]
+    return [answer for answer in sources if answer.model == source_model][-1]
+
+
+def _refuse_target_gap(best: Answer, rejected: Answer, settings: BuildSettings) -> None:
+    gap = best.reward - rejected.reward
+    if gap <= 0 and settings.rejected == "target":
+        raise Unusable(f"no two answers of {settings.target!r} that differ in reward and text")
+    if gap <= 0:
+        raise Unusable("target_chosen no better than rejected")
+    if best.response.strip() == rejected.response.strip():
+        raise Unusable("target_chosen and rejected are one text")
+    if gap < settings.min_target_gap:
+        raise Unusable(f"target gap below {settings.min_target_gap:g}")
+    if settings.max_target_gap is not None and gap > settings.max_target_gap:
+        raise Unusable(f"target gap above {settings.max_target_gap:g}")
+
+
+def _preferred(chosen: list[Answer], rejected: Answer, settings: BuildSettings) -> list[Answer]:
+    """The source answers that say something else than the rejected one and keep the gaps to it."""
+    others = [answer for answer in chosen if answer.response.strip() != rejected.response.strip()]
+    if not others:
+        raise Unusable("source_chosen and rejected are one text")
+    least, most = settings.min_source_gap, settings.max_source_gap
+    near = [answer for answer in others if most is None or answer.reward - rejected.reward <= most]
+    if not near:
+        raise Unusable(f"source gap above {most:g}")
+    kept = [answer for answer in near if least is None or answer.reward - rejected.reward >= least]
+    if not kept:
+        raise Unusable(f"source gap below {least:g}")
+    return kept
+
+
+def _is_good(answer: Answer, settings: BuildSettings) -> bool:
+    return settings.min_chosen_reward is None or answer.reward >= settings.min_chosen_reward
+
+
+def _weights(rewards: list[float], temperature: float | None) -> list[float]:
+    return [1 / len(rewards)] * len(rewards) if temperature is None else softmax(rewards, temperature)

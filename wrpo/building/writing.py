@@ -1,0 +1,186 @@
+"""Rows into JSON lines or Parquet, files that are whole or not there.
+
+Everything is written in a folder `unfinished` inside the output folder and moved out of it at the end, report.json
+last: where that stands, the set is complete. A run that is stopped removes its folder; one that is killed leaves it,
+and the next run of the same shard clears it.
+
+    sft.jsonl  triples.jsonl  prompts.jsonl  report.json  rewards.png
+    triples-00003.jsonl                      the fourth file, with `rows_per_file`
+    triples-00001-of-00004.jsonl             the second shard of four; with both, triples-00001-of-00004-00003.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from wrpo.data.triple import prompt_messages
+from wrpo.user_error import UserError
+
+from .grouping import Shard
+
+ROWS_PER_GROUP = 1000  # of Parquet, held as Python objects until written
+OURS = re.compile(
+    r"(?:sft|triples|prompts|report|rewards)(?:-(\d{5})-of-(\d{5}))?(?:-\d{5})?\.(?:jsonl|parquet|json|png)"
+)
+
+_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_PROMPT = [("prompt_id", pa.string()), ("prompt", _MESSAGES)]
+_SFT = [
+    *_PROMPT,
+    ("source_chosen", pa.list_(pa.string())),
+    ("source_model", pa.list_(pa.string())),
+    ("source_weight", pa.list_(pa.float64())),
+    ("source_reward", pa.list_(pa.float64())),
+]
+_TRIPLE = [
+    *_SFT,
+    ("target_chosen", pa.string()),
+    ("rejected", pa.string()),
+    ("target_reward", pa.float64()),
+    ("rejected_reward", pa.float64()),
+    ("rejected_model", pa.string()),
+]
+SCHEMAS = {"prompts": pa.schema(_PROMPT), "sft": pa.schema(_SFT), "triples": pa.schema(_TRIPLE)}
+
+
+class Output:
+    """A set of files, complete when the `with` block ends without an error, and gone when it ends with one.
+
+    Args:
+        folder: made if it is not there.
+        format: "jsonl" or "parquet".
+        rows_per_file: begin another file after so many rows; None: one file a kind.
+        shard: which shard the names speak of.
+        overwrite: replace what an earlier build left in `folder`; without it that is an error.
+
+    Raises:
+        UserError: files of an earlier build.  OSError: a folder that cannot be written.
+    """
+
+    def __init__(self, folder: Path, format: str, rows_per_file: int | None, shard: Shard, overwrite: bool):
+        self.folder, self._overwrite, self._shard = folder, overwrite, shard
+        self._format, self._rows_per_file = format, rows_per_file
+        self.tag = f"-{shard.index:05d}-of-{shard.count:05d}" if shard.count > 1 else ""
+        self.unfinished = folder / f"unfinished{self.tag}"
+        self._open: dict[str, _RowFile] = {}
+        self._files: dict[str, int] = {}  # kind -> files begun
+
+    def __enter__(self) -> Output:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        earlier = self._earlier()
+        if earlier and not self._overwrite:
+            raise UserError(
+                f"output_dir: {self.folder} holds {earlier[0].name} of an earlier build. Name another folder, or "
+                "replace it with --overwrite."
+            )
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+        self.unfinished.mkdir()
+        return self
+
+    def write(self, kind: str, row: dict[str, Any]) -> None:
+        file = self._open.get(kind)
+        if file is not None and file.rows == self._rows_per_file:
+            file.close()
+            file = None
+        if file is None:
+            file = self._open[kind] = self._begin(kind)
+        file.write(row)
+        file.rows += 1
+
+    def path(self, name: str) -> Path:
+        """Where to write a file that is not made of rows, e.g. report.json; it moves with the others."""
+        stem, suffix = name.split(".")
+        return self.unfinished / f"{stem}{self.tag}.{suffix}"
+
+    def files(self) -> dict[str, Path]:
+        """Kind -> its file, or the glob of its files, ready for `train_file`."""
+        part = "" if self._rows_per_file is None else "-*"
+        return {kind: self.folder / f"{kind}{self.tag}{part}.{self._format}" for kind in sorted(self._files)} | {
+            name: path for name in ("report", "rewards") for path in self.folder.glob(f"{name}{self.tag}.*")
+        }
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            while self._open:
+                self._open.popitem()[1].close()
+            if kind is None:
+                self._publish()
+        finally:
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+
+    def _begin(self, kind: str) -> _RowFile:
+        number = self._files.get(kind, 0)
+        self._files[kind] = number + 1
+        part = "" if self._rows_per_file is None else f"-{number:05d}"
+        path = self.unfinished / f"{kind}{self.tag}{part}.{self._format}"
+        return _Parquet(path, SCHEMAS[kind]) if self._format == "parquet" else _JsonLines(path)
+
+    def _publish(self) -> None:
+        for old in self._earlier():
+            old.unlink()
+        made = sorted(self.unfinished.iterdir(), key=lambda path: path.name.startswith("report"))
+        for path in made:
+            path.replace(self.folder / path.name)
+
+    def _earlier(self) -> list[Path]:
+        """Files of a build, without those of the other shards of this one."""
+        found = [(path, OURS.fullmatch(path.name)) for path in sorted(self.folder.iterdir())]
+        return [path for path, match in found if match and not self._is_sibling(match)]
+
+    def _is_sibling(self, match: re.Match) -> bool:
+        return match[2] is not None and int(match[2]) == self._shard.count and int(match[1]) != self._shard.index
+
+
+class _RowFile(Protocol):
+    rows: int
+
+    def write(self, row: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _JsonLines:
+    def __init__(self, path: Path):
+        self.rows = 0
+        self._file = path.open("w", encoding="utf-8", newline="\n")
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def close(self) -> None:
+        with self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+
+class _Parquet:
+    def __init__(self, path: Path, schema: pa.Schema):
+        self.rows = 0
+        self._file = path.open("wb")
+        self._writer = pq.ParquetWriter(self._file, schema)
+        self._schema, self._held = schema, []  # type: pa.Schema, list[dict]
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._held.append(row | {"prompt": prompt_messages(row["prompt"])})
+        if len(self._held) == ROWS_PER_GROUP:
+            self._flush()
+
+    def close(self) -> None:
+        with self._file:
+            self._flush()
+            self._writer.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def _flush(self) -> None:
+        if self._held:
+            self._writer.write_table(pa.Table.from_pylist(self._held, schema=self._schema))
+            self._held = []

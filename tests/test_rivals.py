@@ -1,0 +1,130 @@
+"""The benchmarks' rivals compute what the fused loss computes: same loss, same gradients, or they say why not.
+
+The truth is float64. A rival's gradient may differ from it by what the roundings of a float32 head cost (`oracle`), and
+by the error of its coefficient: dL/dl_s moves with the margin, by at most beta times the errors of the log-probs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import oracle
+import pytest
+import torch
+
+from benchmarks.problem import IGNORED, Problem, Setting
+from benchmarks.rivals import COMPILED, RIVALS
+
+NAMED = {rival.name: rival for rival in RIVALS}
+TRIPLES = Setting(vocabulary=199, width=24, examples=2, sources=1, response=7, prompt=4, beta=0.1)
+SETTINGS = {
+    "triples": TRIPLES,
+    "four sources": TRIPLES._replace(sources=4, examples=1),
+    "pairs": TRIPLES._replace(sources=0),
+    "pairs without a prompt": TRIPLES._replace(sources=0, prompt=0),
+    "softcap and scale": TRIPLES._replace(softcap=3.0, logit_scale=0.7),
+    "frozen head": TRIPLES._replace(head="frozen"),
+    "pairs, frozen head": TRIPLES._replace(head="frozen", sources=0),
+}
+
+
+def loss_or_skip(name: str, setting: Setting):
+    """The rival's loss of the problem, and the problem; skips the test with the rival's own reason."""
+    problem = Problem(setting)
+    reason = NAMED[name].why_not(problem)
+    if reason:
+        pytest.skip(f"{name}: {reason}")
+    return problem, NAMED[name].loss(problem)
+
+
+def truth_of(problem: Problem) -> tuple[torch.Tensor, oracle.Truth, float]:
+    """Loss in float64, gradients and their slack, and the slack of the loss."""
+    transform = oracle.Transform(logit_scale=problem.logit_scale, softcap=problem.softcap)
+    operands = (problem.hidden, problem.weight, problem.labels)
+    ones = torch.ones(problem.labels.shape, dtype=torch.float64)
+    rows = oracle.linear_truth(*operands, ones, transform, IGNORED)
+    logp = rows.logp.sum(1).requires_grad_()
+    layout = {"seq_weight": problem.seq_weight, "group": problem.group, "num_groups": problem.num_groups}
+    loss = oracle.preference_truth(logp, problem.ref_logp, beta=problem.beta, **layout).loss.mean()
+    (coefficient,) = torch.autograd.grad(loss, logp)
+    truth = oracle.linear_truth(*operands, coefficient[:, None].expand(problem.labels.shape), transform, IGNORED)
+    # A sum of T log-probs is rounded T times on its way, each time by half an ulp of at most the sum.
+    logp_slack = rows.slack["logp"].sum(1) + problem.labels.shape[1] * oracle.ulp(logp.detach(), torch.float32)
+    margin_slack = problem.beta * (problem.seq_weight.double().abs() * logp_slack).view(-1, problem.num_groups).sum(0)
+    # log sigmoid and its derivative, sigmoid(-m), change by less than the margin; near m = 0 the latter is 1/2, so that
+    # a change of it is at most twice as large in relation to it. 4 ulp: of the arithmetic on a few numbers.
+    relative = 4 * float(margin_slack.max()) + 4 * torch.finfo(torch.float32).eps
+    for name, grad in truth.grads.items():
+        truth.slack[name] = truth.slack[name] + relative * grad.abs()
+    loss = loss.detach()
+    return loss, truth, float(margin_slack.mean()) + relative * float(loss)
+
+
+def assert_equal_to_the_truth(problem: Problem, loss: torch.Tensor) -> None:
+    expected, truth, slack = truth_of(problem)
+    assert loss.shape == ()
+    assert abs(float(loss.detach()) - float(expected)) <= slack
+    loss.backward()
+    leaves = {"hidden": problem.hidden, "weight": problem.weight}
+    for name, leaf in leaves.items():
+        if not leaf.requires_grad:
+            assert leaf.grad is None, f"{name} is frozen and has a gradient"
+            continue
+        assert truth.grads[name].abs().max() > 100 * truth.slack[name].max(), "the gradient is all noise"
+        oracle.assert_rule(name, leaf.grad, truth.grads[name], truth.grads[name], truth.slack[name])
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("name", NAMED)
+def test_loss_and_gradients_are_those_of_float64(name, kind):
+    problem, loss = loss_or_skip(name, SETTINGS[kind])
+    with torch.compiler.set_stance("force_eager"):  # compiled as well below, once
+        assert_equal_to_the_truth(problem, loss())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(COMPILED))
+def test_compiled_code_computes_the_same(name):
+    problem, loss = loss_or_skip(name, SETTINGS["pairs"])
+    assert_equal_to_the_truth(problem, loss())
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_second_step_gives_the_same_gradients(name):
+    problem, loss = loss_or_skip(name, SETTINGS["pairs"])
+    with torch.compiler.set_stance("force_eager"):
+        loss().backward()
+        first = problem.weight.grad.clone()
+        problem.forget_gradients()
+        loss().backward()
+    torch.testing.assert_close(problem.weight.grad, first)
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("head", ["lora", "no_grad"])
+def test_every_head_is_trained_as_far_as_it_asks(name, head):
+    problem, loss = loss_or_skip(name, SETTINGS["pairs"]._replace(head=head))
+    with torch.compiler.set_stance("force_eager"), torch.set_grad_enabled(head != "no_grad"):
+        value = loss()
+        if head == "lora":
+            value.backward()
+    assert value.isfinite() and value.requires_grad == (head == "lora")
+    assert all(leaf.grad is not None and leaf.grad.abs().max() > 0 for leaf in problem.leaves().values())
+
+
+def test_what_cannot_run_here_says_why():
+    pairs, triples, capped = (Problem(SETTINGS[kind]) for kind in ("pairs", "triples", "softcap and scale"))
+    assert NAMED["plain torch"].why_not(triples) is None
+    if importlib.util.find_spec("quack") is None:
+        assert "pip install 'quack-kernels'" in NAMED["quack"].why_not(pairs)
+    if importlib.util.find_spec("liger_kernel") is not None:
+        assert "chosen and rejected only" in NAMED["Liger DPO"].why_not(triples)
+        assert "softcap" in NAMED["Liger DPO"].why_not(capped)
+        assert "GPU" in NAMED["Liger linear CE"].why_not(triples)
+
+
+def test_a_reference_that_does_not_cancel_is_not_given_to_one_that_ignores_it():
+    problem = Problem(SETTINGS["pairs"])
+    problem.ref_logp[0] += 1.0
+    reason = NAMED["Liger DPO"].why_not(problem)
+    assert reason is not None and ("known" in reason or "not installed" in reason)

@@ -6,7 +6,8 @@
     not set           each of them where the compiler or nvcc can build it; one line says which
     WRPO_CUDA_ARCHS   devices to compile for, and PTX of the last one; default 80;90;100;120 where nvcc knows them
 
-Torch is neither imported nor linked: one build serves every release of it.
+Torch is neither imported nor linked: one build serves every release of it. ninja runs the compilers, and from its log
+of the last build it knows which objects are still good.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError, CCompilerError
+from setuptools.errors import BaseError, CCompilerError, CompileError
 
 # Once
 CPU_SOURCES = [
@@ -73,7 +74,18 @@ FLAGS = [
 # Products are fused only where the source says so, as on the CPU.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-cudart=static", "-Xfatbin=-compress-all", "--threads=0"]
 
-HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.*h"))
+# The depfile that a compiler writes names every header it read.
+NINJA_RULE = """\
+rule compile
+  command = $compiler -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = compiling $in into $out
+"""
+
+
+def ninja_path(path: str) -> str:
+    return re.sub(r"[$ :]", r"$\g<0>", path)
 
 
 def say(line: str) -> None:
@@ -89,12 +101,11 @@ def wanted() -> str:
 
 
 class Unit(NamedTuple):
-    """One call of the compiler."""
+    """One call of a compiler: one source can give several objects."""
 
     source: str
-    folder: str  # of its object, since one source gives several
-    macros: list[tuple[str, str]]
-    flags: list[str]
+    object: str  # its file, in the folder of its extension
+    compiler: Sequence[str]  # with every flag
 
 
 class Nvcc:
@@ -129,11 +140,10 @@ class Nvcc:
             raise OSError(f"nvcc failed: {(done.stderr or done.stdout).strip()[-400:]}")
         return done.stdout
 
-    def compile(self, source: str, name: str) -> None:
+    def compiler(self) -> list[str]:
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.archs]
         codes.append(f"-gencode=arch=compute_{self.archs[-1]},code=compute_{self.archs[-1]}")
-        os.makedirs(os.path.dirname(name), exist_ok=True)
-        self.output(*NVCC_FLAGS, *codes, "-Xcompiler=-fPIC,-fvisibility=hidden", "-c", source, "-o", name)
+        return [self.path, *NVCC_FLAGS, *codes, "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
     def runtime(self) -> str:
         """The static runtime: nothing of CUDA is needed where the module is loaded, and a driver only to launch."""
@@ -146,7 +156,7 @@ class Nvcc:
 
 
 class BuildNative(build_ext):
-    """Compiles every unit with its own flags, in parallel."""
+    """Compiles every unit with its own flags by ninja, and links them."""
 
     def run(self) -> None:
         self.said: list[str] = []
@@ -168,58 +178,54 @@ class BuildNative(build_ext):
             self.said.append(f"built {ext.name}: {summary}")
 
     def build_cpu(self, ext: Extension) -> str:
-        self.link(ext, self.compile_all(ext))
+        self.link(ext, self.compile(ext, list(self.cpu_units())))
         return f"{', '.join(self.levels())}, threads: {'OpenMP' if self.openmp() else 'none'}"
 
     def build_cuda(self, ext: Extension) -> str:
-        import pybind11
-
         nvcc = Nvcc()
-
-        def compile_unit(source: str) -> str:
-            folder = os.path.join(self.build_temp, "cuda")
-            if source.endswith(".cu"):
-                name = os.path.join(folder, f"{Path(source).stem}.o")
-                nvcc.compile(source, name)
-                return name
-            macros = [("WRPO_CUDA_ARCHS", f'"{";".join(nvcc.archs)}"')]
-            include = [pybind11.get_include(), sysconfig.get_paths()["include"]]
-            return self.compiler.compile(
-                [source], output_dir=folder, macros=macros, include_dirs=include, extra_postargs=FLAGS
-            )[0]
-
-        with ThreadPoolExecutor(self.parallel or os.cpu_count()) as pool:
-            objects = list(pool.map(compile_unit, CUDA_SOURCES))
-        self.link(ext, [*objects, nvcc.runtime()], ["-ldl", "-lrt", "-lpthread"])
+        archs = f'-DWRPO_CUDA_ARCHS="{";".join(nvcc.archs)}"'
+        units = [
+            Unit(source, f"{Path(source).stem}.o", nvcc.compiler() if source.endswith(".cu") else self.cxx(archs))
+            for source in CUDA_SOURCES
+        ]
+        self.link(ext, [*self.compile(ext, units), nvcc.runtime()], ["-ldl", "-lrt", "-lpthread"])
         return f"sm_{', sm_'.join(nvcc.archs)} by {nvcc.path}"
 
-    def compile_all(self, ext: Extension) -> list[str]:
+    def cpu_units(self) -> Iterator[Unit]:
+        levels = self.levels()
+        threads = self.openmp() or (["-fopenmp-simd"] if self.accepts(["-fopenmp-simd"]) else [])
+        built = [f"-DWRPO_BUILT_{level.upper()}=1" for level in levels]
+        for source in CPU_SOURCES:
+            yield Unit(source, f"{Path(source).stem}.o", self.cxx(*built, *threads))
+        for source in LEVEL_SOURCES:
+            for level, flags in levels.items():
+                compiler = self.cxx(f"-DWRPO_LEVEL={level}", *threads, *flags)
+                yield Unit(source, f"{Path(source).stem}.{level}.o", compiler)
+
+    def cxx(self, *flags: str) -> list[str]:
+        """The C++ compiler that setuptools found, with the flags of every unit and these."""
         import pybind11
 
-        def compile_unit(unit: Unit) -> list[str]:
-            return self.compiler.compile(
-                [unit.source],
-                output_dir=os.path.join(self.build_temp, unit.folder),
-                macros=unit.macros,
-                include_dirs=[pybind11.get_include()],
-                extra_postargs=[*FLAGS, *threads, *unit.flags],
-                depends=ext.depends,
-            )
+        folders = [pybind11.get_include(), sysconfig.get_paths()["include"]]
+        return [*self.compiler.compiler_so_cxx, *(f"-I{folder}" for folder in folders), *FLAGS, *flags]
 
-        threads = self.openmp() or (["-fopenmp-simd"] if self.accepts(["-fopenmp-simd"]) else [])
-        with ThreadPoolExecutor(self.parallel or os.cpu_count()) as pool:
-            return [name for names in pool.map(compile_unit, self.cpu_units()) for name in names]
+    def compile(self, ext: Extension, units: list[Unit]) -> list[str]:
+        """The objects of all units, in parallel; those that are newer than all they were made from stay."""
+        import ninja
 
-    def cpu_units(self) -> list[Unit]:
-        levels = self.levels()
-        built = [(f"WRPO_BUILT_{level.upper()}", "1") for level in levels]
-        once = [Unit(source, "once", built, []) for source in CPU_SOURCES]
-        each = [
-            Unit(source, level, [("WRPO_LEVEL", level)], flags)
-            for level, flags in levels.items()
-            for source in LEVEL_SOURCES
-        ]
-        return once + each
+        folder = Path(self.build_temp, ext.name).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        objects = [str(folder / unit.object) for unit in units]
+        lines = [NINJA_RULE]
+        for unit, name in zip(units, objects, strict=True):
+            source, command = os.path.abspath(unit.source), shlex.join(unit.compiler).replace("$", "$$")
+            lines.append(f"build {ninja_path(name)}: compile {ninja_path(source)}\n  compiler = {command}\n")
+        (folder / "build.ninja").write_text("\n".join(lines))
+        command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder)]
+        command += ["-j", str(self.parallel)] if self.parallel else []
+        if subprocess.run(command if self.verbose else [*command, "--quiet"], stdout=sys.stderr).returncode:
+            raise CompileError("ninja stopped at the errors above")
+        return objects
 
     def link(self, ext: Extension, objects: list[str], libraries: Sequence[str] = ()) -> None:
         # OpenMP is not linked: the GOMP_* symbols bind to the libgomp that torch has loaded. A second copy means a
@@ -264,7 +270,7 @@ def extensions() -> list[Extension]:
         return []
     modules = {"_cpu": CPU_SOURCES + LEVEL_SOURCES, "_cuda": CUDA_SOURCES}
     return [
-        Extension(f"wrpo_kernels.{name}", sources, depends=HEADERS, language="c++", optional=choice == "auto")
+        Extension(f"wrpo_kernels.{name}", sources, language="c++", optional=choice == "auto")
         for name, sources in modules.items()
         if name == "_cpu" or choice != "cpu"
     ]

@@ -35,33 +35,45 @@ def build(tmp_path_factory):
     no_torch = tmp_path_factory.mktemp("no_torch")
     (no_torch / "torch.py").write_text("raise ImportError('the build must not import torch')")
 
-    def run(**variables: str) -> tuple[subprocess.CompletedProcess, Path]:
-        source = tmp_path_factory.mktemp("source") / "wrpo"
-        shutil.copytree(ROOT, source, ignore=LEFTOVERS)
+    def run(source: Path | None = None, **variables: str) -> tuple[subprocess.CompletedProcess, Path]:
+        """`source`: the copy of an earlier build, whose objects are used again. Default: a fresh one."""
+        if source is None:
+            source = tmp_path_factory.mktemp("source") / "wrpo"
+            shutil.copytree(ROOT, source, ignore=LEFTOVERS)
+        for stale in source.glob("build/lib*"):
+            shutil.rmtree(stale)  # a module of the build before would travel along
+        wheels = tmp_path_factory.mktemp("wheels")
         environment = {**os.environ, "PYTHONPATH": str(no_torch), **variables}
-        options = ["--verbose", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", "wheels"]
+        options = ["--verbose", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", wheels]
         command = [sys.executable, "-m", "pip", "wheel", *options, "."]
         done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
-        return done, source / "wheels"
+        return done, wheels
 
     return run
 
 
 @pytest.fixture(scope="module")
-def cuda_wheel(build):
-    if shutil.which("nvcc") is None:
-        pytest.skip("a wheel with CUDA kernels needs nvcc, and it was not found")
-    done, wheels = build(WRPO_BUILD="cuda", WRPO_CUDA_ARCHS="90")
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = wheels.glob("*.whl")
-    return wheel
+def built_source(tmp_path_factory):
+    source = tmp_path_factory.mktemp("built") / "wrpo"
+    shutil.copytree(ROOT, source, ignore=LEFTOVERS)
+    return source
 
 
 @pytest.fixture(scope="module")
-def native_wheel(build):
-    done, wheels = build(WRPO_BUILD="cpu")
+def native_wheel(build, built_source):
+    done, wheels = build(built_source, WRPO_BUILD="cpu")
     assert done.returncode == 0, done.stdout + done.stderr
     return next(wheels.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def cuda_wheel(build, built_source, native_wheel):
+    if shutil.which("nvcc") is None:
+        pytest.skip("a wheel with CUDA kernels needs nvcc, and it was not found")
+    done, wheels = build(built_source, WRPO_BUILD="cuda", WRPO_CUDA_ARCHS="90")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = wheels.glob("*.whl")
+    return wheel
 
 
 def compute(wheel: Path, backend: str) -> subprocess.CompletedProcess:
@@ -87,6 +99,20 @@ def lines_of_setup(done: subprocess.CompletedProcess) -> list[str]:
 def test_a_wheel_built_without_torch_computes_with_its_native_module(native_wheel):
     done = compute(native_wheel, backend="native")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_second_build_compiles_only_what_a_change_reaches(native_wheel, built_source):
+
+    def compiled() -> set[str]:
+        command = [sys.executable, "setup.py", "build_ext"]
+        environment = {**os.environ, "WRPO_BUILD": "cpu"}
+        done = subprocess.run(command, cwd=built_source, env=environment, capture_output=True, text=True, check=True)
+        return set(re.findall(r"compiling \S+/(\w+\.cpp) into", done.stdout + done.stderr))
+
+    assert compiled() == set()
+    (built_source / "csrc/preference_terms.h").touch()
+    (built_source / "csrc/cpu/huge_pages.cpp").touch()
+    assert compiled() == {"preference_loss.cpp", "huge_pages.cpp"}
 
 
 def test_a_wheel_with_cuda_kernels_computes_on_the_cpu_and_says_what_the_gpu_lacks(cuda_wheel):
@@ -136,11 +162,11 @@ def test_a_broken_compiler_gives_a_working_install_and_one_clear_line(build):
     assert compute(next(wheels.glob("*.whl")), backend="reference").returncode == 0
 
 
-def test_without_nvcc_the_cpu_module_is_built_and_one_line_says_so(build, tmp_path):
+def test_without_nvcc_the_cpu_module_is_built_and_one_line_says_so(build, built_source, native_wheel, tmp_path):
     shim = tmp_path / "nvcc"  # as left behind by a toolkit that is gone
     shim.write_text("#!/bin/sh\nexit 1\n")
     shim.chmod(0o755)
-    done, wheels = build(CUDACXX=str(shim))
+    done, wheels = build(built_source, CUDACXX=str(shim))
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = lines_of_setup(done)
     assert "built wrpo_kernels._cpu" in line

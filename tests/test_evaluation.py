@@ -141,6 +141,10 @@ BAD_ANSWERS = {
     "a reward of NaN": (answer("m", "a", float("nan")), "field 'reward': expected a finite number"),
     "a reward in words": (answer("m", "a") | {"reward": "good"}, "field 'reward': expected a finite number"),
     "a sample of 1.5": (answer("m", "a", 1.0) | {"sample": 1.5}, "field 'sample': expected a whole number"),
+    "another prompt under the same id": (
+        answer("m", "a", 1.0) | {"prompt": "something else"},
+        "field 'prompt': expected the prompt of 'a', got 'something else'",
+    ),
     "the same sample twice": (answer("good", "a", 1.0), "a second sample 0 of 'good' for 'a'"),
 }
 

@@ -2,17 +2,17 @@
 
     {"prompt_id": str, "prompt": str or messages, "model": str, "sample": int, "response": str, "reward": float, ...}
 
-Unlike a candidate for training, an answer may be empty: a model that says nothing is worth what the scorer gives it.
+A row without a reward is an answer that nobody has scored yet.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wrpo.building.candidate import checked_candidate, checked_text
 from wrpo.data.errors import DataError, shown
 from wrpo.data.reading import read_rows
 from wrpo.data.triple import Message, prompt_messages
@@ -27,7 +27,7 @@ class Answer:
     """One model's answer; `fields` holds whatever else the row says (a skill, a category)."""
 
     prompt_id: str
-    prompt: Any
+    prompt: str | list[Message]
     model: str
     sample: int
     response: str
@@ -43,8 +43,10 @@ def read_answers(paths: list[str | Path]) -> list[Answer]:
     """Every answer of the files, in order.
 
     Raises:
-        DataError: a row that is none, two answers under one model, prompt and sample number, or no answer at all.
+        DataError: a row that is none, two answers under one model, prompt and sample number, two prompts under one id,
+            or no answer at all.
     """
+    prompts: dict[str, str | list[Message]] = {}
     answers: dict[tuple[str, str, int], Answer] = {}
     for file, number, row in read_rows(list(paths)):
         try:
@@ -55,6 +57,9 @@ def read_answers(paths: list[str | Path]) -> list[Answer]:
             if key in answers:
                 got = f"a second sample {answer.sample} of {answer.model!r} for {answer.prompt_id!r}"
                 raise DataError("one answer a model, prompt and sample", got, "Number the samples.", field="sample")
+            if prompts.setdefault(answer.prompt_id, answer.prompt) != answer.prompt:
+                todo = "Give different prompts different ids."
+                raise DataError(f"the prompt of {answer.prompt_id!r}", shown(answer.prompt), todo, field="prompt")
             answers[key] = answer
         except DataError as error:
             raise error.at(file, number) from None
@@ -64,23 +69,11 @@ def read_answers(paths: list[str | Path]) -> list[Answer]:
 
 
 def _checked(row: dict) -> Answer:
-    for name in ("prompt_id", "model"):
-        if not isinstance(row.get(name), str) or not row[name].strip():
-            raise DataError("text that is not empty", shown(row.get(name)), "Fill it in.", field=name)
-    if not isinstance(row.get("response"), str):
-        raise DataError("text", shown(row.get("response")), "'' says nothing.", field="response")
-    prompt_messages(row.get("prompt"))
-    sample, reward = row.get("sample", 0), row.get("reward")
-    if isinstance(sample, bool) or not isinstance(sample, int):
-        raise DataError("a whole number", shown(sample), "Number a model's answers to one prompt.", field="sample")
-    if reward is not None and (isinstance(reward, bool) or not _is_finite(reward)):
-        raise DataError("a finite number", shown(reward), "Score the answer again.", field="reward")
+    prompt_id = checked_text(row, "prompt_id")
+    is_scored = row.get("reward") is not None
+    prompt, cost, model, sample, response = checked_candidate(row if is_scored else row | {"reward": 0})
     others = {name: value for name, value in row.items() if name not in _KNOWN}
-    return Answer(row["prompt_id"], row["prompt"], row["model"], sample, row["response"], reward, others)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return Answer(prompt_id, prompt, model, sample, response, -cost if is_scored else None, others)
 
 
 def scores_of(answers: Iterable[Answer]) -> Scores:

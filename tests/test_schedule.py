@@ -59,6 +59,11 @@ def test_an_unknown_schedule_is_an_error():
         ("loss_label_smoothing", 0.5),
         ("reference", "cache"),
         ("empty_response", "skip"),
+        ("source_weighting", "model"),
+        ("source_temperature", 0.0),
+        ("performance_decay", 1.0),
+        ("alpha_goal_accuracy", 0.5),
+        ("reference_fusion", "max"),
         ("max_length", 1),
         ("max_prompt_length", 0),
         ("budget_bytes", 0),
@@ -76,6 +81,18 @@ def test_a_bad_value_raises_and_names_the_field(field, value, tmp_path):
     [
         ({"loss_type": "simpo", "reference": "copy"}, "reference must be none"),
         ({"loss_type": "hinge", "loss_label_smoothing": 0.1}, "loss_label_smoothing belongs to"),
+        ({"alpha_schedule": "adaptive", "alpha_warmup_ratio": 0.5}, "alpha_warmup_ratio .* alpha_schedule 'adaptive'"),
+        ({"alpha_schedule": "adaptive", "loss_type": "dpo"}, "alpha_schedule 'adaptive' .* loss_type 'dpo'"),
+        ({"source_weighting": "margin", "loss_type": "dpo"}, "source_weighting 'margin' .* loss_type 'dpo'"),
+        ({"reference_fusion": "average"}, "reference_fusion .* length_normalize"),
+        (
+            {"reference_fusion": "average", "length_normalize": True, "reference": "none"},
+            "reference_fusion .* reference 'none'",
+        ),
+        (
+            {"reference_fusion": "average", "length_normalize": True, "loss_type": "simpo"},
+            "reference_fusion .* loss_type 'simpo'",
+        ),
     ],
 )
 def test_fields_that_contradict_each_other_raise(fields, words, tmp_path):

@@ -16,7 +16,11 @@ from transformers.utils import is_torch_bf16_gpu_available
 from wrpo.schedule import SCHEDULES
 
 LOSS_TYPES = ("sigmoid", "hinge", "ipo", "simpo", "dpo")
+ALPHA_SCHEDULES = (*SCHEDULES, "adaptive")
+MEASURES = ("margin", "accuracy")  # of a source model's performance
+SOURCE_WEIGHTINGS = ("rows", "reward", *MEASURES)
 REFERENCES = ("auto", "copy", "adapter", "precompute", "none")
+FUSIONS = ("max_margin", "average", "confidence")
 EMPTY_RESPONSES = ("raise", "zero")
 
 
@@ -130,9 +134,31 @@ class WRPOConfig(FusedHeadConfig):
     )
     alpha_start: float = knob(0.0, "Fusion coefficient at the start. Default: 0 (paper).")
     alpha_schedule: str = knob(
-        "linear", "How alpha rises: linear, cosine, or constant at `alpha`. Default: linear (paper)."
+        "linear",
+        "How alpha rises: linear, cosine, constant at `alpha`, or adaptive: from alpha_start to alpha as the running "
+        "share a of rows whose target answer beats the rejected one goes from 1/2 to alpha_goal_accuracy, alpha_start "
+        "+ (alpha - alpha_start) * clip((a - 1/2) / (alpha_goal_accuracy - 1/2), 0, 1). Default: linear (paper).",
+    )
+    alpha_goal_accuracy: float = knob(
+        0.75, "Running accuracy of the target at which an adaptive alpha is at its end, in (0.5, 1]. Default: 0.75."
     )
     alpha_warmup_ratio: float = knob(1.0, "Share of training over which alpha rises. Default: 1, all of it (paper).")
+    source_weighting: str = knob(
+        "rows",
+        "The shares q_k of several sources. rows: source_weight of the data, equal where it has none; reward: "
+        "softmax(source_reward / source_temperature) over the row's sources; margin, accuracy: source_weight times "
+        "exp(s / source_temperature), to sum 1, with s the running mean of r(source) - r(rejected), or of the share of "
+        "rows where it is above 0, over the rows of the source's model (see wrpo.performance). Default: rows (paper: "
+        "one source).",
+    )
+    source_temperature: float = knob(
+        1.0, "Temperature of the shares, in units of the reward, margin or accuracy that they follow. Default: 1."
+    )
+    performance_decay: float = knob(
+        0.9,
+        "What a row counts in a running mean one optimizer step later, in [0, 1); the mean reaches back about "
+        "1 / (1 - this) steps. For source_weighting margin and accuracy, and alpha_schedule adaptive. Default: 0.9.",
+    )
     beta: float = knob(0.01, "Scale of the implicit reward, 1/nats; for ipo the paper's tau. Default: 0.01 (paper).")
     gamma: float = knob(0.0, "Margin that the chosen reward must win by, in units of reward. Default: 0 (paper).")
     loss_type: str = knob(
@@ -162,6 +188,13 @@ class WRPOConfig(FusedHeadConfig):
     reference_cache_dir: str | None = knob(
         None, "Folder of the precomputed reference log-probs. Default: `reference` in output_dir."
     )
+    reference_fusion: str = knob(
+        "none",
+        "Put the source models' own log-probs, column source_logp, into the reference (InfiFPO, arXiv:2505.13878): a "
+        "response's mean log-prob a token under each source, clipped at the policy's (from below if preferred, from "
+        "above if rejected), then max_margin: the source farthest from the policy; average; or confidence: weights "
+        "proportional to 1 / -log-prob. Needs length_normalize; the paper's beta for it is 2.5. Default: none.",
+    )
     empty_response: str = knob(
         "raise",
         "A response without a token to count. raise: an error; zero: its row counts nothing and leaves the mean. "
@@ -175,16 +208,49 @@ class WRPOConfig(FusedHeadConfig):
         self._check_range("beta", 0.0, open_low=True)
         self._check_range("gamma")
         self._check_range("nll_weight", 0.0)
-        self._check_choice("alpha_schedule", SCHEDULES)
+        self._check_range("source_temperature", 0.0, open_low=True)
+        self._check_range("alpha_goal_accuracy", 0.5, 1.0, open_low=True)
+        self._check_choice("alpha_schedule", ALPHA_SCHEDULES)
+        self._check_choice("source_weighting", SOURCE_WEIGHTINGS)
+        self._check_choice("reference_fusion", ("none", *FUSIONS))
         self._check_choice("loss_type", LOSS_TYPES)
         self._check_choice("reference", REFERENCES)
         self._check_choice("empty_response", EMPTY_RESPONSES)
+        if not 0 <= self.performance_decay < 1:
+            raise ValueError(f"performance_decay must be in [0, 1), got {self.performance_decay}")
         if not 0 <= self.loss_label_smoothing < 0.5:
             raise ValueError(f"loss_label_smoothing must be in [0, 0.5), got {self.loss_label_smoothing}")
         if self.loss_label_smoothing and self.loss_type in ("hinge", "ipo"):
             raise ValueError(f"loss_label_smoothing belongs to the sigmoid losses, got loss_type {self.loss_type!r}")
         if self.loss_type == "simpo" and self.reference not in ("auto", "none"):
             raise ValueError(f"reference must be none (or auto) for loss_type 'simpo', got {self.reference!r}")
+        self._check_weights_that_adapt()
+
+    def _check_weights_that_adapt(self) -> None:
+        adaptive, is_dpo = self.alpha_schedule == "adaptive", self.loss_type == "dpo"
+        fused = self.reference_fusion != "none"
+        contradictions = {
+            "alpha_warmup_ratio is a share of the steps, which alpha_schedule 'adaptive' does not go by": (
+                adaptive and self.alpha_warmup_ratio != 1
+            ),
+            "alpha_schedule 'adaptive' would change nothing: loss_type 'dpo' has alpha 0": adaptive and is_dpo,
+            f"source_weighting {self.source_weighting!r} would change nothing: loss_type 'dpo' has alpha 0": (
+                is_dpo and self.source_weighting != "rows"
+            ),
+            "reference_fusion needs the policy's own reference, which reference 'none' and loss_type 'simpo' lack": (
+                fused and (self.reference == "none" or self.loss_type == "simpo")
+            ),
+            "reference_fusion compares log-probs a token; set length_normalize to true": (
+                fused and not self.length_normalize
+            ),
+        }
+        for words, holds in contradictions.items():
+            if holds:
+                raise ValueError(words)
+
+    def follows_performance(self) -> bool:
+        """Whether a weight depends on the running means of `wrpo.performance`."""
+        return self.source_weighting in MEASURES or self.alpha_schedule == "adaptive"
 
     def loss_options(self) -> dict:
         """The loss that the fields single out: keyword arguments of `linear_wrpo_loss`."""

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 
-def preference_metrics(logp: Tensor, reward: Tensor, source_weight: Tensor, alpha: float) -> dict[str, Tensor]:
+def preference_metrics(logp: Tensor, reward: Tensor, source_weight: Tensor, alpha: float | Tensor) -> dict[str, Tensor]:
     """The values above, each [B] float32.
 
     Args:
         logp, reward: [S] float32 in the WRPO layout, S = (K + 2) * B.
         source_weight: [B, K] float32, the shares q_k.
-        alpha: fusion coefficient of the step.
+        alpha: fusion coefficient of the step, a number or [].
     """
     examples, num_sources = source_weight.shape
     share = source_weight.t()  # [K, B]

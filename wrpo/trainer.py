@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wrpo.config import WRPOConfig
+from wrpo.config import MEASURES, WRPOConfig
 from wrpo.data import PreferenceCollator
+from wrpo.fused_reference import FusedReference
 from wrpo.head import install_fused_head, run_in_head
 from wrpo.head_trainer import Batch, HeadTrainer, pad_token
 from wrpo.metrics import preference_metrics
+from wrpo.performance import RunningPerformance, source_models_of
 from wrpo.reference import (
     AdaptersOff,
     FrozenCopy,
@@ -33,7 +35,7 @@ from wrpo.reference import (
     sequence_logp,
 )
 from wrpo.reference_cache import model_fingerprint, with_reference
-from wrpo.schedule import alpha_at
+from wrpo.schedule import adaptive_alpha, alpha_at
 from wrpo_kernels import PreferenceOutput, linear_wrpo_loss
 
 logger = logging.getLogger("wrpo.reference")
@@ -68,12 +70,32 @@ class WRPOTrainer(HeadTrainer):
         data_collator: Any = None,
         **options: Any,
     ):
+        follows = args.source_weighting in MEASURES
+        names = source_models_of(options.get("train_dataset")) if follows else []
+        by_reward = args.source_weighting == "reward"
+        if by_reward and data_collator is not None:
+            raise ValueError("source_weighting='reward' is the work of PreferenceCollator: give it reward_temperature")
         collator = data_collator or PreferenceCollator(
-            pad_token(options.get("processing_class"), model), empty_response=args.empty_response
+            pad_token(options.get("processing_class"), model),
+            empty_response=args.empty_response,
+            reward_temperature=args.source_temperature if by_reward else None,
+            source_models=names if follows else None,
+            with_source_logp=args.reference_fusion != "none",
         )
         super().__init__(model, args, data_collator=collator, **options)
+        if args.follows_performance():
+            measure = args.source_weighting if follows else "accuracy"
+            self.add_callback(RunningPerformance(names, measure, args.source_temperature, args.performance_decay))
         self.last_alpha = self.alpha()
         self.reference = self.open_reference(ref_model)
+        if args.reference_fusion != "none":
+            self.reference = FusedReference(self.reference, args.reference_fusion)
+
+    @property
+    def performance(self) -> RunningPerformance:
+        """The running means, where a weight follows them; looked up, since resuming may put another into its place."""
+        callbacks = self.callback_handler.callbacks
+        return next(callback for callback in callbacks if isinstance(callback, RunningPerformance))
 
     def open_reference(self, ref_model: nn.Module | None) -> Reference:
         """What gives the reference log-probs of a batch; goes through the data here if they are precomputed."""
@@ -158,11 +180,16 @@ class WRPOTrainer(HeadTrainer):
         else:
             (self.eval_dataset,) = done.values()
 
-    def alpha(self) -> float:
+    def alpha(self) -> float | Tensor:
         """The fusion coefficient of the present optimizer step; the final one where nothing is being trained."""
         args, state = self.args, self.state
         if args.loss_type == "dpo":
             return 0.0
+        if args.alpha_schedule == "adaptive":
+            if not state.max_steps:
+                return args.alpha
+            accuracy = self.performance.target_accuracy()
+            return adaptive_alpha(accuracy, start=args.alpha_start, end=args.alpha, goal=args.alpha_goal_accuracy)
         return alpha_at(
             state.global_step / state.max_steps if state.max_steps else 1.0,
             schedule=args.alpha_schedule,
@@ -178,13 +205,19 @@ class WRPOTrainer(HeadTrainer):
 
     def batch_loss(self, model: nn.Module, batch: Batch, count: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         alpha = self.alpha()
+        if self.args.source_weighting in MEASURES:
+            batch = {**batch, "source_weight": self.performance.source_weight(batch)}
+        out = self.forward_loss(model, batch, alpha, count)
         if count is not None:
             self.last_alpha = alpha
-        out = self.forward_loss(model, batch, alpha, count)
+            if self.args.follows_performance():
+                self.performance.add(out.reward, batch, self.item_weight(batch))
         values = preference_metrics(out.logp, out.reward, batch["source_weight"], alpha)
         return out.loss.sum(), values if count is not None else {"loss": out.loss, **values}
 
-    def forward_loss(self, model: nn.Module, batch: Batch, alpha: float, count: Tensor | None) -> PreferenceOutput:
+    def forward_loss(
+        self, model: nn.Module, batch: Batch, alpha: float | Tensor, count: Tensor | None
+    ) -> PreferenceOutput:
         """The loss of a batch divided by `count`, or without it the loss of each example [B]."""
         labels, shares = batch["labels"], alpha * batch["source_weight"]  # [S, T], [B, K]
         ref_logp = self.reference(model, batch)
@@ -210,4 +243,5 @@ class WRPOTrainer(HeadTrainer):
         return self.args.nll_weight * torch.cat([shares.t().reshape(-1), target, torch.zeros_like(target)])
 
     def training_values(self) -> dict[str, float]:
-        return {"alpha": self.last_alpha}
+        shares = self.performance.logged() if self.args.source_weighting in MEASURES else {}
+        return {"alpha": float(self.last_alpha), **shares}

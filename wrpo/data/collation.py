@@ -98,7 +98,7 @@ class PreferenceCollator:
 
 def model_names(row: dict) -> list[str]:
     """The name of the model behind each source answer of a row; `source 1`, `source 2`, .. where it has none."""
-    names = row.get("source_model") or [None] * len(row["source_ids"])
+    names = row.get("source_model") or [None] * len(row["source_weight"])
     return [f"source {place}" if name is None else name for place, name in enumerate(names, 1)]
 
 

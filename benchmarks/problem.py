@@ -139,7 +139,7 @@ class Problem:
         return preference_loss(logp, self.ref_logp, beta=self.beta, **layout).loss
 
     def products(self) -> Callable[[], None]:
-        """The floor: logits, dh and dW of the rows that count, as many of them as the head needs, into ready buffers."""
+        """The floor: logits, dh, dW of the rows that count, as many of them as the head needs, into ready buffers."""
         with torch.no_grad():
             hidden, weight = self.operands()
             rows = hidden[self.labels != IGNORED]
@@ -163,7 +163,7 @@ class Rival(NamedTuple):
 
     name: as the tables print it. why_not: the reason why it cannot do a problem here (not installed, no such form), or
     None. loss: makes, from a problem, a function without arguments that computes the scalar loss anew; its backward
-    fills `.grad` of `problem.leaves()`. The caller clears gradients, and runs a "no_grad" problem under torch.no_grad().
+    fills `.grad` of `problem.leaves()`. The caller clears gradients, and runs a "no_grad" problem in torch.no_grad().
     """
 
     name: str

@@ -7,8 +7,88 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.problem import Problem
 
 Contestants = dict[str, Callable[[], object]]
+QUANTILES = (0.2, 0.5, 0.8)
+
+
+class Phases(NamedTuple):
+    """Seconds of one step."""
+
+    forward: float
+    backward: float
+
+    @property
+    def both(self) -> float:
+        return self.forward + self.backward
+
+
+class Clock:
+    """Marks on the host's clock, or, for a GPU, events in its stream: what the device took, not what Python waited."""
+
+    def __init__(self, device: torch.device):
+        self.events = device.type == "cuda"
+
+    def mark(self) -> object:
+        if not self.events:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, *marks) -> list[float]:
+        """Between neighbours."""
+        if not self.events:
+            return [b - a for a, b in pairwise(marks)]
+        marks[-1].synchronize()
+        return [1e-3 * a.elapsed_time(b) for a, b in pairwise(marks)]
+
+
+def step_of(problem: Problem, loss: Callable[[], Tensor]) -> Callable[[], Phases]:
+    """One step: the loss, then its backward, or the loss alone where nothing asks for a gradient."""
+    clock = Clock(problem.device)
+
+    def step() -> Phases:
+        problem.forget_gradients()
+        trains = bool(problem.leaves())
+        first = clock.mark()
+        with torch.set_grad_enabled(trains):
+            value = loss()
+        middle = clock.mark()
+        if trains:
+            value.backward()
+        last = clock.mark()
+        return Phases(*clock.seconds(first, middle, last))
+
+    return step
+
+
+def floor_of(problem: Problem) -> Callable[[], Phases]:
+    """The bare products; they have no forward and backward, so all their time is given as the forward."""
+    clock, products = Clock(problem.device), problem.products()
+
+    def step() -> Phases:
+        first = clock.mark()
+        products()
+        return Phases(*clock.seconds(first, clock.mark()), 0.0)
+
+    return step
+
+
+def steps_in_turns(steps: dict[str, Callable[[], Phases]], rounds: int) -> dict[str, list[Phases]]:
+    """Every round runs every contestant once, in order; the caller has warmed them."""
+    taken: dict[str, list[Phases]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            taken[name].append(step())
+    return taken
 
 
 def time_in_turns(contestants: Contestants, rounds: int, warmup: int = 2) -> dict[str, list[float]]:
@@ -33,21 +113,8 @@ def ratio(seconds: dict[str, list[float]], name: str, floor: str) -> float:
 def milliseconds(seconds: list[float]) -> tuple[float, float, float]:
     """p20, p50 and p80."""
     ordered = sorted(seconds)
-    return tuple(1e3 * ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.5, 0.8))
-
-
-def peak_above_now(call: Callable[[], object]) -> int:
-    """Bytes by which the resident size of this process rises at most while `call` runs (Linux)."""
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak counts from now
-    before = _status("VmRSS")
-    call()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+    p20, p50, p80 = (1e3 * ordered[round(q * (len(ordered) - 1))] for q in QUANTILES)
+    return p20, p50, p80
 
 
 def in_fresh_process(module: str, *arguments: str) -> str:

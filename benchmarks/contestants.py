@@ -1,0 +1,37 @@
+"""Who takes part: the library's fused loss, the floor beneath everyone, and the rivals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from benchmarks.problem import Problem, Rival
+from benchmarks.rivals import RIVALS
+from wrpo_kernels import linear_preference_loss
+
+FLOOR = "products"  # the bare matrix products of the same rows
+
+
+def fused(problem: Problem) -> Callable[[], Tensor]:
+    budget = problem.setting.budget_mib
+    options = {
+        "seq_weight": problem.seq_weight,
+        "group": problem.group,
+        "num_groups": problem.num_groups,
+        "beta": problem.beta,
+        "softcap": problem.softcap,
+        "logit_scale": problem.logit_scale,
+        "num_rows": problem.setting.num_rows,
+        "budget_bytes": None if budget is None else budget << 20,
+    }
+
+    def loss() -> Tensor:
+        hidden, weight = problem.operands()
+        return linear_preference_loss(hidden, weight, problem.labels, problem.ref_logp, **options).loss
+
+    return loss
+
+
+FUSED = Rival("fused", lambda problem: None, fused)
+CONTESTANTS = {rival.name: rival for rival in (FUSED, *RIVALS)}

@@ -1,0 +1,137 @@
+"""One problem, all contestants: who can take part, memory, gradients against float64, and only then time, in turns."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+from benchmarks.accuracy import Errors, Truth
+from benchmarks.contestants import FLOOR, FUSED
+from benchmarks.machine import why_skipped
+from benchmarks.memory import Peak, Unaffordable, peak_of
+from benchmarks.problem import Problem, Rival, Setting
+from benchmarks.results import Figure, Row
+from benchmarks.timing import Phases, floor_of, milliseconds, step_of
+
+FEWEST, ENOUGH, MOST = 3, 7, 200  # rounds: at least; then until ENOUGH_SECONDS have passed; at most
+ENOUGH_SECONDS = 2.0
+FIRST_STEP = 60.0  # seconds that a contestant's first step may take beside the point's allowance, to compile
+
+
+def measured(
+    scenario: str, point: str, setting: Setting, contestants: list[Rival], device: str, allowance: float
+) -> Iterator[Row]:
+    """A row for each contestant and the floor, or one that says why the point was skipped.
+
+    allowance: seconds the point may take. Its size is chosen by the rule of `benchmarks.machine`; its rounds end with
+    the allowance, after three at least.
+    """
+    start = time.perf_counter()
+
+    def row(contestant: str, **values) -> Row:
+        return Row(Figure(scenario, point, contestant, **values), setting)
+
+    if why := why_skipped(setting, device, len(contestants), allowance):
+        yield row("", note=f"skipped: {why}")
+        return
+    problem = Problem(setting, device)
+    peaks, absent = admitted(problem, contestants, FIRST_STEP + allowance / 4)
+    losses = {rival.name: rival.loss(problem) for rival in contestants if rival.name in peaks}
+    errors, wrong = checked(problem, losses)
+    for name, why in (absent | wrong).items():
+        yield row(name, note=why)
+    steps = {name: step_of(problem, losses[name]) for name in errors}
+    taken = rounds_within({FLOOR: floor_of(problem)} | steps, start + allowance)
+    for name, phases in taken.items():
+        yield row(name, **times(phases, taken), **worth(peaks.get(name), errors.get(name)))
+
+
+def admitted(problem: Problem, contestants: list[Rival], patience: float) -> tuple[dict[str, Peak], dict[str, str]]:
+    """Peaks of those that can do the problem here, and the reasons of the others."""
+    peaks, absent = {}, {}
+    for rival in contestants:
+        if why := rival.why_not(problem):
+            absent[rival.name] = why
+            continue
+        try:
+            peaks[rival.name] = peak_of(problem.setting, rival, problem.device.type, problem, patience)
+        except Unaffordable as why:
+            absent[rival.name] = str(why)
+        except Exception as error:
+            absent[rival.name] = failure(rival.name, error)
+    return peaks, absent
+
+
+def checked(problem: Problem, losses: dict[str, Callable]) -> tuple[dict[str, Errors], dict[str, str]]:
+    """Errors of those whose loss and gradients are the truth, rounded, and what is wrong with the others'."""
+    truth = Truth(problem)
+    errors, wrong = {}, {}
+    for name, loss in losses.items():
+        try:
+            found = errors_of_one_step(problem, loss, truth)
+        except Exception as error:
+            wrong[name] = failure(name, error)
+            continue
+        if why := found.too_large(problem.setting.dtype):
+            wrong[name] = f"not timed: {why}"
+        else:
+            errors[name] = found
+    problem.forget_gradients()
+    gc.collect()
+    return errors, wrong
+
+
+def errors_of_one_step(problem: Problem, loss: Callable, truth: Truth) -> Errors:
+    kept = {}
+
+    def keeps_value():
+        kept["loss"] = loss()
+        return kept["loss"]
+
+    step_of(problem, keeps_value)()
+    return truth.errors(problem, kept["loss"])
+
+
+def failure(name: str, error: Exception) -> str:
+    """A rival that fails is left out with its words; the library's own failure ends the run."""
+    if name == FUSED.name:
+        raise error
+    return f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error).strip() else ''}"
+
+
+def rounds_within(steps: dict[str, Callable[[], Phases]], deadline: float) -> dict[str, list[Phases]]:
+    """Rounds in which every contestant steps once, in order, after one that warms them."""
+    for step in steps.values():
+        step()
+    taken: dict[str, list[Phases]] = {name: [] for name in steps}
+    start = time.perf_counter()
+    for done in range(MOST):
+        now = time.perf_counter()
+        if done >= FEWEST and (now > deadline or (done >= ENOUGH and now - start > ENOUGH_SECONDS)):
+            break
+        for name, step in steps.items():
+            taken[name].append(step())
+    return taken
+
+
+def times(phases: list[Phases], taken: dict[str, list[Phases]]) -> dict:
+    """The columns of time of one contestant; the floor has no forward and backward of its own."""
+    names = ("p20_ms", "p50_ms", "p80_ms")
+    found: dict = {"rounds": len(phases)} | dict(zip(names, milliseconds([p.both for p in phases]), strict=True))
+    for part in ("forward", "backward") if phases is not taken.get(FLOOR) else ():
+        values = milliseconds([getattr(p, part) for p in phases])
+        found |= {f"{part}_{name}": value for name, value in zip(names, values, strict=True)}
+    for column, other in (("times_floor", FLOOR), ("times_fused", FUSED.name)):
+        if other in taken:
+            found[column] = statistics.median(a.both / b.both for a, b in zip(phases, taken[other], strict=True))
+    return found
+
+
+def worth(peak: Peak | None, errors: Errors | None) -> dict:
+    """The columns beside the time."""
+    found = {} if peak is None else {"peak_mib": peak.mib}
+    if errors is not None:
+        found |= {f"error_{name}": value for name, value in errors._asdict().items()}
+    return found

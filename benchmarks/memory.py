@@ -1,0 +1,134 @@
+"""Peak memory of one step: of a process of its own on the CPU, of the allocator on a GPU.
+
+The figure is MiB above inputs, outputs and gradients: what a contestant needs besides what all of them have. On the CPU
+it is the growth of the resident size, so every measurement has a fresh process: one that earlier steps left with free
+but resident memory would show less. The process may not take more than the machine has; a step that needs more ends
+with a reason, and the machine goes on.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import resource
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple
+
+import psutil
+import torch
+
+from benchmarks.problem import Problem, Rival, Setting
+from benchmarks.timing import step_of
+
+MIB = 1 << 20
+
+
+class Peak(NamedTuple):
+    mib: float
+    seconds: float  # of the step in which it was measured, compilation included
+
+
+class Unaffordable(Exception):
+    """Why a step could not be measured: more memory or time than there is."""
+
+
+def peak_of(setting: Setting, rival: Rival, device: str, problem: Problem | None, patience: float) -> Peak:
+    """The peak of one step. `problem` is used on a GPU, where no fresh process is needed.
+
+    Raises:
+        Unaffordable: the step needs more memory than the machine has, or more seconds than `patience`.
+    """
+    if device != "cpu":
+        return _peak_of_allocator(problem, rival)
+    pool = ProcessPoolExecutor(1, mp_context=_fresh_processes())
+    try:
+        return pool.submit(measured_peak, setting, rival.name, torch.get_num_threads()).result(timeout=patience)
+    except TimeoutError:
+        raise Unaffordable(f"a step takes more than {patience:.0f} s") from None
+    except BrokenProcessPool:
+        raise Unaffordable("the process was killed, most likely for its memory") from None
+    finally:
+        for process in list((pool._processes or {}).values()):
+            process.kill()
+        pool.shutdown()
+
+
+def peak_above_now(call: Callable[[], object]) -> int:
+    """Bytes by which the resident size of this process rises at most while `call` runs (Linux)."""
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak counts from now
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
+
+
+def measured_peak(setting: Setting, name: str, threads: int) -> Peak:
+    """In a fresh process: the peak of `name`, after a small problem that starts thread pools and compilers."""
+    from benchmarks.contestants import CONTESTANTS
+
+    rival = CONTESTANTS[name]
+    torch.set_num_threads(threads)
+    small = Problem(setting._replace(vocabulary=512, response=8, prompt=min(8, setting.prompt)))
+    step_of(small, rival.loss(small))()
+    problem = Problem(setting)
+    step = step_of(problem, rival.loss(problem))
+    _limit_memory()
+    start = time.perf_counter()
+    try:
+        peak = peak_above_now(step)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_memory(error):
+            raise
+        raise Unaffordable(f"more memory than the {available() / 2**30:.0f} GiB that are free") from None
+    return Peak((peak - gradient_bytes(problem)) / MIB, time.perf_counter() - start)
+
+
+def gradient_bytes(problem: Problem) -> int:
+    return sum(leaf.grad.nbytes for leaf in problem.leaves().values() if leaf.grad is not None)
+
+
+def available() -> int:
+    """Bytes that a process could still take without driving others out."""
+    return psutil.virtual_memory().available
+
+
+def _limit_memory() -> None:
+    used = psutil.Process().memory_info().data
+    resource.setrlimit(resource.RLIMIT_DATA, (used + int(0.9 * available()), resource.RLIM_INFINITY))
+
+
+def _is_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "memory" in str(error)
+
+
+def _fresh_processes():
+    """Forked from a server that has imported everything and computed nothing: fresh, and started in no time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.contestants"])
+    return context
+
+
+def _peak_of_allocator(problem: Problem, rival: Rival) -> Peak:
+    step = step_of(problem, rival.loss(problem))
+    try:
+        step()  # compiles, and fills caches that are not the step's own
+        problem.forget_gradients()
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        start = time.perf_counter()
+        step()
+        peak = torch.cuda.max_memory_allocated() - before - gradient_bytes(problem)
+    except torch.cuda.OutOfMemoryError:
+        problem.forget_gradients()
+        torch.cuda.empty_cache()
+        raise Unaffordable("more memory than the device has") from None
+    return Peak(peak / MIB, time.perf_counter() - start)
+
+
+def _status(field: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))

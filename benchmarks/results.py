@@ -1,0 +1,97 @@
+"""The figures of a run: one dated CSV file a machine, written as they come, with the machine at its head."""
+
+from __future__ import annotations
+
+import csv
+import types
+import typing
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.problem import Setting
+
+
+class Figure(NamedTuple):
+    """One contestant on one problem. What was not measured is None; a contestant left out has its reason in `note`.
+
+    Times are milliseconds; `times_floor` and `times_fused` are medians over rounds of the ratio of the whole step to
+    its neighbours. peak_mib: above inputs, outputs and gradients. error_*: beside float64, see `benchmarks.accuracy`.
+    """
+
+    scenario: str
+    point: str
+    contestant: str
+    note: str = ""
+    rounds: int | None = None
+    p20_ms: float | None = None
+    p50_ms: float | None = None
+    p80_ms: float | None = None
+    forward_p20_ms: float | None = None
+    forward_p50_ms: float | None = None
+    forward_p80_ms: float | None = None
+    backward_p20_ms: float | None = None
+    backward_p50_ms: float | None = None
+    backward_p80_ms: float | None = None
+    times_floor: float | None = None
+    times_fused: float | None = None
+    peak_mib: float | None = None
+    error_loss: float | None = None
+    error_dh: float | None = None
+    error_dW: float | None = None
+
+
+class Row(NamedTuple):
+    """A line of the file."""
+
+    figure: Figure
+    setting: Setting
+
+
+COLUMNS = (*Figure._fields, *Setting._fields)
+
+
+class ResultFile:
+    """Rows appended one by one, each on disk at once, so that a run that is cut off leaves what it has measured."""
+
+    def __init__(self, path: Path, facts: dict[str, str]):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._file = path.open("w", newline="")
+        self._file.writelines(f"# {name}: {value}\n" for name, value in facts.items())
+        self._table = csv.writer(self._file, lineterminator="\n")
+        self._table.writerow(COLUMNS)
+
+    def add(self, row: Row) -> None:
+        self._table.writerow([_written(value) for value in (*row.figure, *row.setting)])
+        self._file.flush()
+
+
+def file_name(facts: dict[str, str]) -> str:
+    words = "".join(c if c.isalnum() else " " for c in f"{facts['device']} {facts['machine']}").lower().split()
+    return "_".join(dict.fromkeys(words)) + f"_{facts['date']}.csv"
+
+
+def read(path: Path) -> tuple[dict[str, str], list[Row]]:
+    """The facts at the head of a file, and its rows."""
+    lines = path.read_text().splitlines()
+    facts = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
+    rows = []
+    for values in csv.DictReader(line for line in lines if not line.startswith("# ")):
+        rows.append(Row(_parsed(Figure, values), _parsed(Setting, values)))
+    return facts, rows
+
+
+def _parsed(kind, values: dict[str, str]):
+    hints = typing.get_type_hints(kind)
+    return kind(**{name: _value(hints[name], values[name]) for name in kind._fields})
+
+
+def _value(hint, text: str):
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if text == "" and type(None) in options:
+        return None
+    return options[0](text)
+
+
+def _written(value: object) -> object:
+    return "" if value is None else f"{value:.5g}" if isinstance(value, float) else value

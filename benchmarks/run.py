@@ -1,0 +1,152 @@
+"""python -m benchmarks.run [--full] [--scenario NAME] [--only CONTESTANT] [--base COMMIT]
+
+The fused loss beside everything a user would pick instead, on this machine: time, memory and accuracy of each on the
+same problems in the same run. Without options the quick set, under 5 minutes on 2 cores; `--full` takes up to 25.
+The op tests run first: where they are red there are no numbers. Figures are written as they come to
+benchmarks/results/, then a table and pictures beside them. benchmarks/README.md says how to read them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import machine, pictures, scenarios, tables
+from benchmarks.contestants import CONTESTANTS, FUSED
+from benchmarks.measure import measured
+from benchmarks.problem import Rival, Setting
+from benchmarks.results import ResultFile, Row, file_name, read
+from benchmarks.scenarios import Scenario
+
+OP_TESTS = ("token_logp", "preference_loss", "linear_token_logp", "linear_preference_loss")
+TYPICAL_ROWS = {"cpu": (512, 256), "cuda": (16384, 8192)}  # N of a typical point: full, quick
+
+
+def main() -> None:
+    args = arguments()
+    device = args.device
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.draw:
+        return publish(args.draw, args.readme)
+    chosen = chosen_scenarios(args, device)
+    if not args.skip_tests:
+        pass_op_tests(device)
+    if args.base:
+        from benchmarks.commits import compare
+
+        return compare(args.base, chosen, device, args.allow)
+    facts = machine.facts(device) | speeds(chosen, device)
+    print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n", flush=True)
+    path = args.out / file_name(facts)
+    run(chosen, device, args.only, args.allow, ResultFile(path, facts))
+    publish(path, args.readme)
+
+
+def run(chosen: dict[str, Scenario], device: str, only: list[str], allowance: float, file: ResultFile) -> None:
+    points = [(scenario, *point) for scenario in chosen.values() for point in scenario.points.items()]
+    start = time.perf_counter()
+    with tqdm(total=len(points), unit="problem", dynamic_ncols=True) as progress:
+        for scenario, point, setting in points:
+            progress.set_description(f"{scenario.name}: {point}")
+            for row in measured(scenario.name, point, setting, takes_part(scenario, only), device, allowance):
+                file.add(row)
+                progress.write(line(row), file=sys.stdout)
+            progress.update()
+    print(f"{len(points)} problems in {(time.perf_counter() - start) / 60:.1f} minutes")
+
+
+def publish(path: Path, readme: bool) -> None:
+    """Tables and pictures from a file of results, and with `readme` the README's block and its picture."""
+    facts, rows = read(path)
+    path.with_suffix(".md").write_text(tables.whole(facts, rows))
+    drawn = list(pictures.draw(facts, rows, scenarios.full(512), path.with_suffix("")))
+    print("wrote", path, path.with_suffix(".md"), *drawn)
+    if readme:
+        tables.put_into_readme(machine.ROOT / "README.md", tables.summary(facts, rows))
+        print("wrote the table between the markers of README.md")
+
+
+def line(row: Row) -> str:
+    f = row.figure
+    head = f"{f.scenario + ': ' + f.point:<34} {f.contestant:<24}"
+    if f.p50_ms is None:
+        return f"{head} {f.note}"
+    spread = f"{f.p50_ms:10.2f} ms [{f.p20_ms:.2f}, {f.p80_ms:.2f}]"
+    beside = f"{f.times_floor:6.2f} x floor"
+    fused = "" if f.times_fused is None else f" {f.times_fused:6.2f} x fused"
+    memory = "" if f.peak_mib is None else f" {f.peak_mib:8.0f} MiB"
+    return f"{head} {spread} {beside}{fused}{memory}"
+
+
+def takes_part(scenario: Scenario, only: list[str]) -> list[Rival]:
+    """The scenario's contestants, or those asked for by name, whatever the scenario has; always the fused loss."""
+    names = [FUSED.name, *only] if only else scenario.contestants or CONTESTANTS
+    return [CONTESTANTS[name] for name in dict.fromkeys(names)]
+
+
+def chosen_scenarios(args: argparse.Namespace, device: str) -> dict[str, Scenario]:
+    """The quick set, the full one, or those asked for by name (from the full set)."""
+    rows = args.rows or TYPICAL_ROWS[device][0 if args.full or args.scenario else 1]
+    every = scenarios.full(rows) | {"acceptance": scenarios.acceptance()}
+    if args.scenario:
+        unknown = sorted(set(args.scenario) - set(every))
+        if unknown:
+            raise SystemExit(f"no scenario {', '.join(unknown)}; there are {', '.join(every)}")
+        return {name: every[name] for name in args.scenario}
+    return scenarios.full(rows) if args.full else scenarios.quick(rows)
+
+
+def pass_op_tests(device: str) -> None:
+    files = [f"tests/test_{op}.py" for op in OP_TESTS]
+    marks = "gpu" if device == "cuda" else "not gpu and not slow"
+    print(f"op tests of what is timed: {', '.join(OP_TESTS)}", flush=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-r", "", "-m", marks, *files]
+    if subprocess.run(command, cwd=machine.ROOT, check=False).returncode:
+        raise SystemExit("the op tests are red: no numbers")
+
+
+def speeds(chosen: dict[str, Scenario], device: str) -> dict[str, str]:
+    """The machine's roofs, for the head of the file."""
+    settings: list[Setting] = [setting for scenario in chosen.values() for setting in scenario.points.values()]
+    found = {"copy_gbs": f"{machine.copied_bytes_a_second(device) / 1e9:.4g}"}
+    for dtype in sorted({setting.dtype for setting in settings}):
+        rates = machine.speed(dtype, device)
+        found[f"product_gflops_{dtype}"] = f"{max(rates) / 1e9:.4g}"
+        found[f"product_gflops_{dtype}_each"] = ", ".join(
+            f"{name} {rate / 1e9:.3g}" for name, rate in rates._asdict().items()
+        )
+    return found
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    have_gpu = torch.cuda.is_available()
+    parser.add_argument("--full", action="store_true", help="every scenario, up to 25 minutes on 2 cores")
+    parser.add_argument("--scenario", action="append", metavar="NAME", help="only this one of the full set; repeatable")
+    parser.add_argument("--only", action="append", metavar="CONTESTANT", default=[], choices=list(CONTESTANTS),
+                        help="the fused loss beside this one; repeatable: " + ", ".join(CONTESTANTS))  # fmt: skip
+    parser.add_argument("--base", metavar="COMMIT", help="the fused loss of this commit beside the one of the checkout")
+    parser.add_argument("--device", default="cuda" if have_gpu else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, help="of torch (default: its own)")
+    parser.add_argument("--rows", type=int, help="N of a typical problem (default: 512 on a CPU, 16384 on a GPU)")
+    parser.add_argument("--allow", type=float, metavar="SECONDS", help="that one problem may take (default: 25, or 75)")
+    parser.add_argument("--out", type=Path, default=machine.ROOT / "benchmarks/results")
+    parser.add_argument("--skip-tests", action="store_true", help="where they have just passed")
+    parser.add_argument("--draw", type=Path, metavar="CSV", help="no measuring: table and pictures of this file")
+    parser.add_argument("--readme", action="store_true", help="also write the short table into README.md")
+    args = parser.parse_args()
+    args.allow = args.allow or (75.0 if args.full or args.scenario else 25.0)
+    return args
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Markdown of a file of results: every figure, and the short table of the README."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+
+from benchmarks.contestants import FLOOR, FUSED
+from benchmarks.results import Figure, Row
+
+FIRST, LAST = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+IN_README = ("heads", "kinds", "layouts", "precision", "softcap", "prompt", "toy")  # the others are curves
+
+
+def whole(facts: dict[str, str], rows: list[Row]) -> str:
+    """A table for each problem, and the machine."""
+    parts = [f"# {facts['machine']}, {facts['date']}", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
+    for (scenario, point), some in by_point(rows):
+        parts += [f"## {scenario}: {point}", "", described(some[0]), "", *table(row.figure for row in some), ""]
+    return "\n".join(parts)
+
+
+def by_point(rows: Iterable[Row]) -> Iterator[tuple[tuple[str, str], list[Row]]]:
+    for name, some in groupby(rows, lambda row: row.figure[:2]):
+        yield name, list(some)
+
+
+def described(row: Row) -> str:
+    s = row.setting
+    kind = "pairs" if not s.sources else f"{s.sources} source{'s' if s.sources > 1 else ''}, target, rejected"
+    extras = [f"softcap {s.softcap:g}"] if s.softcap else []
+    extras += [f"budget {s.budget_mib} MiB"] if s.budget_mib else []
+    return ", ".join(
+        [
+            f"V = {s.vocabulary}, D = {s.width}, N = {s.num_rows} ({s.sequences} responses of {s.response} behind "
+            f"prompts of {s.prompt}; {kind})",
+            s.dtype,
+            f"{s.head} head",
+            *extras,
+        ]
+    )
+
+
+def table(figures: Iterable[Figure]) -> Iterator[str]:
+    figures = list(figures)
+    timed = [figure for figure in figures if figure.p50_ms is not None]
+    if timed:
+        yield "| | ms [p20, p80] | forward | backward | x floor | x fused | peak MiB | error loss | dh | dW |"
+        yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    for f in timed:
+        span = f"{short(f.p50_ms)} [{short(f.p20_ms)}, {short(f.p80_ms)}]"
+        parts = (short(f.forward_p50_ms), short(f.backward_p50_ms), ratio(f.times_floor), ratio(f.times_fused))
+        errors = (error(f.error_loss), error(f.error_dh), error(f.error_dW))
+        yield f"| {f.contestant} | {span} | {' | '.join((*parts, whole_number(f.peak_mib), *errors))} |"
+    if timed and len(timed) < len(figures):
+        yield ""
+    yield from (f"- {f.contestant + ': ' if f.contestant else ''}{f.note}" for f in figures if f.p50_ms is None)
+
+
+def summary(facts: dict[str, str], rows: list[Row]) -> list[str]:
+    """A line for each problem: ours, then the best of the others in time and in memory, then plain torch."""
+    lines = [
+        f"Forward and backward on {facts['machine']} ({facts['cores'].split(',')[0]} cores), torch {facts['torch']}, "
+        f"{facts['date']}, commit {facts['commit'].split()[0]}: `{facts['command']}`.",
+        "",
+        "| | fused | x floor | fastest other | plain torch | memory: fused | leanest other | plain torch |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (scenario, point), some in by_point(rows):
+        found = {row.figure.contestant: row.figure for row in some if row.figure.p50_ms is not None}
+        if scenario in IN_README and FUSED.name in found:
+            lines.append(summary_line(point, some[0], found))
+    return lines
+
+
+def summary_line(point: str, row: Row, found: dict[str, Figure]) -> str:
+    ours = found.pop(FUSED.name)
+    found.pop(FLOOR, None)
+    plain = found.get("plain torch")
+    fastest = min(found.values(), key=lambda f: f.times_fused, default=None)
+    leanest = min(found.values(), key=lambda f: f.peak_mib, default=None)
+    cells = [
+        f"{point}, N = {row.setting.num_rows}",
+        f"{short(ours.p50_ms)} ms",
+        ratio(ours.times_floor),
+        f"{ratio(fastest.times_fused)} x ({fastest.contestant})" if fastest else "",
+        f"{ratio(plain.times_fused)} x" if plain else "",
+        f"{whole_number(ours.peak_mib)} MiB",
+        f"{whole_number(leanest.peak_mib)} ({leanest.contestant})" if leanest else "",
+        whole_number(plain.peak_mib) if plain else "",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def put_into_readme(readme: Path, lines: list[str]) -> None:
+    """Replaces what stands between the two markers."""
+    text = readme.read_text()
+    if text.count(FIRST) != 1 or text.count(LAST) != 1:
+        raise ValueError(f"{readme} must hold one {FIRST} and one {LAST}; the table goes between them")
+    before, rest = text.split(FIRST)
+    readme.write_text("\n".join([before + FIRST, *lines, LAST]) + rest.split(LAST)[1])
+
+
+def short(value: float | None) -> str:
+    """Three digits."""
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def whole_number(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"
+
+
+def error(value: float | None) -> str:
+    return "" if value is None else f"{value:.0e}"

@@ -1,0 +1,218 @@
+"""The benchmarks measure what they say: no number of a wrong result, a true floor, files that come back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cost import product_flops
+
+from benchmarks import commits, machine, measure, results, run, scenarios, tables
+from benchmarks.accuracy import Truth
+from benchmarks.contestants import CONTESTANTS, FLOOR, FUSED
+from benchmarks.measure import checked, errors_of_one_step, measured
+from benchmarks.memory import MIB, Unaffordable, peak_of
+from benchmarks.problem import Problem, Setting
+from benchmarks.results import Figure, Row
+from benchmarks.scenarios import Scenario
+from benchmarks.timing import step_of
+
+TINY = Setting(97, 16, examples=2, sources=1, response=5, prompt=3)
+HEADS = ("trained", "frozen", "lora", "no_grad")
+FACTS = {
+    "machine": "a machine",
+    "device": "cpu",
+    "cores": "2, torch uses 2",
+    "torch": "2.13",
+    "date": "2026-01-02",
+    "commit": "abc",
+    "command": "python -m benchmarks.run",
+    "copy_gbs": "10",
+    "product_gflops_float32": "50",
+}
+
+
+def scaled_gradient(problem: Problem):
+    """The right loss with gradients 1 % too large."""
+    loss = FUSED.loss(problem)
+
+    def wrong() -> torch.Tensor:
+        value = loss()
+        return value + 0.01 * (value - value.detach())
+
+    return wrong
+
+
+def raises(problem: Problem):
+    def loss() -> torch.Tensor:
+        raise RuntimeError("no such shape")
+
+    return loss
+
+
+@pytest.fixture
+def fast_tiny_machine(monkeypatch):
+    """Peaks without a process each, and a speed that no rule refuses."""
+    monkeypatch.setattr(measure, "peak_of", lambda setting, rival, *rest: measure.Peak(1.0, 0.0))
+    monkeypatch.setattr(machine, "speed", lambda dtype, device: machine.Speed(1e12, 1e12, 1e12))
+    monkeypatch.setattr(measure, "MOST", 3)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_floor_runs_the_products_that_the_gradients_need_on_the_rows_that_count(head):
+    setting = TINY._replace(head=head)
+    assert product_flops(Problem(setting).products()) == setting.flops
+    assert setting.flops == {"trained": 3, "lora": 3, "frozen": 2, "no_grad": 1}[head] * 2 * 30 * setting.columns * 97
+
+
+def test_the_same_setting_is_the_same_problem():
+    one, other = Problem(TINY), Problem(TINY)
+    for name, leaf in one.leaves().items():
+        assert torch.equal(leaf, other.leaves()[name])
+    assert torch.equal(one.labels, other.labels)
+
+
+def test_the_weights_of_a_group_are_those_of_wrpo_and_dpo():
+    assert Problem(TINY._replace(sources=0, examples=1)).seq_weight.tolist() == [1, -1]
+    assert Problem(TINY._replace(sources=2, examples=1)).seq_weight.tolist() == [0.25, 0.25, 0.5, -1]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_fused_loss_and_plain_torch_are_the_truth_rounded(head, dtype):
+    problem = Problem(TINY._replace(head=head, dtype=dtype, softcap=2.0))
+    truth = Truth(problem)
+    for name in (FUSED.name, "plain torch"):
+        errors = errors_of_one_step(problem, CONTESTANTS[name].loss(problem), truth)
+        assert errors.too_large(dtype) is None
+        assert (errors.dh is None) == (head == "no_grad")
+        assert (errors.dW is None) == (head in ("no_grad", "frozen"))
+
+
+def test_a_contestant_with_another_gradient_is_not_timed():
+    problem = Problem(TINY)
+    errors, wrong = checked(problem, {"right": FUSED.loss(problem), "wrong": scaled_gradient(problem)})
+    assert list(errors) == ["right"]
+    assert wrong["wrong"].startswith("not timed: dh is off by 0.01")
+
+
+def test_a_rival_that_fails_is_left_out_with_its_words_and_our_own_failure_ends_the_run():
+    problem = Problem(TINY)
+    _, wrong = checked(problem, {"rival": raises(problem)})
+    assert wrong == {"rival": "failed: RuntimeError: no such shape"}
+    with pytest.raises(RuntimeError, match="no such shape"):
+        checked(problem, {FUSED.name: raises(problem)})
+
+
+def test_forward_and_backward_are_timed_apart_and_add_up():
+    problem = Problem(TINY)
+    phases = step_of(problem, FUSED.loss(problem))()
+    assert phases.forward > 0 and phases.backward > 0
+    assert phases.both == phases.forward + phases.backward
+    assert problem.weight.grad is not None
+
+
+def test_a_size_beyond_the_time_of_a_point_is_skipped_with_both_times(monkeypatch):
+    monkeypatch.setattr(machine, "speed", lambda dtype, device: machine.Speed(1e3, 1e3, 1e3))
+    (row,) = measured("scenario", "point", TINY, [FUSED], "cpu", 20.0)
+    assert row.figure.note.startswith("skipped: about ")
+    assert "of 20 s that one point may take" in row.figure.note
+
+
+def test_a_size_beyond_the_memory_is_skipped_with_both_sizes(monkeypatch):
+    monkeypatch.setattr(machine, "speed", lambda dtype, device: machine.Speed(1e15, 1e15, 1e15))
+    monkeypatch.setattr(machine, "free_bytes", lambda device: 1 << 30)
+    why = machine.why_skipped(TINY._replace(vocabulary=1 << 20, width=4096), "cpu", 2, 60.0)
+    assert why is not None and "GiB" in why and "1.0 GiB are free" in why
+
+
+def test_the_peak_of_a_step_is_what_it_allocates_beside_inputs_and_gradients():
+    setting = Setting(20000, 16, response=200)
+    logits = 4 * setting.num_rows * setting.vocabulary / MIB  # 31 MiB
+    peak = peak_of(setting, CONTESTANTS["plain torch"], "cpu", None, 120.0)
+    assert 2 * logits < peak.mib < 4.5 * logits  # logits, their log_softmax, the gradient of each
+
+
+def test_a_step_that_outlasts_the_patience_ends_with_the_reason():
+    with pytest.raises(Unaffordable, match="takes more than 0 s"):
+        peak_of(TINY, FUSED, "cpu", None, 0.0)
+
+
+def test_a_run_writes_its_rows_as_they_come_then_a_table_and_pictures(tmp_path, fast_tiny_machine):
+    points = {f"V={v}": TINY._replace(vocabulary=v) for v in (61, 131)}
+    scenario = Scenario("vocabulary", "growing", points, ("fused", "plain torch", "quack"), "vocabulary")
+    file = results.ResultFile(tmp_path / "here.csv", FACTS)
+    run.run({"vocabulary": scenario}, "cpu", [], 60.0, file)
+    run.publish(file.path, readme=False)
+    facts, rows = results.read(file.path)
+    assert facts == FACTS
+    timed = [row.figure for row in rows if row.figure.p50_ms]
+    assert [f.contestant for f in timed] == 2 * [FLOOR, "fused", "plain torch"]
+    assert all(f.times_floor == 1 for f in timed if f.contestant == FLOOR)
+    assert all(f.p20_ms <= f.p50_ms <= f.p80_ms for f in timed)
+    assert {row.figure.note for row in rows if row.figure.contestant == "quack"} != {""}
+    assert "| fused |" in (tmp_path / "here.md").read_text()
+    for picture in ("here_vocabulary.png", "here_roofline.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
+
+
+def test_a_row_comes_back_from_the_file_as_it_was_written(tmp_path):
+    row = Row(Figure("s", "a, b", "fused", rounds=3, p50_ms=1.5, error_dW=2e-7), TINY._replace(softcap=30.0))
+    file = results.ResultFile(tmp_path / "one.csv", FACTS)
+    file.add(row)
+    assert results.read(file.path) == (FACTS, [row])
+
+
+def test_red_op_tests_mean_no_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "OP_TESTS", ("an_op_without_tests",))
+    monkeypatch.setattr("sys.argv", ["run", "--scenario", "toy", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="no numbers"):
+        run.main()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_scenario_is_named_with_those_that_exist(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["run", "--scenario", "nothing"])
+    with pytest.raises(SystemExit, match=r"no scenario nothing; there are heads, .*acceptance"):
+        run.main()
+
+
+def test_the_readme_table_goes_between_its_markers_and_nowhere_else(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{tables.FIRST}\nold\n{tables.LAST}\nafter\n")
+    ours = Figure("heads", "SmolLM2", "fused", rounds=3, p50_ms=10.0, times_floor=1.1, times_fused=1.0, peak_mib=100.0)
+    plain = ours._replace(contestant="plain torch", p50_ms=20.0, times_fused=2.0, peak_mib=900.0)
+    for _ in range(2):  # the second time it replaces the first
+        tables.put_into_readme(readme, tables.summary(FACTS, [Row(ours, TINY), Row(plain, TINY)]))
+    text = readme.read_text()
+    assert text.startswith(f"before\n{tables.FIRST}\n") and text.endswith(f"{tables.LAST}\nafter\n")
+    assert "old" not in text
+    assert text.count("| SmolLM2, N = 30 | 10 ms | 1.10 | 2.00 x (plain torch) | 2.00 x | 100 MiB | 900") == 1
+
+
+def test_a_readme_without_markers_is_left_alone(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("nothing here\n")
+    with pytest.raises(ValueError, match="must hold one"):
+        tables.put_into_readme(readme, ["table"])
+    assert readme.read_text() == "nothing here\n"
+
+
+def test_the_scenarios_hold_what_the_comparison_promises():
+    full = scenarios.full(512)
+    settings = [setting for scenario in full.values() for setting in scenario.points.values()]
+    assert {(s.vocabulary, s.width) for s in settings} >= set(scenarios.HEADS.values())
+    assert {s.head for s in settings} == set(HEADS)
+    assert {s.sources for s in settings} >= {0, 1, 4}
+    assert {s.dtype for s in settings} == {"float32", "bfloat16"}
+    assert {s.response for s in full["response"].points.values()} >= {64, 8192}
+    shares = [s.prompt / (s.prompt + s.response) for s in full["prompt"].points.values()]
+    assert shares == pytest.approx([0.0, 0.3, 0.6, 0.9], abs=0.002)
+    budgets = [s.budget_mib for s in full["budget"].points.values()]
+    assert min(budgets) == 64 and max(budgets) == 4096
+    assert all(name in CONTESTANTS for scenario in full.values() for name in scenario.contestants or ())
+
+
+def test_two_trees_are_compared_each_with_its_own_kernels_in_turns():
+    here = {"base": machine.ROOT, "checkout": machine.ROOT}
+    shown = commits.compared(TINY, here, "cpu", allowance=5.0)
+    assert "base " in shown and "checkout / base = " in shown

@@ -155,12 +155,11 @@ def test_a_full_disk_leaves_the_earlier_files_and_no_half_one(build_to, tmp_path
 def test_a_killed_build_leaves_no_file_under_its_name_and_the_next_one_clears_up(build_to, candidates, tmp_path):
     code = (
         "import os, signal, sys\n"
-        "from wrpo import cli\n"
-        "from wrpo.building import pipeline\n"
+        "from wrpo.building import BuildFiles, BuildSettings, build, pipeline\n"
         "pipeline.draw_rewards = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "cli.main(sys.argv[1:])"
+        "build(BuildSettings(), BuildFiles([sys.argv[1]], sys.argv[2]))"
     )
-    command = [sys.executable, "-c", code, "build", str(candidates), "-o", str(tmp_path / "out")]
+    command = [sys.executable, "-c", code, str(candidates), str(tmp_path / "out")]
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == -signal.SIGKILL
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["unfinished"]
     build_to("out")
@@ -205,7 +204,7 @@ def test_memory_does_not_grow_with_the_number_of_candidates(tmp_path):
         "    path = f'{sys.argv[1]}/{prompts}.jsonl'\n"
         "    write_candidates(prompts, 10, path)\n"
         "    files = BuildFiles([path], f'{sys.argv[1]}/out{prompts}')\n"
-        "    report = build(BuildSettings(), files, partition_bytes=1 << 20).report\n"
+        "    report = build(BuildSettings(), files, partition_bytes=1 << 17).report\n"
         "    assert report.candidates == 10 * prompts\n"
         "    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)\n"
         "print(json.dumps(peaks))"

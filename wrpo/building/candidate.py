@@ -41,7 +41,7 @@ def checked_candidate(row: dict) -> tuple[str | list[Message], float, str, int, 
 
 def checked_text(row: dict, name: str, may_be_empty: bool = False) -> str:
     value = row.get(name)
-    if not isinstance(value, str) or not (may_be_empty or value.strip()):
+    if not isinstance(value, str) or not (may_be_empty or (value and not value.isspace())):
         expected = "text" if may_be_empty else "text that is not empty"
         got = shown(value) if name in row else "no such field"
         raise DataError(expected, got, "Fill it in, or drop the row.", field=name)

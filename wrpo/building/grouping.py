@@ -28,15 +28,22 @@ BITS = 6  # 64 files open a level
 LEVELS = 4  # 64^4 files of 32 MiB are 512 TiB; beyond that it is one prompt that is too large
 
 _LENGTH = struct.Struct("<Q")
+_PLACE = struct.Struct(">QQ")
 
 Record = tuple[Any, ...]  # order, prompt id, and what else a row has
 
 
-@lru_cache(maxsize=4096)
 def place(prompt_id: str, seed: int) -> tuple[int, float]:
     """(order: 64 bits, split: in [0, 1)), uniform, independent, and fixed by prompt id and seed."""
-    digest = hashlib.blake2b(prompt_id.encode(), digest_size=16, salt=seed.to_bytes(16, "big", signed=True)).digest()
-    return int.from_bytes(digest[:8], "big"), (int.from_bytes(digest[8:], "big") >> 11) / 2**53
+    hasher = _seeded(seed).copy()
+    hasher.update(prompt_id.encode())
+    order, split = _PLACE.unpack(hasher.digest())
+    return order, (split >> 11) / 2**53
+
+
+@lru_cache
+def _seeded(seed: int) -> Any:
+    return hashlib.blake2b(digest_size=_PLACE.size, salt=seed.to_bytes(hashlib.blake2b.SALT_SIZE, "big"))
 
 
 @dataclass(frozen=True)

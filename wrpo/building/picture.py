@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from wrpo.curves import COLOURS
-
 from .report import BuildReport
 
 logger = logging.getLogger("wrpo.building")
@@ -17,12 +15,7 @@ logger = logging.getLogger("wrpo.building")
 BINS = 40
 TAIL = 0.001  # of the rewards at either end is drawn at the edge, so that one huge reward leaves the rest visible
 SHOWN = 15  # source models
-COLOUR_OF = {
-    "SFT answer": COLOURS[""],
-    "source_chosen": COLOURS["source"],
-    "target_chosen": COLOURS["target"],
-    "rejected": COLOURS["rejected"],
-}
+NAME_IN_CURVES = {"SFT answer": "", "source_chosen": "source", "target_chosen": "target", "rejected": "rejected"}
 
 
 def draw_rewards(report: BuildReport, path: Path) -> bool:
@@ -49,14 +42,20 @@ def draw_rewards(report: BuildReport, path: Path) -> bool:
     return True
 
 
+def _colour(answer: str) -> str:
+    from wrpo.curves import COLOURS  # here, because the trainer comes with it
+
+    return COLOURS[NAME_IN_CURVES[answer]]
+
+
 def _draw_histograms(ax: Any, values: dict[str, np.ndarray], title: str, label: str) -> None:
     together = np.concatenate(list(values.values()))
     low, high = np.quantile(together, [TAIL, 1 - TAIL])
     edges = np.linspace(low, high, BINS + 1) if high > low else np.array([low - 0.5, low + 0.5])
     for answer, rewards in values.items():
         heights, _ = np.histogram(rewards.clip(low, high), edges)
-        ax.stairs(heights, edges, color=COLOUR_OF[answer], fill=True, alpha=0.25)
-        ax.stairs(heights, edges, color=COLOUR_OF[answer], linewidth=1.6, label=f"{answer} ({len(rewards):,})")
+        ax.stairs(heights, edges, color=_colour(answer), fill=True, alpha=0.25)
+        ax.stairs(heights, edges, color=_colour(answer), linewidth=1.6, label=f"{answer} ({len(rewards):,})")
     _dress(ax, title)
     ax.set_xlabel(label, fontsize=9)
     ax.set_ylabel("rows", fontsize=9)
@@ -66,7 +65,9 @@ def _draw_histograms(ax: Any, values: dict[str, np.ndarray], title: str, label: 
 def _draw_shares(ax: Any, report: BuildReport) -> None:
     shares = report.won.most_common(SHOWN)[::-1]
     total = report.won.total()
-    bars = ax.barh([model for model, _ in shares], [count / total for _, count in shares], color=COLOURS["source"])
+    bars = ax.barh(
+        [model for model, _ in shares], [count / total for _, count in shares], color=_colour("source_chosen")
+    )
     ax.bar_label(bars, [f" {count / total:.1%}" for _, count in shares], fontsize=8)
     ax.margins(x=0.15)
     _dress(ax, f"whose is the best source answer ({total:,} prompts)")

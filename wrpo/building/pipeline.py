@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,7 +115,7 @@ def chosen_rows(
         for record in _records(candidates, settings, bad):
             groups.add(record)
             report.candidates += 1
-        with _progress("choosing", report.candidates) as bar:
+        with _progress("choosing", total=report.candidates) as bar:
             for group in groups:
                 chosen = _chosen(one_prompt(group, bad, report.dropped_answers), settings, limits, report)
                 bar.update(len(group))
@@ -130,22 +130,20 @@ def chosen_rows(
 def _records(candidates: Any, settings: BuildSettings, bad: BadRows) -> Iterator[Record]:
     """Every good row of the shard: order, prompt id, prompt, and the fields of its `Answer`."""
     shard = Shard.parse(settings.shard)
-    with _progress("reading") as bar:
-        for file, number, row in read_rows(candidates):
-            bar.update()
-            try:
-                if isinstance(row, DataError):
-                    raise row
-                prompt_id = checked_text(row, "prompt_id")
-                order, _ = place(prompt_id, settings.seed)
-                if shard.holds(order):
-                    yield order, prompt_id, *checked_candidate(row), file, number
-            except DataError as error:
-                bad.add(error.at(file, number))
+    for file, number, row in _progress("reading", read_rows(candidates)):
+        try:
+            if isinstance(row, DataError):
+                raise row
+            prompt_id = checked_text(row, "prompt_id")
+            order, _ = place(prompt_id, settings.seed)
+            if shard.holds(order):
+                yield order, prompt_id, *checked_candidate(row), file, number
+        except DataError as error:
+            bad.add(error.at(file, number))
 
 
-def _progress(what: str, total: int | None = None) -> tqdm:
-    return tqdm(total=total, desc=what, unit=" rows", unit_scale=True, delay=1, mininterval=0.5)
+def _progress(what: str, rows: Iterable | None = None, total: int | None = None) -> tqdm:
+    return tqdm(rows, total=total, desc=what, unit=" rows", unit_scale=True, delay=1, mininterval=0.5)
 
 
 def _chosen(

@@ -7,6 +7,7 @@ it stops the load is decided by the caller.
 
 from __future__ import annotations
 
+import codecs
 import glob
 import gzip
 import json
@@ -141,7 +142,7 @@ def _broken_gzip(path: Path, error: Exception) -> DataError:
 def _parse(raw: bytes) -> Any:
     """The JSON value, or the error that says why there is none."""
     try:
-        return json.loads(raw.decode("utf-8-sig"))
+        return json.loads(raw.removeprefix(codecs.BOM_UTF8).decode())
     except UnicodeDecodeError as error:
         return DataError(
             "UTF-8 text", f"byte {raw[error.start]:#04x} at byte {error.start + 1}", "Save the file as UTF-8."

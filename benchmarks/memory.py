@@ -13,8 +13,7 @@ import multiprocessing
 import resource
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 import psutil
@@ -43,17 +42,32 @@ def peak_of(setting: Setting, rival: Rival, device: str, problem: Problem | None
     """
     if device != "cpu":
         return _peak_of_allocator(problem, rival)
-    pool = ProcessPoolExecutor(1, mp_context=_fresh_processes())
+    # Forked from a server that has imported everything and computed nothing: fresh, and started in no time.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.contestants"])
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(theirs, setting, rival.name, torch.get_num_threads()), daemon=True)
+    process.start()
+    theirs.close()  # so that the end of the process is the end of the pipe
     try:
-        return pool.submit(measured_peak, setting, rival.name, torch.get_num_threads()).result(timeout=patience)
-    except TimeoutError:
-        raise Unaffordable(f"a step takes more than {patience:.0f} s") from None
-    except BrokenProcessPool:
-        raise Unaffordable("the process was killed, most likely for its memory") from None
+        if not ours.poll(patience):
+            raise Unaffordable(f"a step takes more than {patience:.0f} s")
+        answer = ours.recv()
+    except EOFError:
+        raise Unaffordable("its process was killed, most likely for its memory") from None
     finally:
-        for process in list((pool._processes or {}).values()):
-            process.kill()
-        pool.shutdown()
+        process.kill()
+        process.join()
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _answer(pipe: Connection, *arguments) -> None:
+    try:
+        pipe.send(measured_peak(*arguments))
+    except Exception as error:
+        pipe.send(error if isinstance(error, Unaffordable) else RuntimeError(f"{type(error).__name__}: {error}"))
 
 
 def peak_above_now(call: Callable[[], object]) -> int:
@@ -102,13 +116,6 @@ def _limit_memory() -> None:
 
 def _is_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "memory" in str(error)
-
-
-def _fresh_processes():
-    """Forked from a server that has imported everything and computed nothing: fresh, and started in no time."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.contestants"])
-    return context
 
 
 def _peak_of_allocator(problem: Problem, rival: Rival) -> Peak:

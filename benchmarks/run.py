@@ -52,7 +52,7 @@ def main() -> None:
 def run(chosen: dict[str, Scenario], device: str, only: list[str], allowance: float, file: ResultFile) -> None:
     points = [(scenario, *point) for scenario in chosen.values() for point in scenario.points.items()]
     start = time.perf_counter()
-    with tqdm(total=len(points), unit="problem", dynamic_ncols=True) as progress:
+    with tqdm(total=len(points), unit="problem", dynamic_ncols=True, disable=None) as progress:
         for scenario, point, setting in points:
             progress.set_description(f"{scenario.name}: {point}")
             for row in measured(scenario.name, point, setting, takes_part(scenario, only), device, allowance):

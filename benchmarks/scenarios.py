@@ -105,7 +105,7 @@ def acceptance() -> Scenario:
         for dtype in ("bfloat16", "float32")
         for head in ("trained", "frozen")
     }
-    return Scenario("acceptance", "D = 1024, V = 65536 and a toy", points | toys(), ("fused",))
+    return Scenario("acceptance", "D = 1024, V = 65536 and a toy", points | toys(), ("fused", "plain torch"))
 
 
 def triples(model: str, rows: int, sources: int) -> Setting:

@@ -11,7 +11,7 @@ import torch
 import torch.multiprocessing
 from peft import LoraConfig, get_peft_model
 from tiny_models import preference_batch, tiny_model, tiny_rows
-from tiny_runs import ONE_GRADIENT, SETTINGS
+from tiny_runs import ONE_GRADIENT, SETTINGS, training_lines
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -21,18 +21,24 @@ from wrpo.head import install_fused_head, run_in_head
 from wrpo_kernels import linear_wrpo_loss
 
 PREFERENCE = {"beta": 1.0, "empty_response": "zero", "alpha": 0.4, "alpha_start": 0.2}
-RUNS = ("full-precompute", "full-copy", "lora-adapter", "sft")
+# Three steps: in the first all rewards are 0, the third follows what both ranks saw in the second.
+ADAPTIVE = {
+    "source_weighting": "margin", "source_temperature": 0.5, "alpha_schedule": "adaptive", "alpha_goal_accuracy": 0.9,
+    "num_train_epochs": 3, "learning_rate": 0.1,
+}  # fmt: skip
+RUNS = ("full-precompute", "full-copy", "lora-adapter", "sft", "adaptive-copy")
 
 
 def rows() -> list[dict]:
     """Eight rows, one with nothing to count in its rejected response: 4 examples on one rank, 3 on the other."""
-    out = tiny_rows(8, sources=2)
+    names = [["a", "b"], ["b", "c"], ["c", "a"]]
+    out = [{**row, "source_model": names[i % 3]} for i, row in enumerate(tiny_rows(8, sources=2))]
     out[5] = {**out[5], "prompt_ids": [], "rejected_ids": out[5]["rejected_ids"][:1]}
     return out
 
 
 def train(run: str, folder: Path, processes: int) -> dict:
-    """One step over all rows, a row a micro-batch; then evaluation on 5 rows, which 2 ranks of 2 do not divide."""
+    """A step over all rows, a row a micro-batch; then evaluation on 5 rows, which 2 ranks of 2 do not divide."""
     settings = {
         **SETTINGS,
         **ONE_GRADIENT,
@@ -49,15 +55,17 @@ def train(run: str, folder: Path, processes: int) -> dict:
             torch.manual_seed(0)
             model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "lm_head"], r=2))
         reference = run.rpartition("-")[2]
-        args = WRPOConfig(output_dir=str(folder / run), reference=reference, **PREFERENCE, **settings)
+        settings |= PREFERENCE | (ADAPTIVE if run == "adaptive-copy" else {})
+        args = WRPOConfig(output_dir=str(folder / run), reference=reference, **settings)
         trainer = WRPOTrainer(model, args, **data)
     start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
-    assert trainer.state.global_step == 1
+    assert trainer.state.global_step == trainer.args.num_train_epochs
     evaluated = trainer.evaluate()
     return {
         "change": {name: p.detach() - start[name] for name, p in trainer.model.named_parameters() if p.requires_grad},
-        "log": {k: v for k, v in trainer.state.log_history[0].items() if k not in ("grad_norm", "epoch")},
+        "log": {k: v for k, v in training_lines(trainer)[-1].items() if k not in ("grad_norm", "epoch")},
+        "sums": trainer.performance.sums if run == "adaptive-copy" else None,
         "evaluated": {
             k: v for k, v in evaluated.items() if "runtime" not in k and "second" not in k and "time" not in k
         },
@@ -133,6 +141,15 @@ def test_logged_and_evaluated_values_are_means_over_all_ranks_without_repeats(ru
     assert len(expected) > 3 or run == "sft"
     for rank in ("rank0", "rank1"):
         assert results[rank][run][what] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_weights_that_follow_performance_are_those_of_all_ranks(results):
+    one, rank0, rank1 = (results[who]["adaptive-copy"] for who in ("one", "rank0", "rank1"))
+    assert torch.equal(rank0["sums"], rank1["sums"])
+    torch.testing.assert_close(rank0["sums"], one["sums"], rtol=1e-5, atol=1e-5)
+    shares = [rank0["log"][f"source_weight/{name}"] for name in ("a", "b", "c")]
+    assert len(set(shares)) == 3, "the weights stood still"
+    assert rank0["log"]["alpha"] > 0.2, "alpha stood still"
 
 
 @pytest.mark.parametrize("rank", ["rank0", "rank1"])

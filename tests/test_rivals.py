@@ -7,13 +7,17 @@ by the error of its coefficient: dL/dl_s moves with the margin, by at most beta 
 from __future__ import annotations
 
 import importlib.util
+import math
 
 import oracle
 import pytest
 import torch
 
+from benchmarks import training_contestants as training
 from benchmarks.problem import IGNORED, Problem, Setting
 from benchmarks.rivals import COMPILED, RIVALS
+from benchmarks.training_models import work_of
+from benchmarks.whole_steps import SAME_LOSS, median_interval
 
 NAMED = {rival.name: rival for rival in RIVALS}
 TRIPLES = Setting(vocabulary=199, width=24, examples=2, sources=1, response=7, prompt=4, beta=0.1)
@@ -128,3 +132,33 @@ def test_a_reference_that_does_not_cancel_is_not_given_to_one_that_ignores_it():
     problem.ref_logp[0] += 1.0
     reason = NAMED["Liger DPO"].why_not(problem)
     assert reason is not None and ("known" in reason or "not installed" in reason)
+
+
+@pytest.mark.parametrize("comparison", training.CONTESTANTS)
+def test_all_trainers_of_whole_steps_find_the_same_first_loss_and_gradient(comparison, tmp_path):
+    losses, gradients = {}, {}
+    for name in training.CONTESTANTS[comparison]:
+        if training.why_not(name):
+            continue
+        work = work_of("tiny", 2, pairs=comparison == "pairs")
+        with training.quiet():
+            trainer = training.trainer_of(name, *work, 2, 1, str(tmp_path / name))
+            batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+            loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        losses[name], gradients[name] = float(loss.detach()), trainer.model.get_input_embeddings().weight.grad
+    assert abs(losses["fused"] - math.log(2)) > 0.01, "log 2 says nothing about the log-probs"
+    for name, loss in losses.items():
+        assert abs(loss - losses["fused"]) <= SAME_LOSS / 10  # tiny answers: a tenth of the tokens
+        # Rounding alone: the largest entry moves by less than a thousandth.
+        apart = (gradients[name] - gradients["fused"]).abs().max()
+        assert apart <= 1e-3 * gradients["fused"].abs().max(), name
+
+
+def test_the_interval_of_the_median_covers_it_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(4000, 9, generator=generator)
+    covered = sum(low <= 0 <= high for _, low, high in (median_interval(row.tolist()) for row in draws))
+    # Of 9 values the second smallest and largest miss with probability 2 (1 + 9) / 2^9 = 3.9 %; 4 standard deviations.
+    assert abs(covered / 4000 - (1 - 20 / 512)) < 4 * (0.039 * 0.961 / 4000) ** 0.5
+    assert median_interval([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)  # too few for 95 %: the whole range

@@ -1,0 +1,105 @@
+"""The models that `benchmarks.whole_steps` trains, each with rows for it.
+
+    SmolLM2-135M   real weights (V = 49152, D = 576) and the demo's triples: real text, short answers
+    Llama          random weights behind a head of today's size (V = 128256, D = 512, tied, 8 layers), random tokens:
+                   prompts of 64 to 192, answers of 64 to 256
+    tiny           for tests and `--quick`
+
+Every row brings the log-probs of a reference along, -log(V) / 2 for each token: as good as any for time and memory, and
+the loss of the first step is then one that every contestant has to find, not the log 2 of a reference that is the model.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SIZES = {
+    "Llama": {"vocab_size": 128256, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8},
+    "tiny": {"vocab_size": 8192, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
+}
+LENGTHS = {"Llama": ((64, 192), (64, 256)), "tiny": ((8, 24), (8, 32))}  # of prompts and of answers: least, most
+NAMES = ("SmolLM2-135M", "Llama", "tiny")
+
+
+class Work(NamedTuple):
+    model: nn.Module
+    tokenizer: Any
+    rows: list[dict]  # tokenised triples with `ref_logp`
+
+
+def work_of(name: str, count: int, *, pairs: bool) -> Work:
+    """A model on this machine's device, its tokenizer and `count` rows; pairs are triples without their source.
+
+    Raises:
+        UserError: the package with the weights of SmolLM2-135M is not installed.
+    """
+    if name == "SmolLM2-135M":
+        from wrpo.demo.model import load
+
+        model, tokenizer = load()
+        rows = demo_rows(tokenizer, count)
+    else:
+        model, tokenizer = random_llama(name), padding_only()
+        rows = random_rows(count, model.config.vocab_size, *LENGTHS[name])
+    vocabulary = model.config.vocab_size
+    return Work(model, tokenizer, [with_reference(without_sources(row) if pairs else row, vocabulary) for row in rows])
+
+
+def random_llama(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1024}
+    model = LlamaForCausalLM(LlamaConfig(**SIZES[name], **heads, tie_word_embeddings=True, pad_token_id=0))
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def padding_only() -> Any:
+    """The tokenizer of rows that are token ids already: trainers ask it for the padding token alone."""
+    words = Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
+
+
+def demo_rows(tokenizer: Any, count: int) -> list[dict]:
+    from wrpo.data import load_triples, tokenize_triples
+    from wrpo.demo.make_triples import PATH
+
+    triples = load_triples(PATH)
+    order = [k % len(triples) for k in range(count)]
+    return list(tokenize_triples(triples.select(order), tokenizer))
+
+
+def random_rows(count: int, vocabulary: int, prompt: tuple[int, int], answer: tuple[int, int]) -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(least: int, most: int) -> list[int]:
+        length = int(torch.randint(least, most + 1, (), generator=generator))
+        return torch.randint(3, vocabulary, (length,), generator=generator).tolist()
+
+    return [
+        {
+            "prompt_ids": ids(*prompt),
+            "source_ids": [ids(*answer)],
+            "source_weight": [1.0],
+            "target_ids": ids(*answer),
+            "rejected_ids": ids(*answer),
+        }
+        for _ in range(count)
+    ]
+
+
+def without_sources(row: dict) -> dict:
+    return {name: row[name] for name in ("prompt_ids", "target_ids", "rejected_ids")} | {
+        "source_ids": [],
+        "source_weight": [],
+    }
+
+
+def with_reference(row: dict, vocabulary: int) -> dict:
+    answers = [*row["source_ids"], row["target_ids"], row["rejected_ids"]]
+    return row | {"ref_logp": [-math.log(vocabulary) / 2 * len(ids) for ids in answers]}

@@ -1,0 +1,206 @@
+"""python -m benchmarks.whole_steps [--model NAME] [--rounds 9] [--quick]
+
+What a user feels: whole optimizer steps of real trainers, in tokens a second and in peak memory.
+
+    triples   `WRPOTrainer` fused beside the same trainer on full logits
+    pairs     both beside TRL's `DPOTrainer`, on the same pairs
+
+Each contestant trains in a process of its own. They take turns, one step each a round, so that a slow minute of a
+shared machine hits all alike; the first round, which allocates, is not counted, but in it all must find the same loss.
+Figures are medians over the rounds with the interval that covers the median with at least 95 % (order statistics, no
+assumption about how times are spread). Writes a dated CSV and a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import statistics
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import dated_table
+from benchmarks.machine import ROOT
+from benchmarks.training_contestants import CONTESTANTS, serve, why_not
+from benchmarks.training_models import NAMES
+from wrpo.user_error import UserError
+
+BATCH = {"SmolLM2-135M": 4, "Llama": 1, "tiny": 2}  # rows a step
+# The loss is a function of margins of order 1 that are sums of hundreds of log-probs of order 10 times BETA = 0.01:
+# 0.01 * 500 * 10 * 2^-24 * a few roundings each.
+SAME_LOSS = 1e-4
+PATIENCE = 300.0  # seconds for one step
+
+
+class Figure(NamedTuple):
+    """tokens_s, times_fused: tokens a second, and in the same round those of the fused trainer over them; low and high
+    are the ends of the interval. peak_mib: what training added to the process that held model and data."""
+
+    model: str
+    comparison: str
+    contestant: str
+    steps: int
+    tokens_a_step: float
+    tokens_s: float
+    tokens_s_low: float
+    tokens_s_high: float
+    times_fused: float
+    times_fused_low: float
+    times_fused_high: float
+    peak_mib: float
+    first_loss: float
+
+
+class Contestant:
+    """A trainer in a process of its own."""
+
+    def __init__(self, model: str, comparison: str, name: str, steps: int):
+        context = multiprocessing.get_context("spawn")
+        self.name, self.taken = name, []
+        self.connection, theirs = context.Pipe()
+        arguments = (theirs, model, comparison, name, BATCH[model], steps, torch.get_num_threads())
+        self.process = context.Process(target=serve, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()  # so that the end of the process is the end of the connection
+
+    def said(self) -> object:
+        """The next thing it says.
+
+        Raises:
+            UserError: it ended, or says nothing for `PATIENCE`.
+        """
+        try:
+            if self.connection.poll(PATIENCE):
+                return self.connection.recv()
+        except EOFError:
+            raise UserError(f"{self.name} ended before its time; its error is above") from None
+        raise UserError(f"{self.name} took no step in {PATIENCE:.0f} s; choose a smaller --model")
+
+    def step(self) -> None:
+        self.connection.send("step")
+        self.taken.append(self.said())
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def compared(model: str, comparison: str, rounds: int) -> list[Figure]:
+    """Figures of all contestants that can take part; says why the others cannot."""
+    names = []
+    for name in CONTESTANTS[comparison]:
+        if why := why_not(name):
+            print(f"{model}, {comparison}: {name} is skipped: {why}")
+        else:
+            names.append(name)
+    contestants = [Contestant(model, comparison, name, rounds + 1) for name in names]
+    try:
+        for contestant in contestants:
+            contestant.said()
+        for number in tqdm(range(rounds + 1), desc=f"{model}, {comparison}", unit="round"):
+            for contestant in contestants:
+                contestant.step()
+            if not number:
+                check_same_work(contestants)
+        return list(figures(model, comparison, contestants))
+    finally:
+        for contestant in contestants:
+            contestant.end()
+
+
+def check_same_work(contestants: list[Contestant]) -> None:
+    """Raises UserError unless all had the same tokens and found the same loss in their first step."""
+    first = {contestant.name: contestant.taken[0] for contestant in contestants}
+    losses, tokens = [step.loss for step in first.values()], {step.tokens for step in first.values()}
+    if len(tokens) > 1 or not max(losses) - min(losses) <= SAME_LOSS:
+        found = ", ".join(f"{name}: loss {step.loss:.6f} of {step.tokens} tokens" for name, step in first.items())
+        raise UserError(f"the contestants do not do the same work, so there are no figures: {found}")
+
+
+def figures(model: str, comparison: str, contestants: list[Contestant]):
+    rates = {c.name: [step.tokens / step.seconds for step in c.taken[1:]] for c in contestants}
+    fused = rates[contestants[0].name]
+    for contestant in contestants:
+        own = rates[contestant.name]
+        slower = [a / b for a, b in zip(fused, own, strict=True)]
+        tokens = statistics.mean(step.tokens for step in contestant.taken[1:])
+        spans = (*median_interval(own), *median_interval(slower))
+        peak, loss = contestant.said(), contestant.taken[0].loss
+        yield Figure(model, comparison, contestant.name, len(own), tokens, *spans, peak, loss)
+
+
+def median_interval(values: list[float], level: float = 0.95) -> tuple[float, float, float]:
+    """Median, and the narrowest pair of order statistics that covers the true median with probability >= `level`.
+
+    x_(k) and x_(n+1-k) miss it with probability 2 P(Binomial(n, 1/2) < k). Fewer than six values cannot reach 95 %:
+    then the pair is the smallest and the largest.
+    """
+    ordered, n = sorted(values), len(values)
+    k, missed = 1, 2 * 0.5**n
+    while (missed := missed + 2 * math.comb(n, k) * 0.5**n) <= 1 - level:
+        k += 1
+    return statistics.median(ordered), ordered[k - 1], ordered[n - k]
+
+
+def line(f: Figure) -> str:
+    rate = f"{f.tokens_s:8.1f} tokens/s [{f.tokens_s_low:.1f}, {f.tokens_s_high:.1f}]"
+    slower = f"fused is {f.times_fused:.3f} times as fast [{f.times_fused_low:.3f}, {f.times_fused_high:.3f}]"
+    head = f"{f.model + ', ' + f.comparison:<24} {f.contestant:<16}"
+    return f"{head} {rate}  {slower}  peak {f.peak_mib:7.0f} MiB  loss of the first step {f.first_loss:.6f}"
+
+
+def draw(rows: list[Figure], facts: dict[str, str], path: Path) -> None:
+    """Tokens a second with their intervals on the left, memory on the right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(row.contestant for row in rows))
+    colours = {name: plt.get_cmap("tab10").colors[k] for k, name in enumerate(names)}
+    plot, (left, right) = plt.subplots(1, 2, figsize=(11, 0.5 * len(rows) + 1.6), sharey=True)
+    for number, row in enumerate(rows):
+        ends = [[row.tokens_s - row.tokens_s_low], [row.tokens_s_high - row.tokens_s]]
+        left.barh(number, row.tokens_s, xerr=ends, color=colours[row.contestant], capsize=3)
+        right.barh(number, row.peak_mib, color=colours[row.contestant])
+    left.set_yticks(range(len(rows)), [f"{row.model}, {row.comparison}: {row.contestant}" for row in rows], fontsize=8)
+    left.invert_yaxis()
+    left.set_xlabel("tokens a second, whole optimizer steps (median, 95 % interval)")
+    right.set_xlabel("peak memory that training adds, MiB")
+    plot.suptitle(dated_table.caption(facts), fontsize=9)
+    plot.tight_layout()
+    plot.savefig(path, dpi=120)
+    plt.close(plot)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", choices=NAMES, help="repeatable (default: SmolLM2-135M and Llama)")
+    parser.add_argument("--rounds", type=int, default=9, help="steps of each contestant that count (default: 9)")
+    parser.add_argument("--quick", action="store_true", help="see it run: three rounds of a tiny model")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    args = parser.parse_args()
+    models, rounds = (["tiny"], 3) if args.quick else (args.model or ["SmolLM2-135M", "Llama"], args.rounds)
+    facts = dated_table.facts_of("benchmarks.whole_steps", "cuda" if torch.cuda.is_available() else "cpu")
+    rows: list[Figure] = []
+    try:
+        for model in models:
+            for comparison in CONTESTANTS:
+                rows += compared(model, comparison, rounds)
+                print(*(line(row) for row in rows if row[:2] == (model, comparison)), sep="\n", flush=True)
+    except UserError as error:
+        print(f"benchmarks.whole_steps: {error}", file=sys.stderr)
+        return 2
+    path = dated_table.write(rows, facts, args.out, "whole_steps_quick" if args.quick else "whole_steps")
+    draw(rows, facts, path.with_suffix(".png"))
+    print(f"wrote {path} and its picture")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 from transformers import TrainingArguments
 
 from wrpo import SFTConfig, WRPOConfig
 from wrpo.schedule import alpha_at
+from wrpo.settings import DataSettings, ModelSettings, parse_settings
 
 PAPER = {"schedule": "linear", "start": 0.0, "end": 0.1, "warmup_ratio": 1.0}
 
@@ -106,6 +108,21 @@ def test_every_knob_says_what_it_means_and_its_default(config):
     for field in dataclasses.fields(config):
         if field.name not in inherited or field.name in config.__annotations__:
             assert "Default" in field.metadata.get("help", ""), f"{field.name} does not name its default"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("wrpo.yaml", {"loss_type": "sigmoid", "alpha": 0.1, "beta": 0.01, "source_weighting": "rows"}),
+        ("wrpo_ipo.yaml", {"loss_type": "ipo", "alpha": 0.1, "beta": 0.01, "learning_rate": 1e-6}),
+        ("wrpo_simpo.yaml", {"loss_type": "simpo", "alpha": 0.5, "beta": 10, "gamma": 0, "learning_rate": 6e-7}),
+        ("wrpo_adaptive.yaml", {"alpha_schedule": "adaptive", "source_weighting": "margin"}),
+    ],
+)
+def test_the_examples_are_settings_of_the_paper_and_of_what_adapts(name, settings):
+    example = str(Path(__file__).parent.parent / "examples" / name)
+    *_, config = parse_settings((ModelSettings, DataSettings, WRPOConfig), [example], "wrpo train")
+    assert {field: getattr(config, field) for field in settings} == settings
 
 
 def test_the_defaults_are_the_papers(tmp_path):

@@ -36,6 +36,9 @@ def papers_loss(name: str, source, target, rejected, alpha, beta, gamma=0.0, eps
         ({"loss_type": "simpo", "gamma": 0.5, "reference": "auto"}, 0.3),
         ({"loss_type": "dpo"}, 0.0),
         ({"loss_type": "sigmoid", "nll_weight": 0.7}, 0.3),
+        ({"loss_type": "sigmoid", "length_normalize": True}, 0.3),
+        ({"loss_type": "ipo", "beta": 0.01, "alpha": 0.1}, 0.1),  # as the paper chose for WRPO_IPO: tau
+        ({"loss_type": "simpo", "beta": 10.0, "alpha": 0.5, "reference": "auto"}, 0.5),  # and for WRPO_SimPO
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
@@ -44,22 +47,19 @@ def test_the_loss_is_the_papers_formula_of_the_models_own_logits(settings, alpha
     rows = [{**row, "source_weight": [0.25, 0.75]} for row in tiny_rows(3, sources=2)]
     policy, reference = tiny_model(seed=0), tiny_model(seed=1)
     needs_reference = settings["loss_type"] != "simpo"
-    trainer = wrpo_trainer(
-        tmp_path, policy, rows, alpha=0.3, alpha_schedule="constant", beta=0.1, **settings,
-        ref_model=reference if needs_reference else None,
-    )  # fmt: skip
+    settings = {"alpha": 0.3, "alpha_schedule": "constant", "beta": 0.1, **settings}
+    trainer = wrpo_trainer(tmp_path, policy, rows, **settings, ref_model=reference if needs_reference else None)
     batch = preference_batch(rows)
     got = trainer.compute_loss(trainer.model.eval(), batch)
 
     with torch.no_grad():
         logp = plain_logp(policy, batch)
-        if settings["loss_type"] == "simpo":
-            score = logp / (batch["labels"] != -100).sum(1)
-        else:
-            score = logp - plain_logp(reference.eval(), batch)
+        score = logp - plain_logp(reference.eval(), batch) if needs_reference else logp
+        if settings["loss_type"] == "simpo" or settings.get("length_normalize"):
+            score = score / (batch["labels"] != -100).sum(1)
         first, second, target, rejected = score.view(4, 3)
         loss = papers_loss(
-            settings["loss_type"], 0.25 * first + 0.75 * second, target, rejected, alpha, 0.1,
+            settings["loss_type"], 0.25 * first + 0.75 * second, target, rejected, alpha, settings["beta"],
             settings.get("gamma", 0.0), settings.get("loss_label_smoothing", 0.0),
         )  # fmt: skip
         first, second, target, _ = logp.view(4, 3)

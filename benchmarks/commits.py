@@ -37,7 +37,7 @@ def compare(commit: str, chosen: dict[str, Scenario], device: str, allowance: fl
     with tree_of(commit) as tree:
         for scenario in chosen.values():
             for point, setting in scenario.points.items():
-                why = machine.why_skipped(setting, device, 2, allowance)
+                why = machine.why_too_large(setting, device) or machine.why_too_long(setting, device, 2, allowance)
                 trees = {commit: tree, "checkout": machine.ROOT}
                 found = f"skipped: {why}" if why else compared(setting, trees, device, allowance)
                 print(f"{scenario.name + ': ' + point:<34}", found, flush=True)

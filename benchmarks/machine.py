@@ -74,15 +74,8 @@ def floor_seconds(setting: Setting, device: str) -> float:
     return sum(setting.flops / setting.num_products / rate for rate in rates)
 
 
-def why_skipped(setting: Setting, device: str, contestants: int, allowance: float) -> str | None:
-    """The rule for sizes: the reason why a point does not fit this machine's memory or the time it may take.
-
-    Time: five steps of each contestant (one for its peak, one for its gradients, three rounds) at 1.25 times the floor.
-    Memory: inputs, two sets of gradients, and operands and gradients of the truth in float64.
-    """
-    seconds = 5 * 1.25 * contestants * floor_seconds(setting, device)
-    if seconds > allowance:
-        return f"about {seconds:.0f} s for {contestants} contestants, of {allowance:.0f} s that one point may take"
+def why_too_large(setting: Setting, device: str) -> str | None:
+    """The rule for memory: inputs, two sets of gradients, and operands and gradients of the truth in float64."""
     tokens = setting.sequences * (setting.prompt + setting.response)
     elements = (setting.vocabulary + tokens) * setting.columns
     needed = elements * (3 * setting.itemsize + 16) + (512 << 20)
@@ -91,8 +84,22 @@ def why_skipped(setting: Setting, device: str, contestants: int, allowance: floa
     return None
 
 
+def why_too_long(setting: Setting, device: str, contestants: int, allowance: float) -> str | None:
+    """The rule for time: five steps of each contestant at 1.25 times the floor.
+
+    One step is for its peak, one for its gradients, three are the fewest rounds.
+    """
+    seconds = 5 * 1.25 * contestants * floor_seconds(setting, device)
+    if seconds > allowance:
+        return f"about {seconds:.0f} s for {contestants} contestants, of {allowance:.0f} s that one point may take"
+    return None
+
+
 def free_bytes(device: str) -> int:
-    return available() if device == "cpu" else torch.cuda.mem_get_info()[0]
+    if device == "cpu":
+        return available()
+    torch.cuda.empty_cache()  # what the last problem left in the allocator
+    return torch.cuda.mem_get_info()[0]
 
 
 def facts(device: str) -> dict[str, str]:

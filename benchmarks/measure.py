@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from benchmarks.accuracy import Errors, Truth
 from benchmarks.contestants import FLOOR, FUSED
-from benchmarks.machine import why_skipped
+from benchmarks.machine import why_too_large, why_too_long
 from benchmarks.memory import Peak, Unaffordable, peak_of
 from benchmarks.problem import Problem, Rival, Setting
 from benchmarks.results import Figure, Row
@@ -33,14 +33,19 @@ def measured(
     def row(contestant: str, **values) -> Row:
         return Row(Figure(scenario, point, contestant, **values), setting)
 
-    if why := why_skipped(setting, device, len(contestants), allowance):
+    if why := why_too_large(setting, device):
         yield row("", note=f"skipped: {why}")
         return
     problem = Problem(setting, device)
-    peaks, absent = admitted(problem, contestants, FIRST_STEP + allowance / 4)
+    absent = {rival.name: why for rival in contestants if (why := rival.why_not(problem))}
+    able = [rival for rival in contestants if rival.name not in absent]
+    if why := why_too_long(setting, device, len(able), allowance):
+        yield row("", note=f"skipped: {why}")
+        return
+    peaks, unaffordable = affordable(problem, able, FIRST_STEP + allowance / 4)
     losses = {rival.name: rival.loss(problem) for rival in contestants if rival.name in peaks}
     errors, wrong = checked(problem, losses)
-    for name, why in (absent | wrong).items():
+    for name, why in (absent | unaffordable | wrong).items():
         yield row(name, note=why)
     steps = {name: step_of(problem, losses[name]) for name in errors}
     taken = rounds_within({FLOOR: floor_of(problem)} | steps, start + allowance)
@@ -48,13 +53,10 @@ def measured(
         yield row(name, **times(phases, taken), **worth(peaks.get(name), errors.get(name)))
 
 
-def admitted(problem: Problem, contestants: list[Rival], patience: float) -> tuple[dict[str, Peak], dict[str, str]]:
-    """Peaks of those that can do the problem here, and the reasons of the others."""
+def affordable(problem: Problem, contestants: list[Rival], patience: float) -> tuple[dict[str, Peak], dict[str, str]]:
+    """Peaks of those whose step this machine has the memory and the patience for, and the reasons of the others."""
     peaks, absent = {}, {}
     for rival in contestants:
-        if why := rival.why_not(problem):
-            absent[rival.name] = why
-            continue
         try:
             peaks[rival.name] = peak_of(problem.setting, rival, problem.device.type, problem, patience)
         except Unaffordable as why:

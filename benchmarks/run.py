@@ -66,7 +66,7 @@ def publish(path: Path, readme: bool) -> None:
     """Tables and pictures from a file of results, and with `readme` the README's block and its picture."""
     facts, rows = read(path)
     path.with_suffix(".md").write_text(tables.whole(facts, rows))
-    drawn = list(pictures.draw(facts, rows, scenarios.full(512), path.with_suffix("")))
+    drawn = list(pictures.draw(facts, rows, scenarios.full(512, "float32"), path.with_suffix("")))
     print("wrote", path, path.with_suffix(".md"), *drawn)
     if readme:
         tables.put_into_readme(machine.ROOT / "README.md", tables.summary(facts, rows))
@@ -94,13 +94,14 @@ def takes_part(scenario: Scenario, only: list[str]) -> list[Rival]:
 def chosen_scenarios(args: argparse.Namespace, device: str) -> dict[str, Scenario]:
     """The quick set, the full one, or those asked for by name (from the full set)."""
     rows = args.rows or TYPICAL_ROWS[device][0 if args.full or args.scenario else 1]
-    every = scenarios.full(rows) | {"acceptance": scenarios.acceptance()}
+    dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
+    every = scenarios.full(rows, dtype) | {"acceptance": scenarios.acceptance()}
     if args.scenario:
         unknown = sorted(set(args.scenario) - set(every))
         if unknown:
             raise SystemExit(f"no scenario {', '.join(unknown)}; there are {', '.join(every)}")
         return {name: every[name] for name in args.scenario}
-    return scenarios.full(rows) if args.full else scenarios.quick(rows)
+    return scenarios.full(rows, dtype) if args.full else scenarios.quick(rows, dtype)
 
 
 def pass_op_tests(device: str) -> None:
@@ -138,13 +139,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if have_gpu else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, help="of torch (default: its own)")
     parser.add_argument("--rows", type=int, help="N of a typical problem (default: 512 on a CPU, 16384 on a GPU)")
-    parser.add_argument("--allow", type=float, metavar="SECONDS", help="that one problem may take (default: 25, or 75)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument(
+        "--allow", type=float, metavar="SECONDS", help="one problem may take (default: 60, full 150)"
+    )
     parser.add_argument("--out", type=Path, default=machine.ROOT / "benchmarks/results")
     parser.add_argument("--skip-tests", action="store_true", help="where they have just passed")
     parser.add_argument("--draw", type=Path, metavar="CSV", help="no measuring: table and pictures of this file")
     parser.add_argument("--readme", action="store_true", help="also write the short table into README.md")
     args = parser.parse_args()
-    args.allow = args.allow or (75.0 if args.full or args.scenario else 25.0)
+    args.allow = args.allow or (150.0 if args.full or args.scenario else 60.0)
     return args
 
 

@@ -2,11 +2,15 @@
 
     wrpo train CONFIG.yaml [--field value ...]     preference optimisation on triples
     wrpo sft CONFIG.yaml [--field value ...]       the stage before it, on the source answers
+    wrpo sample SOURCES.yaml PROMPTS ... -o FILE   answers of any number of models to the same prompts
+    wrpo score CANDIDATES ... -o FILE              their rewards: a reward model, a judge or a verifier
     wrpo build CANDIDATES ... -o FOLDER            SFT split and triples from scored candidate answers
+    wrpo logp TRIPLES ... -o FILE --models ...     the source models' own log-probs, for a fused reference
     wrpo eval [ANSWERS...] -o FOLDER               solved prompts, wins, implicit-reward accuracy on held-out data
     wrpo info                                      versions, and which kernels run here
 
-`wrpo COMMAND --help` lists the rest. Exit status: 0 done; 2 something the user can put right, said in one line; a
+`wrpo COMMAND --help` lists the rest. Exit status: 0 done; 2 something the user can put right, said in one line; 3
+(sample, score) done but for what the summary lists, and the same command tries that again; 130 stopped by Ctrl-C; a
 traceback is a bug.
 """
 
@@ -17,6 +21,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("wrpo")
 
-TRAIN_EXTRA = ("accelerate", "datasets", "transformers", "yaml")
+EXTRAS = dict.fromkeys(("accelerate", "datasets", "transformers", "yaml"), "train") | {"openai": "sample"}
 ENDINGS = {"model": "", "metrics": "metrics.json", "curves": "training_curves.png"}
 
 
@@ -45,16 +50,18 @@ def main(arguments: list[str] | None = None) -> int:
         return _user_error("wrpo", f"no command {name!r}; {hint}")
     _log_to_stderr()
     try:
-        COMMANDS[name](rest)
+        return COMMANDS[name](rest) or 0
     except UserError as error:
         return _user_error(f"wrpo {name}", str(error))
     except FileNotFoundError as error:
         return _user_error(f"wrpo {name}", f"{error.filename}: no such file" if error.filename else str(error))
     except ModuleNotFoundError as error:
-        if error.name not in TRAIN_EXTRA:
+        if error.name not in EXTRAS:
             raise
-        return _user_error(f"wrpo {name}", f"needs the package {error.name}: pip install 'wrpo[train]'")
-    return 0
+        return _user_error(f"wrpo {name}", f"needs the package {error.name}: pip install 'wrpo[{EXTRAS[error.name]}]'")
+    except KeyboardInterrupt:
+        print(f"wrpo {name}: stopped", file=sys.stderr)
+        return 130
 
 
 def _user_error(prog: str, message: str) -> int:
@@ -178,12 +185,33 @@ def _say_where(folder: Path) -> None:
             print(f"{what:<8} {folder / name}")
 
 
-# -- build, eval, info ------------------------------------------------------------------------------------------------
+# -- sample, score, build, logp, eval, info ---------------------------------------------------------------------------
+
+
+def sample(arguments: list[str]) -> int:
+    """Answers of any number of models to the same prompts."""
+    from wrpo.sampling.command import run
+
+    return run(arguments)
+
+
+def score(arguments: list[str]) -> int:
+    """Rewards of answers."""
+    from wrpo.scoring.command import run
+
+    return run(arguments)
 
 
 def build(arguments: list[str]) -> None:
     """SFT split and triples from scored candidate answers."""
     from wrpo.building.command import run
+
+    run(arguments)
+
+
+def logp(arguments: list[str]) -> None:
+    """The source models' own log-probs of the triples' responses."""
+    from wrpo.source_logp import run
 
     run(arguments)
 
@@ -204,4 +232,13 @@ def info(arguments: list[str]) -> None:
     print(report())
 
 
-COMMANDS = {"train": train, "sft": sft, "build": build, "eval": evaluate, "info": info}
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
+    "train": train,
+    "sft": sft,
+    "sample": sample,
+    "score": score,
+    "build": build,
+    "logp": logp,
+    "eval": evaluate,
+    "info": info,
+}

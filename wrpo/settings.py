@@ -96,6 +96,23 @@ def parse_settings(classes: tuple[type, ...], arguments: list[str], prog: str) -
     return tuple(_build(cls, values) for cls in classes)
 
 
+def settings_from(cls: type, content: dict, place: str) -> Any:
+    """One instance of a dataclass from a mapping of a YAML file, read as `parse_settings` reads a whole file.
+
+    Raises:
+        SettingsError: as `parse_settings`; the message begins with `place`.
+    """
+    hints = _fields(cls)
+    flags, unset = _from_mapping(content, hints, place)
+    parser = _Parser((cls,), prog=place, allow_abbrev=False)
+    _let_numbers_be_none(parser, hints)
+    parser.set_defaults(**unset)
+    try:
+        return _build(cls, parser.parse_args(flags))
+    except SettingsError as error:
+        raise SettingsError(f"{place}: {error}") from error
+
+
 def _fields(cls: type) -> dict[str, Any]:
     hints = get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
@@ -147,14 +164,18 @@ def _from_yaml(path: Path, hints: dict[str, Any]) -> tuple[list[str], dict[str, 
         raise SettingsError(f"{path}: not a YAML file: {error}") from error
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: expected 'field: value' lines, got {type(content).__name__}")
+    return _from_mapping(content, hints, str(path))
+
+
+def _from_mapping(content: dict, hints: dict[str, Any], place: str) -> tuple[list[str], dict[str, None]]:
     flags: list[str] = []
     unset: dict[str, None] = {}
     for name, value in content.items():
         if name not in hints:
-            raise SettingsError(f"{path}: {_no_such(str(name), hints)}")
+            raise SettingsError(f"{place}: {_no_such(str(name), hints)}")
         if value is None:
             if type(None) not in get_args(hints[name]):
-                raise SettingsError(f"{path}: {name}: expected a value, got null")
+                raise SettingsError(f"{place}: {name}: expected a value, got null")
             unset[name] = None
         else:
             flags += _flags(name, value)

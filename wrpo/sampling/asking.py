@@ -1,0 +1,185 @@
+"""Every request that is not answered yet, asked once, its answer appended as it comes.
+
+All servers are asked at the same time, each with its own concurrency and rate; then the models that run here, one
+after another. An answer is the row
+
+    {"prompt_id", "prompt", "model", "sample", "response", "finish_reason", "seed", "temperature", "top_p",
+     "max_tokens", and the prompt's kept fields}
+
+in which finish_reason "length" says that the answer was cut at max_tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from wrpo.data.appending import AppendedRows, KeySet
+from wrpo.data.errors import DataError, shown
+
+from .prompts import Prompts, Request
+from .sources import LocalSource, Sampling, ServerSource, Source, VllmSource
+from .tally import Tally
+
+DRAWN_WITH = ("temperature", "top_p")  # answers drawn in two ways are not one sample
+
+
+def sample(prompts: Prompts, sources: list[Source], output: str | Path, sampling: Sampling) -> Tally:
+    """Ask every source every prompt, without what `output` already holds.
+
+    Raises:
+        UserError: an output file in use or drawn differently, a local model that cannot be loaded, a full disk.
+    """
+    settings = {source.model: source.sampling(sampling) for source in sources}
+    with AppendedRows(output) as rows:
+        there, counts = _read(rows, settings)
+        run = _Run(prompts, settings, rows, there)
+        local = [(source, _model(source)) for source in sources if not isinstance(source, ServerSource)]
+        wanted = {source.model: len(prompts) * settings[source.model].samples for source in sources}
+        with Tally(wanted, "answer", run.count(sources) if counts else None) as tally:
+            run.tally = tally
+            asyncio.run(_ask_servers(run, [source for source in sources if isinstance(source, ServerSource)]))
+            for source, model in local:
+                _ask_local(run, source, model)
+    return tally
+
+
+class _Run:
+    """What all sources share."""
+
+    tally: Tally
+
+    def __init__(self, prompts: Prompts, settings: dict[str, Sampling], rows: AppendedRows, there: KeySet):
+        self.prompts, self.settings, self.rows, self.there = prompts, settings, rows, there
+
+    def count(self, sources: list[Source]) -> Counter[str]:
+        """How many of the requests are answered, by model: the file may hold answers to other prompts too."""
+        wanted = (request for source in sources for request in self._requests(source))
+        return Counter(request.model for request in wanted if request.key in self.there)
+
+    def missing(self, source: Source) -> Iterator[Request]:
+        return (request for request in self._requests(source) if request.key not in self.there)
+
+    def _requests(self, source: Source) -> Iterator[Request]:
+        for prompt in self.prompts:
+            for number in range(self.settings[source.model].samples):
+                yield Request(prompt, source.model, number)
+
+    def write(self, request: Request, text: str, finish_reason: str | None, seed: int) -> None:
+        drawn = self.settings[request.model]
+        self.rows.append(
+            {
+                "prompt_id": request.prompt.prompt_id,
+                "prompt": request.prompt.prompt,
+                "model": request.model,
+                "sample": request.sample,
+                "response": text,
+                "finish_reason": finish_reason,
+                "seed": seed,
+                **{name: getattr(drawn, name) for name in (*DRAWN_WITH, "max_tokens")},
+                **request.prompt.kept,
+            }
+        )
+        self.tally.add(request.model, cut=finish_reason == "length")
+
+
+def _read(rows: AppendedRows, settings: dict[str, Sampling]) -> tuple[KeySet, int]:
+    """(keys of the answers that are there, their number)."""
+    there = KeySet()
+    for number, row in rows:
+        model = row.get("model")
+        fields = (row.get("prompt_id"), model, row.get("sample"), row.get("response"))
+        if tuple(map(type, fields)) != (str, str, int, str):
+            todo = "Name another output file; this one is not of `wrpo sample`."
+            raise DataError("an answer", f"fields {sorted(map(str, row))}", todo, file=str(rows.path), row=number)
+        for name in DRAWN_WITH:
+            if model in settings and row.get(name) not in (None, getattr(settings[model], name)):
+                todo = f"Go on with {shown(row[name])}, or name another output file."
+                expected = f"answers of {model!r} drawn with {getattr(settings[model], name):g}, as now"
+                raise DataError(expected, shown(row[name]), todo, file=str(rows.path), row=number, field=name)
+        there.add((row["prompt_id"], row["model"], row["sample"]))
+    return there, len(there)
+
+
+# -- servers ----------------------------------------------------------------------------------------------------------
+
+
+async def _ask_servers(run: _Run, sources: list[ServerSource]) -> None:
+    await asyncio.gather(*(_ask_server(run, source) for source in sources))
+
+
+async def _ask_server(run: _Run, source: ServerSource) -> None:
+    from .server import Server
+
+    requests = run.missing(source)  # shared by the workers: each takes the next
+    async with Server(source, on_retry=lambda: run.tally.retry(source.model)) as server:
+        workers = [_work(run, server, requests) for _ in range(source.concurrency)]
+        await asyncio.gather(*workers)
+        if server.given_up:
+            run.tally.give_up(source.model, server.given_up)
+
+
+async def _work(run: _Run, server: Any, requests: Iterator[Request]) -> None:
+    from .server import Failed
+
+    drawn = run.settings[server.source.model]
+    for request in requests:
+        seeds: list[int] = []
+
+        def options(unusable: int, request: Request = request, seeds: list[int] = seeds) -> dict[str, Any]:
+            seeds.append(request.seed(drawn.seed, unusable))
+            return {
+                "temperature": drawn.temperature,
+                "top_p": drawn.top_p,
+                "max_tokens": drawn.max_tokens,
+                "seed": seeds[-1],
+            }
+
+        try:
+            reply = await server.ask(request.prompt.messages, options, lambda reply: reply)
+            run.write(request, reply.text, reply.finish_reason, seeds[-1])
+        except Failed as failure:
+            run.tally.fail(request.model, str(failure), request.place)
+        if server.given_up:
+            break
+
+
+# -- models that run here ---------------------------------------------------------------------------------------------
+
+
+def _model(source: Source) -> Any:
+    if isinstance(source, VllmSource):
+        from .vllm_model import VllmModel
+
+        return VllmModel(source)
+    assert isinstance(source, LocalSource)
+    from .local_model import LocalModel
+
+    return LocalModel(source)
+
+
+def _ask_local(run: _Run, source: Source, model: Any) -> None:
+    drawn = run.settings[source.model]
+    in_a_row = 0
+    for window in _windows(run.missing(source), model.window):
+        for request, result, seed in model.answers(window, drawn):
+            if isinstance(result, str):
+                run.tally.fail(source.model, result, request.place)
+                in_a_row += 1
+            else:
+                run.write(request, result.text, result.finish_reason, seed)
+                in_a_row = 0
+        if in_a_row >= model.window:
+            run.tally.give_up(source.model, f"{in_a_row} answers failed in a row")
+            break
+    model.close()
+
+
+def _windows(requests: Iterable[Request], size: int) -> Iterator[list[Request]]:
+    requests = iter(requests)
+    while window := list(islice(requests, size)):
+        yield window

@@ -1,0 +1,36 @@
+"""A batch that fails is halved until single rows fail alone: too little memory, or one row that is at fault."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+LONGEST_REASON = 200  # characters of an error that are repeated
+
+
+def halving(batch: list[Item], compute: Callable[[list[Item]], list[Result]]) -> Iterator[tuple[Item, Result | str]]:
+    """Every item with its result, or with the reason why there is none.
+
+    `compute` gives one result an item. A RuntimeError (torch's, also of memory), ValueError or IndexError halves the
+    batch; anything else is raised.
+    """
+    try:
+        results = compute(batch)
+    except (RuntimeError, ValueError, IndexError) as error:
+        reason = one_line(error)
+    else:
+        yield from zip(batch, results, strict=True)
+        return
+    if len(batch) == 1:
+        yield batch[0], reason
+        return
+    middle = len(batch) // 2
+    yield from halving(batch[:middle], compute)
+    yield from halving(batch[middle:], compute)
+
+
+def one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:LONGEST_REASON]}"

@@ -1,0 +1,160 @@
+"""What models are asked: prompts, checked once, and the requests made of them.
+
+A prompt is a row
+
+    {"prompt_id": str, "prompt": str or messages, ...}
+
+Without a `prompt_id` its id is a hash of the prompt. Prompts are read from their files each time, never held: one
+costs about 100 bytes here, however long it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any
+
+from wrpo.data.appending import hash_of
+from wrpo.data.errors import BadRows, DataError, shown
+from wrpo.data.reading import read_rows
+from wrpo.data.triple import Message, prompt_messages
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt; `kept` holds the fields of its row that go into the rows of its answers."""
+
+    prompt_id: str
+    prompt: Any
+    kept: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def messages(self) -> list[Message]:
+        return prompt_messages(self.prompt)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer that is wanted: number `sample` of `model` to a prompt."""
+
+    prompt: Prompt
+    model: str
+    sample: int
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.prompt.prompt_id, self.model, self.sample
+
+    @property
+    def place(self) -> str:
+        """For messages."""
+        return f"sample {self.sample} of prompt {self.prompt.prompt_id}"
+
+    def seed(self, seed: int, spoiled: int = 0) -> int:
+        """31 bits fixed by the run's seed and the request; another one after each answer that could not be used."""
+        return hash_of((seed, *self.key, spoiled)) >> 33
+
+
+@dataclass(frozen=True)
+class Reply:
+    """text; finish_reason: "stop", "length" (cut), or what else a server calls it."""
+
+    text: str
+    finish_reason: str | None
+
+
+class Prompts:
+    """The prompts of a shard, each once: `len`, and iterate as often as you like.
+
+    Args:
+        paths: files or globs that `wrpo.data.reading` reads.
+        keep: fields of the rows that the answers' rows carry on, e.g. what a verifier compares with.
+        in_shard: which prompt ids are asked. Default: all.
+        skip_bad_rows: leave bad prompts out and count them, instead of raising.
+
+    Raises:
+        DataError: a bad prompt, one id for two prompts, or no prompt at all.  FileNotFoundError: no such file.
+    """
+
+    def __init__(
+        self,
+        paths: list[str],
+        *,
+        keep: tuple[str, ...] = (),
+        in_shard: Callable[[str], bool] = lambda prompt_id: True,
+        skip_bad_rows: bool = False,
+    ):
+        self._paths, self._keep, self._in_shard = paths, keep, in_shard
+        self.bad = BadRows(skip_bad_rows)
+        self._left_out: set[tuple[str, int]] = set()  # bad, and repeated
+        self.repeated = 0
+        self._count = self._check()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Prompt]:
+        for file, number, row in read_rows(self._paths):
+            if (file, number) not in self._left_out and isinstance(row, dict):
+                prompt = self._read(row)
+                if self._in_shard(prompt.prompt_id):
+                    yield prompt
+
+    def _check(self) -> int:
+        """How many there are; what is to be left out is noted on the way."""
+        seen: dict[int, int] = {}  # hash of the id -> hash of the prompt
+        rows = 0
+        for file, number, row in read_rows(self._paths):
+            rows += 1
+            try:
+                if isinstance(row, DataError):
+                    raise row
+                prompt = self._read(row)
+                if self._in_shard(prompt.prompt_id):
+                    self._note(prompt, seen, (file, number))
+            except DataError as error:
+                self._left_out.add((file, number))
+                self.bad.add(error.at(file, number))
+        if rows == self.bad.count:
+            got = self.bad.report() if rows else "an empty file"
+            raise DataError("at least one prompt", got, "Check the files.", file=", ".join(map(str, self._paths)))
+        return len(seen)
+
+    def _note(self, prompt: Prompt, seen: dict[int, int], where: tuple[str, int]) -> None:
+        identity, content = hash_of((prompt.prompt_id,)), hash_of((_canonical(prompt.prompt),))
+        if identity not in seen:
+            seen[identity] = content
+        elif seen[identity] == content:
+            self.repeated += 1
+            self._left_out.add(where)
+        else:
+            got = f"another prompt under {prompt.prompt_id!r}"
+            raise DataError("one prompt an id", got, "Give different prompts different ids.", field="prompt_id")
+
+    def _read(self, row: dict) -> Prompt:
+        messages = prompt_messages(row.get("prompt"))
+        if messages[-1]["role"] == "assistant":
+            todo = "End the prompt with the user's turn."
+            raise DataError("a last message that is not the assistant's", shown(messages[-1]), todo, field="prompt")
+        missing = [name for name in self._keep if name not in row]
+        if missing:
+            got = f"fields {sorted(map(str, row))}"
+            raise DataError("the field that --keep names", got, "Add it, or name another.", field=missing[0])
+        return Prompt(_id(row), row["prompt"], {name: row[name] for name in self._keep})
+
+
+def _id(row: dict) -> str:
+    if row.get("prompt_id") is None:
+        return blake2b(_canonical(row["prompt"]).encode(), digest_size=8).hexdigest()
+    value = row["prompt_id"]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str) or not value.strip() or not value.isprintable():
+        raise DataError("printable text", shown(value), "Fill it in, or leave the field out.", field="prompt_id")
+    return value
+
+
+def _canonical(prompt: Any) -> str:
+    return json.dumps(prompt, sort_keys=True)

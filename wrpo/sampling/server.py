@@ -1,0 +1,197 @@
+"""One model behind an OpenAI-compatible server, asked with time-outs, retries and a rate limit.
+
+What fails is tried again when trying again can help: time-outs, lost connections, 408, 409, 429 and 5xx, and replies
+that cannot be used. Wait number k is drawn from [1/2, 1] * min(60 s, retry_wait * 2^k), or is what the server's
+Retry-After asks for, up to five minutes. Other 4xx cost their request; 401, 403 and 404 mean the settings, and end
+asking this model, as do `give_up_after` failures in a row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import openai
+
+from wrpo.data.triple import Message
+
+from .prompts import Reply
+from .sources import ServerSource
+
+T = TypeVar("T")
+
+LONGEST_WAIT = 60.0  # s
+LONGEST_RETRY_AFTER = 300.0  # s
+LONGEST_REASON = 200  # characters of a server's message that are repeated
+WRONG_SETTINGS = (401, 403, 404)
+TEMPORARY = (408, 409, 429)
+
+
+class UnusableReply(Exception):
+    """A reply that another try, with another seed, may replace by a better one."""
+
+
+class Failed(Exception):
+    """A request that got no answer, after all its tries; the words hold no key."""
+
+
+class Server:
+    """A server's model; `on_retry` is called before each further try.
+
+        async with Server(source) as server:
+            text = await server.ask(messages, options, read)
+
+    Attributes:
+        given_up: why nothing more is asked, or None.
+    """
+
+    def __init__(self, source: ServerSource, on_retry: Callable[[], None] = lambda: None):
+        self.source, self._on_retry = source, on_retry
+        self.given_up: str | None = None
+        self._failed_in_a_row = 0
+        self._key = source.key()
+        # A key is sent where the settings say so, and nowhere else: without one the client would take OPENAI_API_KEY.
+        self._client = openai.AsyncOpenAI(
+            base_url=source.base_url, api_key=self._key or "none", max_retries=0, timeout=source.timeout
+        )
+        self._client.organization = self._client.project = self._client.admin_api_key = None  # nor its other variables
+        self._pace = Pace(source.requests_per_minute)
+
+    async def __aenter__(self) -> Server:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.close()
+
+    async def ask(
+        self, messages: list[Message], options: Callable[[int], dict[str, Any]], read: Callable[[Reply], T]
+    ) -> T:
+        """What `read` makes of the reply.
+
+        Args:
+            messages: the conversation so far.
+            options: number of unusable replies so far -> temperature, top_p, max_tokens, seed.
+            read: of a reply that is not empty; raises `UnusableReply`.
+
+        Raises:
+            Failed: no usable reply.
+        """
+        try:
+            result = await self._tries(messages, options, read)
+        except Failed as failure:
+            self._failed_in_a_row += 1
+            if self._failed_in_a_row >= self.source.give_up_after:
+                self.given_up = self.given_up or f"{self._failed_in_a_row} requests failed in a row"
+            raise failure from None
+        self._failed_in_a_row = 0
+        return result
+
+    async def _tries(self, messages: list[Message], options: Callable, read: Callable[[Reply], T]) -> T:
+        unusable = 0
+        for attempt in range(self.source.retries + 1):
+            wait = None
+            try:
+                await self._pace.turn()
+                return read(await self._request(messages, options(unusable)))
+            except UnusableReply as error:
+                reason = str(error)
+                unusable += 1
+            except (asyncio.TimeoutError, openai.APITimeoutError):
+                reason = f"no answer within {self.source.timeout:g} s"
+            except openai.APIStatusError as error:
+                reason = self._without_key(error)
+                self._refuse_for_good(error, reason)
+                wait = _retry_after(error)
+            except openai.APIConnectionError as error:
+                reason = self._without_key(error.__cause__ or error, f"no connection to {self.source.base_url}: ")
+            if attempt < self.source.retries and self.given_up is None:
+                self._on_retry()
+                await asyncio.sleep(self._wait(attempt) if wait is None else wait)
+            else:
+                break
+        tries = attempt + 1
+        raise Failed(f"{reason} ({tries} {'tries' if tries > 1 else 'try'})")
+
+    async def _request(self, messages: list[Message], options: dict[str, Any]) -> Reply:
+        left_out = self.source.leave_out or ()
+        try:
+            completion = await asyncio.wait_for(  # of the whole answer; the client's own is between two bytes of it
+                self._client.chat.completions.create(
+                    model=self.source.served_model or self.source.model,
+                    messages=messages,  # type: ignore[arg-type]
+                    extra_body=self.source.body() or None,
+                    **{name: value for name, value in options.items() if name not in left_out},
+                ),
+                self.source.timeout,
+            )
+        except (json.JSONDecodeError, UnicodeDecodeError, openai.APIResponseValidationError):
+            raise UnusableReply("the reply is not the JSON of a chat completion") from None
+        return _reply(completion)
+
+    def _refuse_for_good(self, error: openai.APIStatusError, reason: str) -> None:
+        """Raises where trying again cannot help."""
+        if error.status_code in WRONG_SETTINGS:
+            self.given_up = self.given_up or reason
+        if error.status_code < 500 and error.status_code not in TEMPORARY:
+            raise Failed(reason) from None
+
+    def _wait(self, attempt: int) -> float:
+        longest = min(LONGEST_WAIT, self.source.retry_wait * 2.0**attempt)
+        return longest * random.uniform(0.5, 1.0)
+
+    def _without_key(self, error: BaseException, prefix: str = "") -> str:
+        """One line of the server's words; some servers repeat the key that they were sent."""
+        if isinstance(error, openai.APIStatusError):
+            prefix = f"{error.status_code}: "
+        words = " ".join((str(getattr(error, "message", "")) or str(error) or type(error).__name__).split())
+        if self._key:
+            words = words.replace(self._key, "***")
+        return prefix + words[:LONGEST_REASON]
+
+
+class Pace:
+    """Lets so many through a minute, evenly spaced: a minute's worth at once is what servers refuse."""
+
+    def __init__(
+        self,
+        per_minute: float | None,
+        now: Callable[[], float] | None = None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ):
+        self._interval = 60.0 / per_minute if per_minute else 0.0
+        self._now = now or (lambda: asyncio.get_running_loop().time())
+        self._sleep = sleep
+        self._next = 0.0
+
+    async def turn(self) -> None:
+        if self._interval:
+            start = max(self._now(), self._next)
+            self._next = start + self._interval
+            await self._sleep(start - self._now())
+
+
+def _reply(completion: Any) -> Reply:
+    """Servers differ: every step to the text may be missing."""
+    choices = getattr(completion, "choices", None)
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = getattr(choice, "message", None)
+    if message is None:
+        raise UnusableReply("the reply is not the JSON of a chat completion")
+    text, finish_reason = getattr(message, "content", None), getattr(choice, "finish_reason", None)
+    if not isinstance(text, str) or not text.strip():
+        raise UnusableReply(f"an empty answer (finish_reason {finish_reason!r})")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UnusableReply("half a surrogate pair in the answer")
+    return Reply(text, finish_reason if isinstance(finish_reason, str) else None)
+
+
+def _retry_after(error: openai.APIStatusError) -> float | None:
+    """Seconds that the server asks to wait, where it says so in seconds."""
+    try:
+        seconds = float(error.response.headers.get("retry-after", ""))
+    except ValueError:
+        return None
+    return min(seconds, LONGEST_RETRY_AFTER) if seconds >= 0 else None

@@ -1,0 +1,253 @@
+"""Which models answer, from a YAML file: a list, one entry a model.
+
+    - model: big-model                       # its name in the rows
+      kind: server                           # any OpenAI-compatible server
+      base_url: http://localhost:8000/v1
+      api_key_env: BIG_MODEL_KEY             # name of the environment variable that holds the key, never the key
+      concurrency: 32
+      requests_per_minute: 600
+    - model: target
+      kind: transformers                     # run in this process
+      path: out/sft
+    - model: other
+      kind: vllm
+      path: org/other-model
+      engine: {tensor_parallel_size: 4}
+
+`samples`, `temperature`, `top_p` and `max_tokens` of an entry win over the command's. A key never stands in the file:
+what it holds is written into no row, log or message either.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import yaml
+
+from wrpo.settings import SettingsError, settings_from
+
+SETTLED = ("model", "messages", "stream", "n")  # fields of a request that no setting may touch
+OPTIONAL = ("temperature", "top_p", "max_tokens", "seed")  # and those that some servers refuse
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn. The defaults are the paper's (arXiv:2412.03187)."""
+
+    samples: int = 5
+    temperature: float = 0.8
+    top_p: float = 0.95
+    max_tokens: int = 2048
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        _at_least("samples", self.samples, 1)
+        _at_least("temperature", self.temperature, 0)
+        _at_least("max_tokens", self.max_tokens, 1)
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected more than 0 and at most 1, got {self.top_p}.")
+
+
+def _knob(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Source:
+    """One model that answers."""
+
+    model: str = field(metadata={"help": "Name of the model in the rows; the target's own answers carry `target`."})
+    samples: int | None = _knob(None, "Answers a prompt. Default: the command's.")
+    temperature: float | None = _knob(None, "Softmax temperature; 0 is greedy. Default: the command's.")
+    top_p: float | None = _knob(None, "Nucleus sampling. Default: the command's.")
+    max_tokens: int | None = _knob(None, "Longest answer, in tokens of the model. Default: the command's.")
+
+    def __post_init__(self) -> None:
+        if not self.model.strip() or not self.model.isprintable():
+            raise ValueError(f"model: expected a name, got {self.model!r}.")
+        self.sampling(Sampling())  # refuses what is out of range
+
+    def sampling(self, default: Sampling) -> Sampling:
+        own = {name: getattr(self, name) for name in ("samples", "temperature", "top_p", "max_tokens")}
+        return replace(default, **{name: value for name, value in own.items() if value is not None})
+
+
+@dataclass
+class ServerSource(Source):
+    """A model behind an OpenAI-compatible server: vLLM, llama.cpp, TGI, `transformers serve`, or a vendor's."""
+
+    base_url: str = _knob("", "Address of the server's API, for example http://localhost:8000/v1.")
+    served_model: str | None = _knob(None, "Name of the model on the server. Default: `model`.")
+    api_key_env: str | None = _knob(None, "Name of the environment variable that holds the key. Default: no key.")
+    concurrency: int = _knob(8, "Requests in flight at a time.")
+    requests_per_minute: float | None = _knob(None, "Most requests started in a minute, evenly spaced. Default: any.")
+    timeout: float = _knob(600.0, "Seconds that one answer may take.")
+    retries: int = _knob(6, "Further tries after one that failed (time-out, lost connection, 408, 409, 429, 5xx, ...).")
+    retry_wait: float = _knob(
+        1.0, "Seconds before the first further try; doubled each time up to 60, less up to half of it by chance."
+    )
+    give_up_after: int = _knob(20, "Requests failed in a row, after all their tries, that end asking this model.")
+    extra_body: str | None = _knob(
+        None, "Further fields of each request, a mapping, e.g. {chat_template_kwargs: {enable_thinking: false}}."
+    )
+    leave_out: list[str] | None = field(
+        default=None,
+        metadata={"help": "Fields that the server refuses, of: temperature, top_p, max_tokens, seed."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        address = urlsplit(self.base_url)
+        if address.scheme not in ("http", "https") or not address.hostname:
+            raise ValueError("base_url: expected an address such as http://localhost:8000/v1")
+        if address.username is not None or address.password is not None:
+            raise ValueError("base_url: must hold no user name and no password; api_key_env names where a key is.")
+        if address.query:
+            raise ValueError("base_url: must hold no '?...'; api_key_env names where a key is.")
+        for name, least in (("concurrency", 1), ("timeout", 0), ("retries", 0), ("retry_wait", 0)):
+            _at_least(name, getattr(self, name), least)
+        _at_least("give_up_after", self.give_up_after, 1)
+        if self.requests_per_minute is not None and not self.requests_per_minute > 0:
+            raise ValueError(f"requests_per_minute: expected more than 0, got {self.requests_per_minute}.")
+        _mapping("extra_body", self.extra_body, SETTLED)
+        for name in self.leave_out or ():
+            if name not in OPTIONAL:
+                raise ValueError(f"leave_out: expected some of {', '.join(OPTIONAL)}, got {name!r}.")
+        self.key()
+
+    def key(self) -> str | None:
+        """The key, from the environment, each time it is needed.
+
+        Raises:
+            ValueError: the variable is not set, or holds no key.
+        """
+        if self.api_key_env is None:
+            return None
+        value = os.environ.get(self.api_key_env, "").strip()
+        if not value:
+            # Somebody may have put the key itself here, so only what looks like a variable's name is repeated.
+            is_name = re.fullmatch("[A-Z_][A-Z0-9_]*", self.api_key_env)
+            named = self.api_key_env if is_name else "the variable that it names"
+            raise ValueError(f"api_key_env: {named} is not set. It must hold the key of {self.model!r}'s server.")
+        if not value.isascii() or not value.isprintable():
+            raise ValueError("api_key_env: the variable holds characters that no key has.")
+        return value
+
+    def body(self) -> dict[str, Any]:
+        return json.loads(self.extra_body) if self.extra_body else {}
+
+
+@dataclass
+class LocalSource(Source):
+    """A model that transformers runs in this process, on the GPU if there is one."""
+
+    path: str | None = _knob(None, "Folder or hub name of the model and its tokenizer. Default: `model`.")
+    gguf_file: str | None = _knob(None, "GGUF file in that folder to take weights and tokenizer from.")
+    torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _knob("auto", "Type of the weights in memory.")
+    attn_implementation: str | None = _knob(None, "Attention of transformers: eager, sdpa, flash_attention_2.")
+    chat_template_file: str | None = _knob(None, "Jinja file used instead of the tokenizer's chat template.")
+    trust_remote_code: bool = _knob(False, "Run code that a hub repository carries.")
+    batch_size: int = _knob(16, "Answers generated at a time.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("batch_size", self.batch_size, 1)
+
+
+@dataclass
+class VllmSource(Source):
+    """A model that vLLM runs in this process."""
+
+    path: str | None = _knob(None, "Folder or hub name of the model. Default: `model`.")
+    batch_size: int = _knob(256, "Requests handed to vLLM at a time; their answers are written when all are there.")
+    engine: str | None = _knob(None, "Arguments of vllm.LLM, a mapping, e.g. {tensor_parallel_size: 4}.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("batch_size", self.batch_size, 1)
+        _mapping("engine", self.engine, ("model",))
+
+    def engine_arguments(self) -> dict[str, Any]:
+        return json.loads(self.engine) if self.engine else {}
+
+
+KINDS: dict[str, type[Source]] = {"server": ServerSource, "transformers": LocalSource, "vllm": VllmSource}
+
+
+def read_sources(path: str | Path) -> list[Source]:
+    """The models of a sources file, in its order.
+
+    Raises:
+        SettingsError: not such a list, an unknown or misspelt field, a value out of range, two entries of one name, or
+            a key that is not in the environment.
+        FileNotFoundError: no such file.
+    """
+    entries = read_yaml(path)
+    if not isinstance(entries, list) or not entries:
+        got = type(entries).__name__ if entries is not None else "an empty file"
+        raise SettingsError(f"{path}: expected a list of models ('- model: ...'), got {got}")
+    sources = [_source(entry, f"{path}: entry {number}") for number, entry in enumerate(entries, start=1)]
+    names = [source.model for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise SettingsError(f"{path}: two models are named {name!r}; answers are told apart by that name")
+    return sources
+
+
+def read_yaml(path: str | Path) -> Any:
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1})" if mark else ""
+        raise SettingsError(f"{path}: not a YAML file{where}") from None  # its own message quotes the line
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        raise SettingsError(f"{path}: not a YAML file: {error}") from error
+
+
+def _source(entry: Any, place: str) -> Source:
+    if not isinstance(entry, dict):
+        raise SettingsError(f"{place}: expected 'field: value' lines, got {type(entry).__name__}")
+    kind = entry.get("kind")
+    if kind not in KINDS:
+        got = f"{kind!r}" if "kind" in entry else "none"
+        raise SettingsError(f"{place}: kind: expected one of {', '.join(KINDS)}, got {got}")
+    source = settings_from(KINDS[kind], without_key({k: v for k, v in entry.items() if k != "kind"}, place), place)
+    assert isinstance(source, Source)
+    return source
+
+
+def without_key(entry: dict, place: str) -> dict:
+    """The entry, unless it holds a key or what may be one."""
+    for name in entry:
+        plain = str(name).lower().replace("-", "_")
+        if plain in ("api_key", "key", "token", "api_token", "password", "headers"):
+            todo = "Keys come from the environment: api_key_env: NAME_OF_THE_VARIABLE"
+            raise SettingsError(f"{place}: {name}: no key may stand in this file. {todo}")
+    return entry
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not least <= value < float("inf"):
+        raise ValueError(f"{name}: expected at least {least}, got {value}.")
+
+
+def _mapping(name: str, text: str | None, settled: tuple[str, ...]) -> None:
+    """Refuses text that is no JSON object, or that names what is settled elsewhere."""
+    if text is None:
+        return
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}: expected a mapping, such as {{a: 1}}.")
+    for key in settled:
+        if key in value:
+            raise ValueError(f"{name}: {key!r} is settled elsewhere.")

@@ -1,0 +1,123 @@
+"""Answers that are to be scored, checked once and then read as a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wrpo.data.errors import BadRows, DataError, shown
+from wrpo.data.reading import read_rows
+from wrpo.data.triple import Message, prompt_messages
+from wrpo.user_error import UserError
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One answer; `fields` is its whole row, `place` where it stands."""
+
+    fields: dict[str, Any]
+    place: str
+
+    @property
+    def key(self) -> tuple[str, str, int, str]:
+        """Also the response: an answer that was drawn again is scored again."""
+        row = self.fields
+        return row["prompt_id"], row["model"], row["sample"], row["response"]
+
+    @property
+    def messages(self) -> list[Message]:
+        return prompt_messages(self.fields["prompt"])
+
+    @property
+    def response(self) -> str:
+        return self.fields["response"]
+
+
+class Candidates:
+    """The candidates of some files: `len`, and iterate as often as you like.
+
+    Args:
+        paths: files or globs of rows {"prompt_id", "prompt", "model", "sample", "response", ...}.
+        output: the file that is going to be written; no candidates are read from it.
+        in_shard: which prompt ids are scored. Default: all.
+        skip_bad_rows: leave bad rows out and count them, instead of raising.
+
+    Raises:
+        DataError: a bad row, or none at all.  UserError: `output` among the files.  FileNotFoundError: no such file.
+    """
+
+    def __init__(
+        self,
+        paths: list[str],
+        output: str | Path,
+        *,
+        in_shard: Callable[[str], bool] = lambda prompt_id: True,
+        skip_bad_rows: bool = False,
+    ):
+        self._paths, self._in_shard, self._output = paths, in_shard, Path(output).resolve()
+        self.bad = BadRows(skip_bad_rows)
+        self._count, rows = 0, 0
+        for candidate in self._read():
+            rows += 1
+            if isinstance(candidate, DataError):
+                self.bad.add(candidate)
+            else:
+                self._count += self._in_shard(candidate.fields["prompt_id"])
+        if rows == self.bad.count:
+            got = self.bad.report() if rows else "an empty file"
+            raise DataError("at least one answer", got, "Check the files.", file=", ".join(paths))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Candidate]:
+        for candidate in self._read():
+            if isinstance(candidate, Candidate) and self._in_shard(candidate.fields["prompt_id"]):
+                yield candidate
+
+    def _read(self) -> Iterator[Candidate | DataError]:
+        last = None
+        for file, number, row in read_rows(self._paths):
+            if file != last:
+                self._refuse_output(file)
+                last = file
+            try:
+                if isinstance(row, DataError):
+                    raise row
+                yield Candidate(checked(row), f"{file}, row {number}")
+            except DataError as error:
+                yield error.at(file, number)
+
+    def _refuse_output(self, file: str) -> None:
+        if Path(file).resolve() == self._output:
+            raise UserError(f"{file}: is read and written at once; name another output file, or fewer to read")
+
+
+def checked(row: dict) -> dict:
+    """The row with a `sample`, 0 where it has none.
+
+    Raises:
+        DataError: with the field, without file and row.
+    """
+    for name in ("prompt_id", "model", "response"):
+        value = row.get(name)
+        if not isinstance(value, str) or not (value.strip() or name == "response"):
+            expected = "text" if name == "response" else "text that is not empty"
+            got = shown(value) if name in row else "no such field"
+            raise DataError(expected, got, "Fill it in, or drop the row.", field=name)
+    prompt_messages(row.get("prompt"))
+    sample = row.get("sample", 0)
+    if isinstance(sample, float) and sample.is_integer():
+        sample = int(sample)  # a column of whole numbers that passed through pandas
+    if isinstance(sample, bool) or not isinstance(sample, int):
+        raise DataError("a whole number", shown(sample), "Number a model's answers to one prompt.", field="sample")
+    return row | {"sample": sample}
+
+
+def prompt_text(messages: list[Message]) -> str:
+    """One user message is its text; a conversation names its speakers."""
+    if len(messages) == 1 and messages[0]["role"] == "user":
+        return messages[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)

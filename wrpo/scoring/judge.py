@@ -1,0 +1,159 @@
+"""A language model behind an OpenAI-compatible server that is asked for a number.
+
+The judge's YAML file is one entry of kind `server` of `wrpo.sampling.sources`, and with it
+
+    model: judge
+    base_url: http://localhost:8000/v1
+    template: |                  # {prompt} and {response} stand for them, {lowest} and {highest} for the scale
+      ...
+    pattern: 'rating: (\\d+)'     # its last match in the reply holds the number; default: "Score: 7", or a bare number
+    lowest: 1
+    highest: 10
+
+A reply without a number on the scale is asked for again with another seed, at a temperature of 0.5 at least.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wrpo.data.appending import hash_of
+from wrpo.sampling.prompts import Reply
+from wrpo.sampling.sources import Sampling, ServerSource, read_yaml, without_key
+from wrpo.settings import SettingsError, settings_from
+
+from .candidates import Candidate, prompt_text
+from .scoring import Rewards
+
+TEMPLATE = """\
+Rate how good the answer below is: correct, helpful, and in the form that was asked for.
+{lowest} is useless, {highest} is perfect.
+
+[Prompt]
+{prompt}
+
+[Answer]
+{response}
+
+[End of the answer]
+Give one short reason. Then end with a line "Score: N", N from {lowest} to {highest}."""
+PATTERN = r"(?i)score\s*[:=]?[\s*\[(]*(-?\d+(?:\.\d+)?)"
+BARE = re.compile(r"-?\d+(?:\.\d+)?")
+OTHER_TEMPERATURE = 0.5  # at 0 the same words would come again
+
+
+def _knob(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class JudgeSource(ServerSource):
+    """The server, and what it is asked."""
+
+    template: str = _knob(TEMPLATE, "The message that is sent, with {prompt} and {response}.")
+    pattern: str = _knob(PATTERN, "Regular expression with one group, the number; its last match counts.")
+    lowest: float = _knob(1.0, "Least score.")
+    highest: float = _knob(10.0, "Largest score.")
+
+    def __post_init__(self) -> None:
+        self.temperature = 0.0 if self.temperature is None else self.temperature
+        super().__post_init__()
+        if "{response}" not in self.template:
+            raise ValueError("template: expected {response} in it, where the answer goes.")
+        if not self.lowest < self.highest:
+            raise ValueError(f"highest: expected more than lowest, {self.lowest:g}, got {self.highest:g}.")
+        try:
+            groups = re.compile(self.pattern).groups
+        except re.error as error:
+            raise ValueError(f"pattern: not a regular expression: {error}.") from error
+        if groups != 1:
+            raise ValueError(f"pattern: expected one group, the number, got {groups}.")
+
+
+def read_judge(path: str | Path) -> JudgeSource:
+    """Raises SettingsError: not a mapping, an unknown field, a value out of range."""
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path}: expected 'field: value' lines, got {type(content).__name__}")
+    if content.get("kind", "server") != "server":
+        raise SettingsError(f"{path}: kind: a judge is a server, got {content['kind']!r}")
+    fields = {name: value for name, value in content.items() if name != "kind"}
+    return settings_from(JudgeSource, without_key(fields, str(path)), str(path))
+
+
+class Judge:
+    """Scores by asking; `source.concurrency` candidates at a time."""
+
+    def __init__(self, source: JudgeSource):
+        self.name = f"judge:{source.model}"
+        self._source = source
+        self._drawn = source.sampling(Sampling(max_tokens=1024))
+
+    def score(self, candidates: Iterator[Candidate], rewards: Rewards) -> None:
+        asyncio.run(self._score(candidates, rewards))
+
+    async def _score(self, candidates: Iterator[Candidate], rewards: Rewards) -> None:
+        from wrpo.sampling.server import Server
+
+        async with Server(self._source, on_retry=rewards.retry) as server:
+            workers = [self._work(server, candidates, rewards) for _ in range(self._source.concurrency)]
+            await asyncio.gather(*workers)
+
+    async def _work(self, server: Any, candidates: Iterator[Candidate], rewards: Rewards) -> None:
+        from wrpo.sampling.server import Failed
+
+        for candidate in candidates:
+            try:
+                message = {"role": "user", "content": self.question(candidate)}
+                reward = await server.ask([message], lambda n, key=candidate.key: self._options(n, key), self.number)
+                rewards.add(candidate, reward)
+            except Failed as failure:
+                rewards.fail(candidate, str(failure))
+            if server.given_up:
+                rewards.give_up(server.given_up)
+                return
+
+    def question(self, candidate: Candidate) -> str:
+        """The template, filled in at once: an answer may hold braces of its own."""
+        words = {
+            "prompt": prompt_text(candidate.messages),
+            "response": candidate.response,
+            "lowest": f"{self._source.lowest:g}",
+            "highest": f"{self._source.highest:g}",
+        }
+        return re.sub(r"\{(prompt|response|lowest|highest)\}", lambda match: words[match[1]], self._source.template)
+
+    def number(self, reply: Reply) -> float:
+        """The number in the reply.
+
+        Raises:
+            UnusableReply: none, or one that is not on the scale.
+        """
+        from wrpo.sampling.server import UnusableReply
+
+        found = re.findall(self._source.pattern, reply.text)
+        if not found and BARE.fullmatch(reply.text.strip()):
+            found = [reply.text]
+        if not found:
+            raise UnusableReply("the judge's reply holds no score")
+        try:
+            value = float(found[-1])
+        except ValueError:
+            raise UnusableReply("the judge's score is not a number") from None
+        if not self._source.lowest <= value <= self._source.highest:
+            raise UnusableReply("the judge's score is not on its scale")
+        return value
+
+    def _options(self, unusable: int, key: tuple) -> dict[str, Any]:
+        drawn = self._drawn
+        return {
+            "temperature": max(drawn.temperature, OTHER_TEMPERATURE) if unusable else drawn.temperature,
+            "top_p": drawn.top_p,
+            "max_tokens": drawn.max_tokens,
+            "seed": hash_of((drawn.seed, *key, unusable)) >> 33,
+        }

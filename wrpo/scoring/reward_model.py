@@ -1,0 +1,138 @@
+"""A sequence classification model as the reward: its one logit for the conversation that ends with the answer.
+
+The conversation is rendered with the model's chat template. Models with code of their own (ArmoRM,
+arXiv:2406.12845) may return their reward as `score` instead: it is taken where it is there. Candidates are read in
+windows and sorted by length, so that batches hold little padding.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from wrpo.pretrained import load_tokenizer
+from wrpo.sampling.halving import halving, one_line
+from wrpo.settings import ModelSettings
+from wrpo.user_error import UserError
+
+from .candidates import Candidate
+from .scoring import Rewards
+
+logger = logging.getLogger("wrpo")
+
+BATCHES = 16  # a window's
+Rendered = tuple[list[int], Candidate]
+
+
+class RewardModel:
+    """Scores in batches, on the GPU if there is one.
+
+    Args:
+        settings: model, dtype of the weights, chat template, and whether code of its repository may run.
+        batch_size: answers scored at a time.
+        max_length: most tokens of a conversation; a longer one is refused, not cut. Default: what the model takes.
+        label: which of several logits is the reward. Default: the model has one.
+
+    Raises:
+        UserError: nothing to load there, a reward head without trained weights, no chat template, or several labels
+            and none chosen.
+
+    Numerics: a reward is that of the answer alone up to rounding, whatever stands beside it in the batch.
+    """
+
+    def __init__(
+        self, settings: ModelSettings, *, batch_size: int = 8, max_length: int | None = None, label: int | None = None
+    ):
+        self.name = settings.model_name_or_path
+        self._tokenizer: Any = load_tokenizer(settings)
+        if not self._tokenizer.chat_template:
+            raise UserError(f"{self.name}: its tokenizer has no chat template; name one with --chat-template-file")
+        self._model = _load(settings)
+        config = self._model.config.get_text_config()
+        self._max_length = max_length or getattr(config, "max_position_embeddings", None) or 1 << 30
+        self._label = _label(self._model, label, self.name)
+        self._pad = self._model.config.pad_token_id
+        self._batch_size = batch_size
+        if self._pad is None and batch_size > 1:
+            logger.warning("%s has no padding token, so answers are scored one at a time", self.name)
+            self._batch_size = 1
+
+    def score(self, candidates: Iterator[Candidate], rewards: Rewards) -> None:
+        while window := list(islice(candidates, self._batch_size * BATCHES)):
+            rendered = []
+            for candidate in window:
+                try:
+                    rendered.append((self._ids(candidate), candidate))
+                except Exception as error:  # a template raises what it likes
+                    rewards.fail(candidate, f"the chat template refuses the conversation: {one_line(error)}")
+            rendered.sort(key=lambda pair: len(pair[0]))
+            for start in range(0, len(rendered), self._batch_size):
+                for (_, candidate), reward in halving(rendered[start : start + self._batch_size], self._rewards):
+                    if isinstance(reward, str):
+                        rewards.fail(candidate, reward)
+                    else:
+                        rewards.add(candidate, reward)
+
+    def _ids(self, candidate: Candidate) -> list[int]:
+        messages = [*candidate.messages, {"role": "assistant", "content": candidate.response}]
+        return self._tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+
+    @torch.inference_mode()
+    def _rewards(self, batch: list[Rendered]) -> list[float]:
+        longest = len(batch[-1][0])
+        if longest > self._max_length:
+            raise ValueError(f"the conversation has more than {self._max_length} tokens")
+        ids = torch.full((len(batch), longest), self._pad or 0)
+        mask = torch.zeros_like(ids)
+        for row, (tokens, _) in enumerate(batch):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+        device = self._model.device
+        out = self._model(input_ids=ids.to(device), attention_mask=mask.to(device))
+        score = getattr(out, "score", None)
+        if score is None:
+            score = out.logits[:, self._label]
+        return score.float().reshape(len(batch)).tolist()
+
+
+def _load(settings: ModelSettings) -> Any:
+    dtype = "auto" if settings.torch_dtype == "auto" else getattr(torch, settings.torch_dtype)
+    options = {} if settings.attn_implementation is None else {"attn_implementation": settings.attn_implementation}
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            settings.model_name_or_path,
+            dtype=dtype,
+            trust_remote_code=settings.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"--reward-model {settings.model_name_or_path!r}: {error}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"--reward-model {settings.model_name_or_path!r}: no trained weights for {', '.join(missing[:3])}: "
+            "its rewards would be random. Name a model that was trained to give rewards."
+        )
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _label(model: Any, label: int | None, name: str) -> int:
+    count = model.config.num_labels
+    if label is None:
+        if count > 1 and not settles_its_own_score(model):
+            raise UserError(f"{name}: gives {count} numbers an answer; choose one with --label, 0 to {count - 1}")
+        return 0
+    if not 0 <= label < count:
+        raise UserError(f"--label: expected 0 to {count - 1}, got {label}")
+    return label
+
+
+def settles_its_own_score(model: Any) -> bool:
+    """Code of the model's own repository, which may return `score` beside any number of logits."""
+    return type(model).__module__.startswith("transformers_modules")

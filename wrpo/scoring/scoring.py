@@ -1,0 +1,94 @@
+"""Every candidate that has no reward yet, scored once, its row appended with `reward` and `scorer`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from wrpo.data.appending import AppendedRows, KeySet
+from wrpo.data.errors import DataError, shown
+from wrpo.sampling.tally import Tally
+
+from .candidates import Candidate, Candidates, checked
+
+GIVE_UP_AFTER = 100  # candidates that got no reward in a row: the scorer is at fault, not they
+
+
+class Scorer(Protocol):
+    """`score` passes each candidate on, once, with its reward or why it has none, in any order."""
+
+    name: str  # what `scorer` says in the rows
+
+    def score(self, candidates: Iterator[Candidate], rewards: Rewards) -> None: ...
+
+
+class Rewards:
+    """Where a scorer's results go; NaN and infinity are refused here."""
+
+    def __init__(self, rows: AppendedRows, name: str, tally: Tally):
+        self._rows, self._name, self._tally = rows, name, tally
+        self._failed_in_a_row = 0
+        self.given_up = False
+
+    def add(self, candidate: Candidate, reward: float) -> None:
+        if not math.isfinite(reward):
+            self.fail(candidate, f"the reward is {reward}")
+            return
+        row = {"prompt_id": candidate.fields["prompt_id"], **candidate.fields, "reward": reward, "scorer": self._name}
+        self._rows.append(row)
+        self._tally.add(self._name)
+        self._failed_in_a_row = 0
+
+    def fail(self, candidate: Candidate, reason: str) -> None:
+        self._tally.fail(self._name, reason, candidate.place)
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row >= GIVE_UP_AFTER:
+            self.give_up(f"{GIVE_UP_AFTER} answers in a row got no reward")
+
+    def give_up(self, reason: str) -> None:
+        self.given_up = True
+        self._tally.give_up(self._name, reason)
+
+    def retry(self) -> None:
+        self._tally.retry(self._name)
+
+
+def score(candidates: Candidates, scorer: Scorer, output: str | Path) -> Tally:
+    """Score all candidates but those that `output` already holds.
+
+    Raises:
+        UserError: an output file that is in use, or holds another scorer's rewards, or no rewards; a full disk.
+    """
+    with AppendedRows(output) as rows:
+        there = _read(rows, scorer.name)
+        done = sum(candidate.key in there for candidate in candidates) if len(there) else 0
+        with Tally({scorer.name: len(candidates)}, "answer", {scorer.name: done}) as tally:
+            rewards = Rewards(rows, scorer.name, tally)
+            scorer.score(_missing(candidates, there, rewards), rewards)
+    return tally
+
+
+def _missing(candidates: Candidates, there: KeySet, rewards: Rewards) -> Iterator[Candidate]:
+    for candidate in candidates:
+        if rewards.given_up:
+            return
+        if candidate.key not in there:
+            yield candidate
+
+
+def _read(rows: AppendedRows, name: str) -> KeySet:
+    there = KeySet()
+    for number, row in rows:
+        try:
+            if "reward" not in row:
+                todo = "Name another output file; this one is not of `wrpo score`."
+                raise DataError("a scored answer", "no reward", todo, field="reward")
+            if row.get("scorer") != name:
+                todo = "One file holds one scorer's rewards; name another output file."
+                raise DataError(f"rewards of {name!r}, as now", shown(row.get("scorer")), todo, field="scorer")
+            there.add(Candidate(checked(row), "").key)
+        except DataError as error:
+            raise error.at(str(rows.path), number) from None
+    return there

@@ -48,8 +48,10 @@ def measured(
     for name, why in (absent | unaffordable | wrong).items():
         yield row(name, note=why)
     steps = {name: step_of(problem, losses[name]) for name in errors}
-    taken = rounds_within({FLOOR: floor_of(problem)} | steps, start + allowance)
-    for name, phases in taken.items():
+    floor = floor_of(problem)
+    floor()
+    taken = rounds_within(steps | {FLOOR: floor}, start + allowance)
+    for name, phases in taken.items():  # the floor last: its row says that the point is complete
         yield row(name, **times(phases, taken), **worth(peaks.get(name), errors.get(name)))
 
 
@@ -104,9 +106,7 @@ def failure(name: str, error: Exception) -> str:
 
 
 def rounds_within(steps: dict[str, Callable[[], Phases]], deadline: float) -> dict[str, list[Phases]]:
-    """Rounds in which every contestant steps once, in order, after one that warms them."""
-    for step in steps.values():
-        step()
+    """Rounds in which every contestant steps once, in order; each has stepped before."""
     taken: dict[str, list[Phases]] = {name: [] for name in steps}
     start = time.perf_counter()
     for done in range(MOST):

@@ -47,16 +47,19 @@ def curves(rows: list[Row], scenario: Scenario, under: str, path: Path) -> Path:
         left.plot(x, [f.p50_ms for f in figures], label=name, **style)
         left.fill_between(x, [f.p20_ms for f in figures], [f.p80_ms for f in figures], color=colour, alpha=0.15)
         if name != FLOOR:
-            right.plot(x, [f.peak_mib for f in figures], label=name, **style)
+            right.plot(x, [max(1.0, f.peak_mib) for f in figures], label=name, **style)
     left.set_ylabel("forward and backward, ms")
-    right.set_ylabel("peak above inputs, outputs and gradients, MiB")
+    right.set_ylabel("peak beside inputs and gradients, MiB")
+    ticks = sorted({along(row.setting, scenario.axis) for row in rows})
     for axes in (left, right):
         axes.set_xlabel(LABELS[scenario.axis])
-        axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-        if scenario.axis != "prompt_share":
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
+        if scenario.axis == "prompt_share":
+            axes.set_ylim(bottom=0)
+        else:
+            axes.set(xscale="log", yscale="log")
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=30 if max(ticks) > 1e4 else 0)
+        axes.minorticks_off()
     left.legend(fontsize=8)
     plot.suptitle(f"{scenario.says}: {fixed(rows[0].setting, scenario.axis)}\n{under}", fontsize=9)
     return saved(plot, path)
@@ -98,16 +101,17 @@ def roofline(rows: list[Row], facts: dict[str, str], under: str, path: Path) -> 
         y = [row.setting.flops / row.figure.p50_ms / 1e6 for row in some]
         mark = {"marker": "_", "s": 140} if name == FLOOR else {"marker": "o", "s": 45 if name == FUSED.name else 18}
         axes.scatter(x, y, label=name, color=colour, zorder=3 if name in (FLOOR, FUSED.name) else 2, **mark)
-    low, high = (end(row.setting.flops / compulsory_bytes(row.setting) for row in rows) for end in (min, max))
-    span = [low / 2, high * 2]
     bandwidth = float(facts["copy_gbs"])
-    axes.plot(span, [bandwidth * x for x in span], color="grey", linewidth=1, label=f"copy, {bandwidth:.0f} GB/s")
-    for dtype in sorted({row.setting.dtype for row in rows}):
-        roof = float(facts[f"product_gflops_{dtype}"])
-        axes.axhline(roof, color="grey", linewidth=1, linestyle=":")
-        axes.annotate(f"fastest {dtype} product, {roof:.3g} GFLOP/s", (low / 2, roof), fontsize=7, va="bottom")
+    roofs = {dtype: float(facts[f"product_gflops_{dtype}"]) for dtype in sorted({row.setting.dtype for row in rows})}
+    low = min(roofs.values()) / bandwidth / 3
+    high = 2 * max(row.setting.flops / compulsory_bytes(row.setting) for row in rows)
+    for dtype, roof in roofs.items():
+        ridge = roof / bandwidth
+        axes.plot([low, ridge, high], [bandwidth * low, roof, roof], color="grey", linewidth=1, zorder=1)
+        axes.annotate(f"fastest {dtype} product, {roof:.3g} GFLOP/s", (ridge, roof), fontsize=7, va="bottom")
+    axes.annotate(f"copy, {bandwidth:.3g} GB/s", (low, bandwidth * low), fontsize=7, va="top")
     top = max(row.setting.flops / row.figure.p50_ms / 1e6 for row in rows)
-    axes.set(xscale="log", yscale="log", xlim=span, ylim=(None, 3 * top))
+    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(None, 3 * max(top, *roofs.values())))
     axes.set_xlabel("useful flops a byte of operands and gradients")
     axes.set_ylabel("useful GFLOP/s")
     axes.grid(alpha=0.3, which="both")

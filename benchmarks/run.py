@@ -12,13 +12,14 @@ import argparse
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from benchmarks import machine, pictures, scenarios, tables
-from benchmarks.contestants import CONTESTANTS, FUSED
+from benchmarks.contestants import CONTESTANTS, FLOOR, FUSED
 from benchmarks.measure import measured
 from benchmarks.problem import Rival, Setting
 from benchmarks.results import ResultFile, Row, file_name, read
@@ -45,21 +46,38 @@ def main() -> None:
     facts = machine.facts(device) | speeds(chosen, device)
     print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n", flush=True)
     path = args.out / file_name(facts)
-    run(chosen, device, args.only, args.allow, ResultFile(path, facts))
+    done = finished_rows(path, facts) if args.resume else []
+    run(chosen, device, args.only, args.allow, ResultFile(path, facts), done)
     publish(path, args.readme)
 
 
-def run(chosen: dict[str, Scenario], device: str, only: list[str], allowance: float, file: ResultFile) -> None:
+def run(
+    chosen: dict[str, Scenario], device: str, only: list[str], allowance: float, file: ResultFile, done: Sequence[Row]
+) -> None:
+    """Measures every point of which `done` has no rows; both come into the file in the order of the scenarios."""
     points = [(scenario, *point) for scenario in chosen.values() for point in scenario.points.items()]
     start = time.perf_counter()
     with tqdm(total=len(points), unit="problem", dynamic_ncols=True, disable=None) as progress:
         for scenario, point, setting in points:
             progress.set_description(f"{scenario.name}: {point}")
-            for row in measured(scenario.name, point, setting, takes_part(scenario, only), device, allowance):
+            rows: Iterable[Row] = [row for row in done if row.figure[:2] == (scenario.name, point)]
+            for row in rows or measured(scenario.name, point, setting, takes_part(scenario, only), device, allowance):
                 file.add(row)
                 progress.write(line(row), file=sys.stdout)
             progress.update()
     print(f"{len(points)} problems in {(time.perf_counter() - start) / 60:.1f} minutes")
+
+
+def finished_rows(path: Path, facts: dict[str, str]) -> list[Row]:
+    """Those of the points that an earlier run of the same commit on the same day finished: their floor was timed."""
+    if not path.exists():
+        return []
+    earlier, rows = read(path)
+    differ = [name for name in ("machine", "torch", "commit", "date") if earlier.get(name) != facts[name]]
+    if differ:
+        raise SystemExit(f"--resume: {path} is of another {', '.join(differ)}; move it away or leave --resume out")
+    finished = {row.figure[:2] for row in rows if row.figure.contestant in (FLOOR, "")}
+    return [row for row in rows if row.figure[:2] in finished]
 
 
 def publish(path: Path, readme: bool) -> None:
@@ -140,12 +158,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of torch (default: its own)")
     parser.add_argument("--rows", type=int, help="N of a typical problem (default: 512 on a CPU, 16384 on a GPU)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument(
-        "--allow", type=float, metavar="SECONDS", help="one problem may take (default: 60, full 150)"
-    )
+    parser.add_argument("--allow", type=float, metavar="SECONDS", help="one problem may take (default: 60, full 150)")
     parser.add_argument("--out", type=Path, default=machine.ROOT / "benchmarks/results")
     parser.add_argument("--skip-tests", action="store_true", help="where they have just passed")
     parser.add_argument("--draw", type=Path, metavar="CSV", help="no measuring: table and pictures of this file")
+    parser.add_argument("--resume", action="store_true", help="keep what today's file already has of this commit")
     parser.add_argument("--readme", action="store_true", help="also write the short table into README.md")
     args = parser.parse_args()
     args.allow = args.allow or (150.0 if args.full or args.scenario else 60.0)

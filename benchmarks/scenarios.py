@@ -65,11 +65,11 @@ def full(rows: int, dtype: str) -> dict[str, Scenario]:
         Scenario("everyone", "all contestants on one head", {smol: base}, None),
         Scenario("heads", "heads of larger models", large, SOME),
         Scenario("kinds", "frozen, LoRA and no_grad heads",
-                 {head: base._replace(head=head) for head in ("frozen", "lora", "no_grad")}),
+                 {f"{head} head": base._replace(head=head) for head in ("frozen", "lora", "no_grad")}),
         Scenario("layouts", "triples and several sources", layouts),
         Scenario("precision", "16 and 32 bits", precision, SOME),
         Scenario("softcap", "with and without the cap of Gemma's logits",
-                 {"Gemma-3-1B, softcap 30": gemma._replace(softcap=30.0), "without": gemma}, SOME),
+                 {"Gemma-3-1B, softcap 30": gemma._replace(softcap=30.0), "Gemma-3-1B, no softcap": gemma}, SOME),
         Scenario("vocabulary", "growing vocabularies", vocabularies, FEW, "vocabulary"),
         Scenario("response", "longer responses", responses, FEW, "response"),
         Scenario("prompt", "the same tokens, more of them prompt", prompts, FEW, "prompt_share"),
@@ -82,7 +82,7 @@ def full(rows: int, dtype: str) -> dict[str, Scenario]:
 def quick(rows: int, dtype: str) -> dict[str, Scenario]:
     smol = "SmolLM2-135M"
     base = pairs(smol, rows, dtype)
-    kinds = {head: base._replace(head=head) for head in ("frozen", "no_grad")}
+    kinds = {f"{head} head": base._replace(head=head) for head in ("frozen", "no_grad")}
     layouts = {"WRPO triple": triples(smol, rows, 1, dtype), "90% prompt": prompted(smol, rows, 0.9, dtype)}
     scenarios = (
         Scenario("everyone", "all contestants on one head", {smol: base}, None),
@@ -119,4 +119,4 @@ def prompted(model: str, tokens: int, share: float, dtype: str) -> Setting:
 
 def toys() -> dict[str, Setting]:
     toy = Setting(1000, 64, examples=2, response=16)
-    return {"N=64 D=64 V=1000": toy, "the same, bfloat16": toy._replace(dtype="bfloat16")}
+    return {"toy, D=64 V=1000": toy, "toy, bfloat16": toy._replace(dtype="bfloat16")}

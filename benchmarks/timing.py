@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 import sys
 import time
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from benchmarks.problem import Problem
 
-Contestants = dict[str, Callable[[], object]]
 QUANTILES = (0.2, 0.5, 0.8)
 
 
@@ -89,25 +87,6 @@ def steps_in_turns(steps: dict[str, Callable[[], Phases]], rounds: int) -> dict[
         for name, step in steps.items():
             taken[name].append(step())
     return taken
-
-
-def time_in_turns(contestants: Contestants, rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each call: every round runs every contestant once, in order."""
-    for _ in range(warmup):
-        for call in contestants.values():
-            call()
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, call in contestants.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def ratio(seconds: dict[str, list[float]], name: str, floor: str) -> float:
-    """Median over rounds of the ratio of neighbours in time; steadier than the ratio of two medians."""
-    return statistics.median(a / b for a, b in zip(seconds[name], seconds[floor], strict=True))
 
 
 def milliseconds(seconds: list[float]) -> tuple[float, float, float]:

@@ -140,12 +140,12 @@ def test_a_run_writes_its_rows_as_they_come_then_a_table_and_pictures(tmp_path, 
     points = {f"V={v}": TINY._replace(vocabulary=v) for v in (61, 131)}
     scenario = Scenario("vocabulary", "growing", points, ("fused", "plain torch", "quack"), "vocabulary")
     file = results.ResultFile(tmp_path / "here.csv", FACTS)
-    run.run({"vocabulary": scenario}, "cpu", [], 60.0, file)
+    run.run({"vocabulary": scenario}, "cpu", [], 60.0, file, [])
     run.publish(file.path, readme=False)
     facts, rows = results.read(file.path)
     assert facts == FACTS
     timed = [row.figure for row in rows if row.figure.p50_ms]
-    assert [f.contestant for f in timed] == 2 * [FLOOR, "fused", "plain torch"]
+    assert [f.contestant for f in timed] == 2 * ["fused", "plain torch", FLOOR]
     assert all(f.times_floor == 1 for f in timed if f.contestant == FLOOR)
     assert all(f.p20_ms <= f.p50_ms <= f.p80_ms for f in timed)
     assert {row.figure.note for row in rows if row.figure.contestant == "quack"} != {""}
@@ -159,6 +159,24 @@ def test_a_row_comes_back_from_the_file_as_it_was_written(tmp_path):
     file = results.ResultFile(tmp_path / "one.csv", FACTS)
     file.add(row)
     assert results.read(file.path) == (FACTS, [row])
+
+
+def test_a_resumed_run_keeps_finished_points_and_measures_the_others(tmp_path, fast_tiny_machine, monkeypatch):
+    points = {f"V={v}": TINY._replace(vocabulary=v) for v in (61, 131)}
+    scenario = {"vocabulary": Scenario("vocabulary", "growing", points, ("fused",), "vocabulary")}
+    path = tmp_path / "here.csv"
+    run.run(scenario, "cpu", [], 60.0, results.ResultFile(path, FACTS), [])
+    cut_off = path.read_text().splitlines()[:-1]  # the floor of the last point is missing: it was not finished
+    path.write_text("\n".join(cut_off) + "\n")
+    done = run.finished_rows(path, FACTS)
+    assert {row.figure.point for row in done} == {"V=61"}
+    seen = []
+    monkeypatch.setattr(run, "measured", lambda scenario, point, *rest: seen.append(point) or [])
+    run.run(scenario, "cpu", [], 60.0, results.ResultFile(path, FACTS), done)
+    assert seen == ["V=131"]
+    assert results.read(path)[1] == done
+    with pytest.raises(SystemExit, match="of another commit"):
+        run.finished_rows(path, FACTS | {"commit": "def"})
 
 
 def test_red_op_tests_mean_no_numbers(tmp_path, monkeypatch):

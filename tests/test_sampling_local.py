@@ -1,0 +1,198 @@
+"""`wrpo sample` with models that run in this process: the answers are the model's, whatever stands beside them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_tokenizer import REFUSES_SYSTEM, tiny_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from wrpo import cli
+
+PROMPTS = ["two", "what is the sum of two and three?", "hello world " * 4, "five", "five!"]
+CONTEXT = 96
+
+
+def save_model(folder, *, head: float = 1.0, chat_template: str | None = REFUSES_SYSTEM):
+    tokenizer = tiny_tokenizer(chat_template)
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=CONTEXT,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.3,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(head)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer
+
+
+@pytest.fixture
+def sample(tmp_path):
+    def run(prompts: list, *flags: str, output: str = "out.jsonl", **source) -> int:
+        fields = {"model": "target", "kind": "transformers", "path": str(tmp_path / "model"), "batch_size": 3}
+        (tmp_path / "sources.yaml").write_text(json.dumps([fields | source]))
+        rows = [{"prompt_id": str(n), "prompt": prompt} for n, prompt in enumerate(prompts)]
+        (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files = [str(tmp_path / "sources.yaml"), str(tmp_path / "prompts.jsonl"), "-o", str(tmp_path / output)]
+        return cli.main(["sample", *files, "--max-tokens", "8", *flags])
+
+    return run
+
+
+@pytest.fixture
+def written(tmp_path):
+    def read(name: str = "out.jsonl") -> dict[tuple[str, int], dict]:
+        rows = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        found = {(row["prompt_id"], row["sample"]): row for row in rows}
+        assert len(found) == len(rows), "an answer was asked twice"
+        return found
+
+    return read
+
+
+def greedy(model, tokenizer, prompt: str, limit: int) -> tuple[str, str]:
+    """(text, finish_reason), token by token, alone and without padding: the truth."""
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    new: list[int] = []
+    while len(new) < limit and tokenizer.eos_token_id not in new:
+        with torch.no_grad():
+            new.append(model(input_ids=torch.tensor([ids + new])).logits[0, -1].argmax().item())
+    ended = tokenizer.eos_token_id in new
+    return tokenizer.decode(new, skip_special_tokens=True), "stop" if ended else "length"
+
+
+def test_greedy_answers_are_the_models_own_beside_prompts_of_other_lengths(sample, written, tmp_path):
+    model, tokenizer = save_model(tmp_path / "model")
+    assert sample(PROMPTS, "--temperature", "0", "--samples", "1") == 0
+    rows = written()
+    assert len({row["response"] for row in rows.values()}) > 2
+    for number, prompt in enumerate(PROMPTS):
+        row = rows[str(number), 0]
+        assert (row["response"], row["finish_reason"]) == greedy(model, tokenizer, prompt, 8)
+
+
+def test_an_answer_ends_at_any_of_the_models_end_tokens(sample, written, tmp_path):
+    model, tokenizer = save_model(tmp_path / "model")
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(10, len(tokenizer))]
+    model.generation_config.save_pretrained(tmp_path / "model")
+    assert sample(PROMPTS, "--temperature", "0", "--samples", "1") == 0
+    assert {row["finish_reason"] for row in written().values()} == {"stop"}
+
+
+def test_five_answers_a_prompt_differ_and_come_again_with_the_same_seed(sample, written, tmp_path):
+    save_model(tmp_path / "model")
+    for name, seed in (("one", "42"), ("again", "42"), ("other", "43")):
+        assert sample(PROMPTS, "--seed", seed, output=f"{name}.jsonl") == 0
+    one, again, other = (written(f"{name}.jsonl") for name in ("one", "again", "other"))
+    assert one.keys() == {(str(n), s) for n in range(len(PROMPTS)) for s in range(5)}
+    assert one == again
+    assert len({row["response"] for row in one.values()}) > 20
+    assert sum(one[key]["response"] == other[key]["response"] for key in one) < 3
+
+
+def test_answers_are_not_drawn_from_the_fifty_likeliest_tokens_alone(sample, written, tmp_path):
+    _, tokenizer = save_model(tmp_path / "model", head=0.0)  # every token is as likely as any other
+    flags = ["--samples", "400", "--temperature", "1", "--top-p", "1", "--max-tokens", "1"]
+    assert sample(["two"], *flags, batch_size=200) == 0
+    # 400 draws out of 330 show about 230 different tokens, of which the special ones and broken bytes look alike.
+    assert len({row["response"] for row in written().values()}) > 75
+    assert len(tokenizer) > 300
+
+
+def test_a_stopped_run_goes_on(sample, written, tmp_path):
+    save_model(tmp_path / "model")
+    assert sample(PROMPTS[:2], "--samples", "2") == 0
+    before = written()
+    assert sample(PROMPTS, "--samples", "3") == 0
+    after = written()
+    assert len(after) == 15
+    assert {key: after[key] for key in before} == before
+
+
+def test_a_prompt_that_the_template_refuses_or_that_is_too_long_costs_itself(sample, written, tmp_path, capsys):
+    save_model(tmp_path / "model")
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "two"}]
+    assert sample(["two", system, "long " * CONTEXT, "five"], "--samples", "1") == 3
+    assert written().keys() == {("0", 0), ("3", 0)}
+    shown = capsys.readouterr().out
+    assert "the chat template refuses the prompt" in shown
+    assert "no system turns" in shown
+    assert f"and the model takes {CONTEXT}" in shown
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved(sample, written, tmp_path, monkeypatch):
+    model, tokenizer = save_model(tmp_path / "model")
+    generate = LlamaForCausalLM.generate
+
+    def small(self, input_ids, **more):
+        if len(input_ids) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return generate(self, input_ids=input_ids, **more)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", small)
+    assert sample(PROMPTS, "--temperature", "0", "--samples", "1") == 0
+    assert [written()[str(n), 0]["response"] for n in range(len(PROMPTS))] == [
+        greedy(model, tokenizer, prompt, 8)[0] for prompt in PROMPTS
+    ]
+
+
+@pytest.mark.parametrize(
+    ("template", "source", "words"),
+    [
+        (None, {}, "target: its tokenizer has no chat template; name one: chat_template_file"),
+        (REFUSES_SYSTEM, {"path": "nowhere"}, "model_name_or_path 'nowhere'"),
+        (REFUSES_SYSTEM, {"kind": "vllm"}, "pip install 'wrpo[vllm]'"),
+        (REFUSES_SYSTEM, {"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+    ],
+)
+def test_a_model_that_cannot_answer_is_one_line(template, source, words, sample, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    save_model(tmp_path / "model", chat_template=template)
+    capsys.readouterr()
+    assert sample(["two"], **source) == 2
+    shown = capsys.readouterr().err
+    assert words in shown
+    assert shown.count("\n") == 1
+
+
+def test_vllm_is_asked_with_its_own_arguments_and_its_answers_keep_their_places(sample, written, monkeypatch):
+    """An object with vLLM's interface stands in for it: what is tested is what we hand over and what we read."""
+    asked = []
+
+    class LLM:
+        def __init__(self, **arguments):
+            assert arguments == {"model": "org/m", "tensor_parallel_size": 2}
+
+        def chat(self, messages, how, use_tqdm):
+            if any(m[0]["content"] == "too long" for m in messages):
+                raise ValueError("the prompt is longer than the model takes")
+            asked.extend(how)
+            texts = [f"{m[0]['content']} {h.seed}" for m, h in zip(messages, how, strict=True)]
+            return [SimpleNamespace(outputs=[SimpleNamespace(text=text, finish_reason="length")]) for text in texts]
+
+    vllm = SimpleNamespace(LLM=LLM, SamplingParams=lambda **how: SimpleNamespace(**how))
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    engine = {"path": "org/m", "engine": {"tensor_parallel_size": 2}, "batch_size": 4}
+    assert sample(["two", "too long", "five"], kind="vllm", **engine) == 3
+    rows = written()
+    assert rows.keys() == {(prompt, n) for prompt in "02" for n in range(5)}
+    assert {(how.temperature, how.top_p, how.max_tokens) for how in asked} == {(0.8, 0.95, 8)}
+    for row in rows.values():
+        assert row["response"] == f"{row['prompt']} {row['seed']}"
+        assert row["finish_reason"] == "length"

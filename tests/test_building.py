@@ -235,9 +235,14 @@ LEFT_OUT = {
         "reward of rejected above 0.7",
     ),
     "source no worse": (
-        answers("x", big=[0.9], target=[0.3]),
+        answers("x", big=[0.9, 0.8], target=[0.3]),
         {"rejected": "source"},
         "target_chosen no better than rejected",
+    ),
+    "source's only answer": (
+        answers("x", big=[0.9], small=[0.1], target=[0.3]),
+        {"rejected": "same_source"},
+        "no second answer of a source to reject",
     ),
     "long prompt": (answers("x" * 20, big=[0.1], target=[0, 1]), {"max_prompt_chars": 20}, "prompt longer than 20"),
 }

@@ -64,7 +64,7 @@ def triple(
     """
     if not targets:
         raise Unusable(f"no answer of {settings.target!r}")
-    best, rejected = targets[0], _rejected(chosen[0].model, sources, targets, settings)
+    best, rejected = targets[0], _rejected(chosen[0], sources, targets, settings)
     _refuse_target_gap(best, rejected, settings)
     if not _is_good(best, settings):
         raise Unusable(f"reward of target_chosen below {settings.min_chosen_reward:g}")
@@ -80,12 +80,14 @@ def triple(
     }
 
 
-def _rejected(source_model: str, sources: list[Answer], targets: list[Answer], settings: BuildSettings) -> Answer:
+def _rejected(chosen: Answer, sources: list[Answer], targets: list[Answer], settings: BuildSettings) -> Answer:
     if settings.rejected == "target":
         return targets[-1]
-    if settings.rejected == "source":
-        return sources[-1]
-    return [answer for answer in sources if answer.model == source_model][-1]
+    model = chosen.model if settings.rejected == "same_source" else None
+    worst = [answer for answer in sources if model in (answer.model, None)][-1]
+    if worst is chosen:
+        raise Unusable("no second answer of a source to reject")
+    return worst
 
 
 def _refuse_target_gap(best: Answer, rejected: Answer, settings: BuildSettings) -> None:

@@ -74,7 +74,7 @@ class BuildReport:
     def _first_line(self) -> str:
         built = [f"{self.sft:,} SFT rows"] if self.sft else []
         built += [f"{self.unanswered:,} prompts for the target"] if self.unanswered else []
-        built += [f"{self.triples:,} triples"] if self.triples or not built else []
+        built += [] if self.unanswered else [f"{self.triples:,} triples"]
         return f"{self.candidates:,} candidates for {self.prompts:,} prompts -> {', '.join(built)}; {self.bad_rows}"
 
     def __str__(self) -> str:

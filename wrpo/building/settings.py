@@ -96,9 +96,14 @@ class BuildFiles:
     """Where candidates are read and training data written."""
 
     candidates: list[str] = field(
-        metadata={"help": "Rows of prompt_id, prompt, model, sample, response, reward: .jsonl, .jsonl.gz, .parquet ..."}
+        metadata={
+            "help": "Rows of prompt_id, prompt, model, sample, response, reward: .jsonl, .jsonl.gz, .parquet, globs. On the "
+            "command line the flag can be left out: wrpo build [CONFIG.yaml] CANDIDATES ... -o FOLDER."
+        }
     )
-    output_dir: str = field(metadata={"help": "Folder for sft.jsonl, triples.jsonl, report.json and rewards.png."})
+    output_dir: str = field(
+        metadata={"help": "Folder for sft.jsonl, triples.jsonl, report.json and rewards.png; -o for short."}
+    )
     format: Literal["jsonl", "parquet"] = _knob("jsonl", "Form of the files written.")
     rows_per_file: int | None = _knob(None, "Begin another file after so many rows. Default: one file.")
     overwrite: bool = _knob(False, "Replace what an earlier build left in output_dir.")

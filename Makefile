@@ -14,10 +14,11 @@ NATIVE := setup.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/
 
 .DEFAULT_GOAL := menu
 .DELETE_ON_ERROR:
-.PHONY: menu demo test bench lint format wheel test-gpu sanitize bench-gpu clean
+.PHONY: menu demo experiment test bench lint format wheel test-gpu sanitize bench-gpu clean
 
 menu:
 	@echo "make demo     fine-tune a real language model on this machine: answers before and after, a curve, a saved model"
+	@echo "make experiment   does fusion work? tiny specialists fused, every arm of the paper, into docs/fusion.md"
 	@echo "make test     every test that needs no GPU"
 	@echo "make bench    the fused loss beside every rival: time, memory, errors; a table and pictures, under 5 minutes"
 	@echo "make lint     formatting, types and the laws of the house"
@@ -30,6 +31,9 @@ menu:
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python -m wrpo.demo $(ARGS)
+
+experiment: $(VENV)/installed-demo
+	$(BIN)/python -m wrpo.experiment $(ARGS)
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)

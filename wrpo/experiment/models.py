@@ -1,0 +1,149 @@
+"""The models: four sources and the target, of different architectures and tokenizers, each trained here from nothing.
+
+A source practises its own skills most of the time and the others now and then; the target practises all of them alike,
+and too little. All of them read a prompt as `prompt <ans> answer <eos>`, in tokens of their own.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
+
+from wrpo.data import SFTCollator
+
+from .skills import SKILLS, Task, tasks
+
+SPECIAL = ["<pad>", "<ans>", "<eos>"]
+TEMPLATE = "{% for m in messages %}{{ m.content }}{{ '<ans>' if m.role == 'user' else '<eos>' }}{% endfor %}"
+LONGEST = 48  # positions: no prompt with its answer has more characters
+MAX_NEW_TOKENS = 20  # the longest right answer has 15 characters
+
+
+class ModelSpec(NamedTuple):
+    """A model to be trained: architecture and tokenizer, own skills, optimizer steps of `BATCH` tasks of one skill."""
+
+    architecture: str
+    tokenizer: str
+    skills: tuple[str, ...]
+    steps: int
+
+
+SOURCES = {
+    "arithmetic": ModelSpec("gpt2", "characters", ("add",), 400),
+    "puzzle": ModelSpec("llama", "digits", ("countdown",), 900),
+    "order": ModelSpec("qwen2", "bpe", ("sort", "reverse"), 350),
+    "measure": ModelSpec("gemma2", "unigram", ("units",), 400),
+}
+TARGET = ModelSpec("llama", "digits", tuple(SKILLS), 250)
+OWN_SHARE = 0.7  # of what a source practises
+BATCH = 64
+LEARNING_RATE = 3e-3
+
+_WIDTH, _LAYERS, _HEADS = 96, 3, 4
+_SHAPE = {
+    "hidden_size": _WIDTH,
+    "intermediate_size": 2 * _WIDTH,
+    "num_hidden_layers": _LAYERS,
+    "num_attention_heads": _HEADS,
+    "max_position_embeddings": LONGEST,
+    "tie_word_embeddings": True,
+}
+_GPT2 = {"n_embd": _WIDTH, "n_layer": _LAYERS, "n_head": _HEADS, "n_positions": LONGEST}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2Config", _GPT2 | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    "llama": ("LlamaConfig", _SHAPE),
+    "qwen2": ("Qwen2Config", _SHAPE | {"num_key_value_heads": 2}),
+    "gemma2": ("Gemma2Config", _SHAPE | {"num_key_value_heads": 2, "head_dim": _WIDTH // _HEADS}),
+}
+
+
+# -- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(kind: str, texts: list[str]) -> PreTrainedTokenizerFast:
+    """characters: one token each; digits: BPE, digits apart; bpe: BPE with whole numbers; unigram: digits apart."""
+    digit = "[0-9]" if kind in ("digits", "unigram") else " ?[0-9]+"
+    pieces = "." if kind == "characters" else f"{digit}| ?[a-z]+|."
+    tokenizer = Tokenizer(models.Unigram() if kind == "unigram" else models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pieces), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    trainer: trainers.Trainer
+    if kind == "unigram":
+        trainer = trainers.UnigramTrainer(
+            vocab_size=120, special_tokens=SPECIAL, unk_token="<pad>", show_progress=False
+        )
+    else:
+        trainer = trainers.BpeTrainer(vocab_size=160, special_tokens=SPECIAL, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        additional_special_tokens=["<ans>"],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def practice(skills: tuple[str, ...], rng: random.Random) -> Iterator[list[Task]]:
+    """Batches of training tasks without end, each of one skill: `OWN_SHARE` of them of these, the rest of others.
+
+    One skill a batch, because its rows are of like length: padding was half of the work when they were mixed.
+    """
+    rest = sorted(set(SKILLS) - set(skills))
+    streams = {skill: tasks(skill, "train", rng) for skill in SKILLS}
+    while True:
+        among = skills if not rest or rng.random() < OWN_SHARE else rest
+        yield list(islice(streams[rng.choice(among)], BATCH))
+
+
+# -- training from nothing --------------------------------------------------------------------------------------------
+
+
+def new_model(spec: ModelSpec, tokenizer: PreTrainedTokenizerFast) -> Any:
+    name, shape = ARCHITECTURES[spec.architecture]
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 2}
+    return AutoModelForCausalLM.from_config(getattr(transformers, name)(**shape, **ids))
+
+
+def pretrain(spec: ModelSpec, seed: int, title: str) -> tuple[Any, PreTrainedTokenizerFast]:
+    """A trained model and its tokenizer; cross-entropy of the answers' tokens, AdamW, cosine."""
+    rng = random.Random(f"{seed} {title}")
+    torch.manual_seed(rng.getrandbits(32))
+    seen = [task for batch in islice(practice(spec.skills, rng), 50) for task in batch]
+    tokenizer = train_tokenizer(spec.tokenizer, [text for task in seen for text in (task.prompt, task.answer)])
+    model = new_model(spec, tokenizer).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    schedule = get_cosine_schedule_with_warmup(optimizer, spec.steps // 20, spec.steps)
+    stream = practice(spec.skills, rng)
+    for _ in tqdm(range(spec.steps), desc=f"training {title}", unit="step", mininterval=1.0):
+        answer_loss(model, tokenizer, next(stream)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model.eval(), tokenizer
+
+
+def answer_loss(model: Any, tokenizer: PreTrainedTokenizerFast, batch: list[Task]) -> Tensor:
+    """Mean cross-entropy of the tokens of the answers, nats."""
+    prompts = tokenizer([f"{task.prompt}<ans>" for task in batch], add_special_tokens=False)["input_ids"]
+    answers = tokenizer([f"{task.answer}<eos>" for task in batch], add_special_tokens=False)["input_ids"]
+    rows = [
+        {"prompt_ids": prompt, "source_ids": [answer], "source_weight": [1.0]}
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    tensors = SFTCollator(tokenizer.pad_token_id)(rows)
+    logits = model(input_ids=tensors["input_ids"], attention_mask=tensors["attention_mask"], use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tensors["labels"].flatten())

@@ -1,0 +1,155 @@
+"""docs/fusion.md: the tables, the paper's claims beside what was measured, the pictures; from what is on the disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .arms import ALPHAS, SFT, WRPO_ALPHA, all_arms
+from .models import ARCHITECTURES, OWN_SHARE, SOURCES, TARGET
+from .pictures import draw_alpha_and_sources, draw_skills, draw_training
+from .results import EVERYTHING, Estimate, Results, estimate
+from .seed import Size
+from .skills import SKILLS
+
+
+class Claim(NamedTuple):
+    """What should be positive, by the paper or by its own logic, and the difference that says whether it is."""
+
+    words: str
+    gain: Estimate | None
+
+    @property
+    def verdict(self) -> str:
+        if self.gain is None:
+            return "not measured"
+        if not self.gain.excludes_zero:
+            return "undecided"
+        return "repeats" if self.gain.mean > 0 else "the opposite"
+
+
+def claims(results: Results, k: int) -> list[Claim]:
+    """The paper's, then the baselines that it leaves out."""
+    wrpo, gain = f"wrpo-{WRPO_ALPHA}-{k}", results.gain
+    return [
+        Claim("SFT on source answers beats the target", gain(f"sft-{k}", "target")),
+        Claim("SFT, DPO beats SFT", gain(f"dpo-{k}", f"sft-{k}")),
+        Claim(f"SFT, WRPO (0 to {WRPO_ALPHA}) beats SFT, DPO", gain(wrpo, f"dpo-{k}")),
+        Claim("SFT, WRPO (0 to 0.1, the paper's alpha) beats SFT, DPO", gain(f"wrpo-0.1-{k}", f"dpo-{k}")),
+        Claim("rising alpha beats static alpha, mean over the same ends", rising_over_static(results, k)),
+        Claim(f"rising alpha beats static alpha, both to {WRPO_ALPHA}", gain(wrpo, f"wrpo-static-{WRPO_ALPHA}-{k}")),
+        Claim("WRPO: two sources beat one", gain("wrpo-0.5-2", "wrpo-0.5-1")),
+        Claim(f"WRPO: {k} sources beat two", gain(f"wrpo-0.5-{k}", "wrpo-0.5-2")),
+        Claim("one source: WRPO beats DPO", gain("wrpo-0.5-1", "dpo-1")),
+        Claim("WRPO_IPO beats IPO", gain(f"wrpo-ipo-0.5-{k}", f"ipo-{k}")),
+        Claim("WRPO_SimPO beats SimPO", gain(f"wrpo-simpo-0.5-{k}", f"simpo-{k}")),
+        Claim("*not in the paper:* WRPO beats DPO with source answers as chosen", gain(wrpo, f"dpo-source-{k}")),
+        Claim("*not in the paper:* WRPO beats SFT on all source answers", gain(wrpo, f"sft-all-{k}")),
+        Claim(
+            "*ours:* the best answer of each source beats the best of all", gain(f"wrpo-each-0.5-{k}", f"wrpo-0.5-{k}")
+        ),
+    ]
+
+
+def rising_over_static(results: Results, k: int) -> Estimate | None:
+    """The difference averaged over `ALPHAS` within each seed that has all of them."""
+    pairs = [(f"wrpo-{alpha}-{k}", f"wrpo-static-{alpha}-{k}") for alpha in ALPHAS]
+    seeds = set.intersection(*(set(results.seeds(arm)) for pair in pairs for arm in pair))
+    means = [
+        sum(results.accuracy(seed, rising) - results.accuracy(seed, static) for rising, static in pairs) / len(pairs)
+        for seed in sorted(seeds)
+    ]
+    return estimate(means) if means else None
+
+
+def markdown_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    first, *others = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    return "\n".join([first, f"| --- |{' ---: |' * (first.count('|') - 2)}", *others])
+
+
+def arm_table(results: Results, arms: Iterable[str], over: str) -> str:
+    """Accuracy of each arm, all skills and each, and its gain over another arm."""
+    rows = []
+    for arm in arms:
+        found = [results.mean(arm, skill) for skill in (EVERYTHING, *SKILLS)]
+        if found[0] is not None:
+            gain = results.gain(arm, over)
+            rows.append([arm, str(found[0]), str(gain or ""), *[f"{e.mean:.0f}" for e in found[1:] if e]])
+            rows[-1].append(str(found[0].seeds))
+    return markdown_table(["arm", "all skills (%)", f"minus {over}", *SKILLS, "seeds"], rows)
+
+
+def claim_table(results: Results, k: int) -> str:
+    rows = [(c.words, str(c.gain or ""), str(c.gain.seeds) if c.gain else "0", c.verdict) for c in claims(results, k)]
+    return markdown_table(["claim", "difference (points)", "seeds", "here"], rows)
+
+
+def model_table() -> str:
+    specs = SOURCES | {"target": TARGET}
+    rows = [
+        [name, ARCHITECTURES[s.architecture][0].removesuffix("Config"), s.tokenizer, ", ".join(s.skills), str(s.steps)]
+        for name, s in specs.items()
+    ]
+    return markdown_table(["model", "architecture", "tokenizer", "own skills", "steps of 64 tasks"], rows)
+
+
+def write_report(results: Results, abouts: list[dict[str, Any]], size: Size, path: Path) -> None:
+    """The document and, beside it, its pictures `fusion_*.png`."""
+    k = size.sources
+    path.parent.mkdir(parents=True, exist_ok=True)
+    main = {
+        "target": "target", f"sft-{k}": "SFT", f"sft-all-{k}": "SFT on all", f"dpo-{k}": "SFT, DPO",
+        f"dpo-source-{k}": "SFT, DPO source", f"wrpo-{WRPO_ALPHA}-{k}": f"SFT, WRPO 0 to {WRPO_ALPHA}",
+    }  # fmt: skip
+    draw_skills(
+        results, {arm: label for arm, label in main.items() if results.seeds(arm)}, path.with_name("fusion_skills.png")
+    )
+    trained = {
+        f"dpo-{k}": "DPO (alpha 0)", f"wrpo-{WRPO_ALPHA}-{k}": f"WRPO, 0 to {WRPO_ALPHA}",
+        f"wrpo-static-{WRPO_ALPHA}-{k}": f"WRPO, {WRPO_ALPHA} throughout", f"dpo-source-{k}": "DPO source (alpha 1)",
+    }  # fmt: skip
+    trained = {arm: label for arm, label in trained.items() if results.seeds(arm)}
+    if trained:
+        draw_training(results, trained, path.with_name("fusion_training.png"))
+    draw_alpha_and_sources(results, k, path.with_name("fusion_alpha.png"))
+    path.write_text(document(results, abouts, size), encoding="utf-8")
+
+
+def document(results: Results, abouts: list[dict[str, Any]], size: Size) -> str:
+    k = size.sources
+    names = [arm.name for arm in all_arms(k)]
+    sources = [f"source-{name}" for name in SOURCES]
+    fields = {
+        "claims": claim_table(results, k),
+        "arms": arm_table(results, names, f"sft-{k}"),
+        "sources": arm_table(results, ["target", *sources], "target"),
+        "models": model_table(),
+        "about": "\n".join(f"- {line}" for line in dict.fromkeys(_about(about) for about in abouts)),
+        "times": times(results),
+        "commands": "\n".join(dict.fromkeys(about["command"] for about in abouts)),
+        "prompts": size.prompts, "held_out": size.held_out, "k": k, "own": f"{100 * OWN_SHARE:.0f}",
+        "epochs": f"{SFT['num_train_epochs']:g}", "triples": _triples(results, k), "alpha": WRPO_ALPHA,
+    }  # fmt: skip
+    return Path(__file__).with_name("fusion.md.in").read_text(encoding="utf-8").format(**fields)
+
+
+def _about(about: dict[str, Any]) -> str:
+    return f"seed {about['seed']}: {about['date']}, {about['machine']}, {about['versions']}"
+
+
+def _triples(results: Results, k: int) -> str:
+    counts = [results.records[seed, f"dpo-{k}"]["rows"] for seed in results.seeds(f"dpo-{k}")]
+    return "none yet" if not counts else f"{min(counts)} to {max(counts)}"
+
+
+def times(results: Results) -> str:
+    """Seconds a seed spent on its arms, the models and answers that they needed first included."""
+    seeds = sorted({seed for seed, _ in results.records})
+    total = {s: sum(r["seconds"] for (seed, _), r in results.records.items() if seed == s) for s in seeds}
+    return ", ".join(f"seed {seed}: {seconds / 60:.1f} min" for seed, seconds in total.items())
+
+
+def read_abouts(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("seed-*/about.json"))]

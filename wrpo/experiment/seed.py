@@ -1,0 +1,170 @@
+"""One seed from nothing to its results; what is on the disk is not made again.
+
+models/NAME/          the sources and the target, trained
+sources.jsonl         the sources' scored answers to the fusion prompts
+sft-K/                the target after SFT on the answers of K sources
+target-K.jsonl        its scored answers to the prompts that gave no SFT row
+results/ARM.json      which held-out prompts the arm solved, its training log, its time
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
+
+from wrpo.building import BuildSettings, Built, build_rows
+
+from .arms import SFT, WEIGHT_TEMPERATURE, Arm, copied, train_preference, train_sft
+from .models import SOURCES, TARGET, ModelSpec, pretrain
+from .sampling import answers
+from .skills import Task, distinct, score
+
+Model = tuple[Any, PreTrainedTokenizerFast]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything. prompts, held_out: a skill; effort: share of the pre-training steps; sources: of four."""
+
+    prompts: int = 500
+    held_out: int = 200
+    effort: float = 1.0
+    sources: int = 4
+
+
+FULL = Size()
+QUICK = Size(prompts=120, held_out=60, effort=0.25)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """All of the file or nothing, whenever the process dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
+class SeedRun:
+    """The models, answers and arms of one seed, in one folder."""
+
+    def __init__(self, folder: Path, seed: int, size: Size, held_out: str = "test"):
+        self.folder, self.seed, self.size, self.held_out = folder, seed, size, held_out
+        self.order = random.Random(f"sources {seed}").sample(sorted(SOURCES), size.sources)
+        self.prompts = distinct("train", size.prompts, random.Random(f"prompts {seed}"))
+        self.asked = distinct(held_out, size.held_out, random.Random(f"held out {seed}"))
+        self.loaded: dict[str, Model] = {}
+
+    # -- models and their answers -------------------------------------------------------------------------------------
+
+    def model(self, name: str, make: Callable[[], Model]) -> Model:
+        """The model of that name: in memory, on the disk, or made now and put there."""
+        if name not in self.loaded:
+            folder = self.folder / name
+            if not (folder / "finished").exists():
+                model, tokenizer = make()
+                model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+                write_whole(folder / "finished", "")
+            model = AutoModelForCausalLM.from_pretrained(folder).eval()
+            self.loaded[name] = (model, PreTrainedTokenizerFast.from_pretrained(folder))
+        return self.loaded[name]
+
+    def pretrained(self, name: str) -> Model:
+        spec: ModelSpec = TARGET if name == "target" else SOURCES[name]
+        spec = spec._replace(steps=max(1, round(self.size.effort * spec.steps)))
+        return self.model(f"models/{name}", lambda: pretrain(spec, self.seed, name))
+
+    def candidates(self, path: Path, models: dict[str, Model], tasks: list[Task]) -> list[dict]:
+        """Scored answers of these models to these tasks, in the form that `wrpo.building` reads."""
+        if not path.exists():
+            set_seed(self.seed)  # so that a run that continues draws what the uninterrupted one draws
+            rows = [
+                {"prompt_id": task.prompt, "prompt": task.prompt, "model": name, "sample": k, "response": said}
+                | {"reward": score(task, said)}
+                for name, (model, tokenizer) in models.items()
+                for task, several in zip(
+                    tasks,
+                    answers(model, tokenizer, [t.prompt for t in tasks], sample=True, title=f"answers of {name}"),
+                    strict=True,
+                )
+                for k, said in enumerate(several)
+            ]
+            write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    def source_answers(self, count: int) -> list[dict]:
+        """Of the first `count` sources in this seed's order."""
+        path = self.folder / "sources.jsonl"
+        models = {} if path.exists() else {name: self.pretrained(name) for name in self.order}
+        rows = self.candidates(path, models, self.prompts)
+        return [row for row in rows if row["model"] in self.order[:count]]
+
+    def fine_tuned(self, count: int, settings: Mapping[str, Any] = SFT) -> Model:
+        """The target after SFT on `count` sources; settings other than `SFT` are for choosing them."""
+        name = f"sft-{count}" if settings is SFT else f"sft-{count}-{settings['learning_rate']:g}"
+        return self.model(name, lambda: self.fine_tune(count, settings))
+
+    def fine_tune(self, count: int, settings: Mapping[str, Any]) -> Model:
+        built = build_rows(self.source_answers(count), BuildSettings(stage="sft", seed=self.seed))
+        model, tokenizer = self.pretrained("target")
+        model = copied(model)
+        train_sft(model, tokenizer, built.sft, self.seed, settings)
+        return model, tokenizer
+
+    def built(self, count: int, keeps_each: bool = False) -> Built:
+        """SFT rows and triples from the answers of `count` sources and of the target fine-tuned on them."""
+        sources = self.source_answers(count)
+        waiting = {row["prompt"] for row in build_rows(sources, BuildSettings(stage="sft", seed=self.seed)).prompts}
+        tasks = [task for task in self.prompts if task.prompt in waiting]
+        own = self.candidates(self.folder / f"target-{count}.jsonl", {"target": self.fine_tuned(count)}, tasks)
+        several = BuildSettings(seed=self.seed, num_sources=count, weight_temperature=WEIGHT_TEMPERATURE)
+        return build_rows([*sources, *own], several if keeps_each else BuildSettings(seed=self.seed))
+
+    # -- arms ---------------------------------------------------------------------------------------------------------
+
+    def run(self, arm: Arm) -> None:
+        """The arm's result, unless it is on the disk."""
+        path = self.folder / "results" / f"{arm.name}.json"
+        if path.exists():
+            return
+        started = time.perf_counter()
+        (model, tokenizer), facts = self.trained(arm)
+        solved, worth = self.judge(model, tokenizer, arm.name)
+        record = {"arm": arm.name, "seed": self.seed, "solved": solved, "score": worth, "order": self.order, **facts}
+        record["seconds"] = round(time.perf_counter() - started, 1)
+        write_whole(path, json.dumps(record))
+
+    def trained(self, arm: Arm) -> tuple[Model, dict[str, Any]]:
+        """The arm's model, and what is to be said about its training."""
+        if arm.stage == "target":
+            return self.pretrained("target"), {}
+        if arm.stage == "source":
+            return self.pretrained(arm.name.removeprefix("source-")), {}
+        if arm.stage == "sft":
+            return self.fine_tuned(arm.sources, arm.settings or SFT), {}
+        start, tokenizer = self.fine_tuned(arm.sources)
+        model = copied(start)
+        built = self.built(arm.sources, arm.keeps_each)
+        if arm.stage == "sft-all":
+            built_all = build_rows(self.source_answers(arm.sources), BuildSettings(sft_share=1.0, stage="sft"))
+            used = {row["prompt"] for row in built.sft}
+            rows = [row for row in built_all.sft if row["prompt"] not in used]
+            return (model, tokenizer), {"log": train_sft(model, tokenizer, rows, self.seed), "rows": len(rows)}
+        log = train_preference(model, tokenizer, built.triples, self.seed, arm.settings)
+        return (model, tokenizer), {"log": log, "rows": len(built.triples), "report": str(built.report)}
+
+    def judge(self, model: Any, tokenizer: Any, name: str) -> tuple[dict[str, list[int]], float]:
+        """Which held-out prompts of each skill are solved by the greedy answer, and the mean score."""
+        said = answers(model, tokenizer, [task.prompt for task in self.asked], sample=False, title=f"test of {name}")
+        scores = [score(task, text) for task, (text,) in zip(self.asked, said, strict=True)]
+        solved: dict[str, list[int]] = {}
+        for task, worth in zip(self.asked, scores, strict=True):
+            solved.setdefault(task.skill, []).append(int(worth == 1.0))
+        return solved, sum(scores) / len(scores)

@@ -17,6 +17,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from benchmarks import machine
 from benchmarks.contestants import FUSED
 from benchmarks.measure import rounds_within
@@ -28,7 +30,7 @@ from benchmarks.timing import Phases, milliseconds, step_of
 # The kernels come from the side's own tree, all else from this one.
 START = (
     "import sys; sys.path.insert(0, {tree!r}); import wrpo_kernels; sys.path[0] = {here!r}; "
-    "from benchmarks.commits import serve; serve({device!r})"
+    "from benchmarks.commits import serve; serve({device!r}, {threads})"
 )
 
 
@@ -84,7 +86,7 @@ class Side:
     """A process that holds one problem and steps when it is told to."""
 
     def __init__(self, tree: Path, setting: Setting, device: str):
-        code = START.format(tree=str(tree), here=str(machine.ROOT), device=device)
+        code = START.format(tree=str(tree), here=str(machine.ROOT), device=device, threads=torch.get_num_threads())
         self._process = subprocess.Popen(
             [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -108,8 +110,9 @@ class Side:
         self._process.wait()
 
 
-def serve(device: str) -> None:
+def serve(device: str, threads: int) -> None:
     """The other end of a Side: answers the setting with its peak, each further line with the seconds of a step."""
+    torch.set_num_threads(threads)
     setting = Setting(*json.loads(sys.stdin.readline()))
     small = Problem(setting._replace(vocabulary=512, response=8, prompt=min(8, setting.prompt)), device)
     step_of(small, FUSED.loss(small))()

@@ -21,6 +21,7 @@ from benchmarks.timing import Clock
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
+TIMED = ("wrpo_kernels", "csrc", "benchmarks", ":!benchmarks/results")  # a change of these may change figures
 PROBE = Setting(16384, 576, response=32)  # a small head: enough to tell 0.5 GFLOP/s from 500
 
 
@@ -118,7 +119,7 @@ def facts(device: str) -> dict[str, str]:
         lines["driver"] = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         lines["cuda"] = str(torch.version.cuda)
     lines |= {name: version for name in PACKAGES if (version := version_of(name))}
-    changed = "" if said("git", "status", "--porcelain", "wrpo_kernels", "csrc", "benchmarks") == "" else " and changes"
+    changed = "" if said("git", "status", "--porcelain", "--", *TIMED) == "" else " and changes"
     lines["commit"] = said("git", "rev-parse", "--short=12", "HEAD") + changed
     lines["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     lines["command"] = " ".join(["python -m benchmarks.run", *sys.argv[1:]])

@@ -12,7 +12,7 @@ from wrpo_kernels import cuda_launch
 from wrpo_kernels.backends import load_extension, why_not
 from wrpo_kernels.budget import DEFAULT_BUDGET
 from wrpo_kernels.preference_loss import contract as preference_contract
-from wrpo_kernels.products import prefers_transposed
+from wrpo_kernels.products import multiplies, prefers_transposed
 from wrpo_kernels.token_logp import contract as token_contract
 from wrpo_kernels.version import __version__
 
@@ -38,8 +38,10 @@ def _native() -> list[str]:
     if module is None:
         return [f"native        no: {reason}"]
     features = ", ".join(f"{name} {value}" for name, value in module.features().items())
-    form = "transposed first" if prefers_transposed() else "as it stands"
-    return [f"native        {features}", f"products      bfloat16 delta^T h on the CPU: delta {form}"]
+    form = "delta^T h with delta transposed first" if prefers_transposed() else "as they stand"
+    if not multiplies(torch.bfloat16):
+        form = "widened to float32 in stripes, since this CPU has no such products"
+    return [f"native        {features}", f"products      bfloat16 on the CPU: {form}"]
 
 
 def _cuda() -> list[str]:

@@ -42,12 +42,13 @@ class Gradients:
 
     def add(self, rows: Rows, first: int, delta: Tensor, coef: Tensor) -> None:
         """The share of rows [first, first + n): delta [n, V], coef [n]."""
+        number = delta.shape[0]
         if self.dh is not None:
-            share = torch.empty(len(delta), self._weight.shape[1], dtype=delta.dtype, device=delta.device)
+            share = torch.empty(number, self._weight.shape[1], dtype=delta.dtype, device=delta.device)
             grad_hidden_into(share, delta, self._weight)
             rows.put_(self.dh.view(-1, self.dh.shape[-1]), first, scaled_rows(share, coef))
         if self.dw is not None:
-            self._add_weight(delta, scaled_rows(rows.hidden(first, first + len(delta)), coef))
+            self._add_weight(delta, scaled_rows(rows.hidden(first, first + number), coef))
         if self.db is not None:
             self._add_bias(delta, coef)
         self._is_empty = False

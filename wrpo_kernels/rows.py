@@ -29,14 +29,14 @@ class Rows:
         target = target.reshape(-1)
         if hidden.dim() != 3 or hidden.is_contiguous():  # a slice such as hidden[:, :-1] is not copied to be flattened
             hidden = hidden.reshape(-1, hidden.shape[-1])
+        if num_rows == target.shape[0]:
+            return cls(hidden, target, None)
         if num_rows == UNCOUNTED or target.device.type == "cpu":
             index = (target != ignore_index).nonzero()[:, 0]
-        elif num_rows < len(target):
+        else:
             # A count that is too large is filled with row 0; `nan_unless_counted` tells.
             index = torch.nonzero_static(target != ignore_index, size=num_rows, fill_value=0)[:, 0]
-        else:
-            return cls(hidden, target, None)
-        return cls(hidden, target, None if len(index) == len(target) else index)
+        return cls(hidden, target, None if index.shape[0] == target.shape[0] else index)
 
     def __len__(self) -> int:
         return self.target.numel()

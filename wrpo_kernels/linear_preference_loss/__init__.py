@@ -153,7 +153,7 @@ def sum_in_one_pass(
     arguments, kept = settle(like, **loss)
     keeps = gradients_asked(hidden, weight, transform.bias)
     head = (*transform[1:], ignore_index, budget_bytes, *keeps, num_rows, backend)
-    total, logp, reward, margin, *_ = torch.ops.wrpo.linear_preference_loss.default(
+    total, logp, reward, margin, *_ = contract.linear_preference_loss(
         hidden, weight, labels, transform.bias, *arguments, *head
     )
     return total, kept, logp, reward, margin

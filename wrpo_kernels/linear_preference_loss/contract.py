@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from wrpo_kernels.autograd import register_autograd
+from wrpo_kernels.autograd import register_differentiable, register_kernel
 from wrpo_kernels.backends import choose
 from wrpo_kernels.budget import rows_within
 from wrpo_kernels.checks import check_tensor
@@ -64,7 +64,6 @@ def _fake_checked_cu_seqlens(cu_seqlens, num_rows):
     return torch.empty_like(cu_seqlens, dtype=torch.int64)
 
 
-@torch.library.impl("wrpo::linear_preference_loss", "CompositeExplicitAutograd")
 def _linear_preference_loss(hidden, weight, target, bias, *arguments):
     num_groups, family, scalars = arguments[6], Family(*arguments[7:12]), arguments[12:15]
     ignore_index, budget_bytes, *keeps, num_rows, backend = arguments[15:]
@@ -83,7 +82,6 @@ def _linear_preference_loss(hidden, weight, target, bias, *arguments):
         return result.loss.sum(), *result[1:], *saved
 
 
-@torch.library.impl("wrpo::scaled_to", "CompositeExplicitAutograd")
 def _scaled_to(total, factor, dtype):
     """factor * total, rounded to `dtype` a stripe at a time: no float32 copy of the whole."""
     out = torch.empty_like(total, dtype=dtype)
@@ -120,11 +118,12 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad_loss, *_):
     grads = zip(ctx.saved_tensors, ctx.dtypes, ctx.keeps, strict=True)
     hidden, weight, bias = (_scaled(total, grad_loss, dtype) if keep else None for total, dtype, keep in grads)
-    return (hidden, weight, None, bias) + (None,) * 22
+    return (hidden, weight, None, bias) + (None,) * 6
 
 
 def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    return total * factor if total.dtype == dtype == factor.dtype else torch.ops.wrpo.scaled_to(total, factor, dtype)
+    return total * factor if total.dtype == dtype == factor.dtype else scaled_to(total, factor, dtype)
 
 
-register_autograd("linear_preference_loss", _save, _backward)
+scaled_to = register_kernel("scaled_to", _scaled_to)
+linear_preference_loss = register_differentiable("linear_preference_loss", _linear_preference_loss, _save, _backward)

@@ -85,9 +85,11 @@ def logp_of_rows(
     """`linear_token_logp` of checked arguments, of whose labels `num_rows` count (or UNCOUNTED)."""
     keeps = gradients_asked(hidden, weight, transform.bias)
     arguments = (*transform, ignore_index, num_rows, budget_bytes, *keeps, backend)
-    logp, _, _ = torch.ops.wrpo.linear_token_logp.default(hidden, weight, target, *arguments)
+    logp, _, _ = contract.linear_token_logp(hidden, weight, target, *arguments)
     return logp
 
 
 def gradients_asked(*tensors: Tensor | None) -> tuple[bool, ...]:
-    return tuple(torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors)
+    if not torch.is_grad_enabled():
+        return (False,) * len(tensors)
+    return tuple([tensor is not None and tensor.requires_grad for tensor in tensors])

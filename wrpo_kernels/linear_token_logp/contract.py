@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wrpo_kernels.autograd import register_autograd
+from wrpo_kernels.autograd import register_differentiable, register_kernel
 from wrpo_kernels.budget import Plan, plan_rows, rows_within
 from wrpo_kernels.checks import (
     check_backend_name,
@@ -87,7 +87,6 @@ def _open(hidden, weight, target, bias, options):
     return head, rows, _plan(hidden, weight, bound(num_rows, target), budget_bytes, keeps_weight or keeps_bias)
 
 
-@torch.library.impl("wrpo::linear_token_logp", "CompositeExplicitAutograd")
 def _linear_token_logp(hidden, weight, target, bias, *options):
     keeps_hidden, keeps_weight, keeps_bias = options[6:9]
     with no_autocast(hidden), labels_by_position("target", target, options[3], weight.shape[0]):
@@ -96,7 +95,6 @@ def _linear_token_logp(hidden, weight, target, bias, *options):
         return rows.spread(logp).view(target.shape), unscaled, kept
 
 
-@torch.library.impl("wrpo::linear_token_logp_backward", "CompositeExplicitAutograd")
 def _linear_token_logp_backward(grad_logp, unscaled, kept, hidden, weight, target, bias, *options):
     _, keeps_weight, keeps_bias = options[6:9]
     with no_autocast(hidden):
@@ -142,9 +140,10 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad_logp, *_):
-    grads = torch.ops.wrpo.linear_token_logp_backward(grad_logp, *ctx.saved_tensors, *ctx.options)
+    grads = linear_token_logp_backward(grad_logp, *ctx.saved_tensors, *ctx.options)
     hidden, weight, bias = (grad if keep else None for grad, keep in zip(grads, ctx.options[6:9], strict=True))
-    return (hidden, weight, None, bias) + (None,) * len(ctx.options)
+    return hidden, weight, None, bias
 
 
-register_autograd("linear_token_logp", _save, _backward)
+linear_token_logp_backward = register_kernel("linear_token_logp_backward", _linear_token_logp_backward)
+linear_token_logp = register_differentiable("linear_token_logp", _linear_token_logp, _save, _backward)

@@ -105,7 +105,7 @@ def preference_loss(
         num_groups=num_groups,
         empty=empty,
     )
-    loss, reward, margin, _ = torch.ops.wrpo.preference_loss.default(logp, *arguments, backend)
+    loss, reward, margin, _ = contract.preference_loss(logp, *arguments, backend)
     return PreferenceOutput(reduce_loss(loss, reduction, normalizer, kept), logp.detach(), reward, margin)
 
 
@@ -171,10 +171,10 @@ def drop_empty(
         raise ValueError(f"empty must be 'raise' or 'zero', got {empty!r}")
     if length is None:
         return group_weight, nll_weight, num_groups
-    contract.check_groups(group, num_groups)
     if empty == "raise":
         raise_on_empty(length)
         return group_weight, nll_weight, num_groups
+    contract.check_groups(group, num_groups)
     full = like.new_ones(num_groups, requires_grad=False)
     full = full.scatter_reduce(0, group, (length > 0).to(full.dtype), "amin")  # 0 where any response is empty
     weight = full if group_weight is None else group_weight * full
@@ -184,11 +184,12 @@ def drop_empty(
 def raise_on_empty(length: Tensor) -> None:
     if torch.compiler.is_compiling() or length.device.type != "cpu":
         return  # reading the lengths would wait for the device; an empty response then has log-prob 0, never NaN
-    shortest = int(length.min()) if length.numel() else 1
+    lengths = length.tolist()
+    shortest = min(lengths, default=1)
     if shortest < 0:
         raise ValueError(f"length must be >= 0, got {shortest}")
     if shortest == 0:
-        sequence = int((length == 0).nonzero()[0])
+        sequence = lengths.index(0)
         raise ValueError(
             f"sequence {sequence} has no counted token, so its log-prob means nothing; drop its example, give it a "
             "longer max_length, or pass empty='zero' to switch such examples off"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wrpo_kernels.autograd import register_autograd
+from wrpo_kernels.autograd import register_differentiable
 from wrpo_kernels.backends import choose
 from wrpo_kernels.checks import check_constant, check_device, check_int64, check_shape, check_tensor
 from wrpo_kernels.preference_loss import cuda, native, reference
@@ -67,12 +67,12 @@ def _check_constants(name: str, value: Tensor, letters: str, size: int, logp: Te
 def check_groups(group: Tensor, num_groups: int) -> None:
     """The values of `group`; on an accelerator this would wait for the device, so only CPU tensors are read."""
     if group.device.type == "cpu" and group.numel() and not torch.compiler.is_compiling():
-        low, high = (int(x) for x in torch.aminmax(group))
+        numbers = group.tolist()
+        low, high = min(numbers), max(numbers)
         if low < 0 or high >= num_groups:
             raise ValueError(f"group must be in [0, G={num_groups}), got values from {low} to {high}")
 
 
-@torch.library.impl("wrpo::preference_loss", "CompositeExplicitAutograd")
 def _preference_loss(logp, ref_logp, seq_weight, group, length, nll_weight, group_weight, num_groups, *options):
     *family, backend = options
     check_groups(group, num_groups)
@@ -103,7 +103,7 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad_loss, *_):
     group, coef = ctx.saved_tensors
-    return (coef * grad_loss[group],) + (None,) * 13
+    return (coef * grad_loss[group],) + (None,) * 6
 
 
-register_autograd("preference_loss", _save, _backward)
+preference_loss = register_differentiable("preference_loss", _preference_loss, _save, _backward)

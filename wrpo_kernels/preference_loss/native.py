@@ -54,8 +54,8 @@ def forward(
 def sequence_sum(rows: Tensor, length: Tensor) -> Tensor:
     """[N] -> [S]: rows stand sequence after sequence, `length` [S] of them each; summed in float64."""
     module, _ = load_extension("_cpu")
-    sums = rows.new_empty(len(length))
-    module.sequence_sum(rows.data_ptr(), length.data_ptr(), len(length), len(rows), sums.data_ptr())
+    sums = rows.new_empty(length.shape)
+    module.sequence_sum(rows.data_ptr(), length.data_ptr(), length.shape[0], rows.shape[0], sums.data_ptr())
     return sums
 
 
@@ -63,5 +63,5 @@ def over_rows(values: Tensor, length: Tensor, num_rows: int) -> Tensor:
     """[S] -> [N]: every row gets the value of its sequence."""
     module, _ = load_extension("_cpu")
     rows = values.new_empty(num_rows)
-    module.over_rows(values.data_ptr(), length.data_ptr(), len(length), num_rows, rows.data_ptr())
+    module.over_rows(values.data_ptr(), length.data_ptr(), length.shape[0], num_rows, rows.data_ptr())
     return rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from wrpo_kernels.token_logp import contract
@@ -50,5 +49,5 @@ def token_logp(
     contract.check(logits, target, bias, logit_scale, softcap, temperature, ignore_index, backend)
     rows = logits.reshape(-1, logits.shape[-1])
     options = (bias, float(logit_scale), float(softcap or 0.0), float(temperature), ignore_index, backend)
-    logp, _ = torch.ops.wrpo.token_logp.default(rows, target.reshape(-1), *options)
+    logp, _ = contract.token_logp(rows, target.reshape(-1), *options)
     return logp.view(target.shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wrpo_kernels.autograd import register_autograd
+from wrpo_kernels.autograd import register_differentiable, register_kernel
 from wrpo_kernels.backends import choose
 from wrpo_kernels.checks import (
     check_backend_name,
@@ -55,14 +55,13 @@ def check(
 
 def logp_dtype(scores: torch.dtype) -> torch.dtype:
     """Log-probabilities are float32; float64 only for float64 scores."""
-    return torch.promote_types(scores, torch.float32)
+    return torch.float64 if scores == torch.float64 else torch.float32
 
 
 def _settle_rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
-@torch.library.impl("wrpo::token_logp", "CompositeExplicitAutograd")
 def _token_logp(
     logits: Tensor,
     target: Tensor,
@@ -81,7 +80,6 @@ def _token_logp(
     return logp, lse
 
 
-@torch.library.impl("wrpo::token_logp_backward", "CompositeExplicitAutograd")
 def _token_logp_backward(
     grad_logp: Tensor,
     logits: Tensor,
@@ -123,9 +121,10 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad_logp, _):
     logits, target, lse, bias = ctx.saved_tensors
-    grad_logits = torch.ops.wrpo.token_logp_backward(grad_logp, logits, target, lse, bias, *ctx.options)
-    grad_bias = grad_logits.sum(0, dtype=lse.dtype).to(bias.dtype) if ctx.needs_input_grad[3] else None
-    return grad_logits, None, grad_bias, None, None, None, None, None
+    grad_logits = token_logp_backward(grad_logp, logits, target, lse, bias, *ctx.options)
+    grad_bias = grad_logits.sum(0, dtype=lse.dtype).to(bias.dtype) if ctx.needs_input_grad[-1] else None
+    return grad_logits, None, grad_bias
 
 
-register_autograd("token_logp", _save, _backward)
+token_logp_backward = register_kernel("token_logp_backward", _token_logp_backward)
+token_logp = register_differentiable("token_logp", _token_logp, _save, _backward)

@@ -97,8 +97,8 @@ class BuildFiles:
 
     candidates: list[str] = field(
         metadata={
-            "help": "Rows of prompt_id, prompt, model, sample, response, reward: .jsonl, .jsonl.gz, .parquet, globs. On the "
-            "command line the flag can be left out: wrpo build [CONFIG.yaml] CANDIDATES ... -o FOLDER."
+            "help": "Rows of prompt_id, prompt, model, sample, response, reward: .jsonl, .jsonl.gz, .parquet, globs. "
+            "On the command line the flag can be left out: wrpo build [CONFIG.yaml] CANDIDATES ... -o FOLDER."
         }
     )
     output_dir: str = field(

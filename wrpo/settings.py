@@ -57,7 +57,9 @@ class ModelSettings:
 class DataSettings:
     """Which rows it is trained on."""
 
-    train_file: str = field(metadata={"help": "Triples: .jsonl, .json, .parquet, or a folder of save_to_disk."})
+    train_file: str = field(
+        metadata={"help": "Triples: .jsonl, .json, .parquet, a glob of them, or a folder of save_to_disk."}
+    )
     eval_file: str | None = _knob(None, "Triples to evaluate on, every epoch unless eval_strategy says otherwise.")
     train_split: str = _knob("train", "Split of train_file, where it is a saved DatasetDict.")
     eval_split: str = _knob("test", "Split of eval_file, where it is a saved DatasetDict.")

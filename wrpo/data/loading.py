@@ -39,8 +39,8 @@ def load_triples(
     """Read, check and normalise triples; the form of a row is described in `wrpo.data.triple`.
 
     Args:
-        source: path or list of paths (`.jsonl`, `.json`, either with `.gz`, `.parquet`, or a folder of `save_to_disk`),
-            a `datasets.Dataset`, or a list of dicts.
+        source: path, glob or list of paths (`.jsonl`, `.json`, either with `.gz`, `.parquet`, or a folder of
+            `save_to_disk`), a `datasets.Dataset`, or a list of dicts.
         split: the split of a saved `DatasetDict`. Default: "train".
         skip_bad_rows: leave bad rows out and count them in the report, instead of raising. Default: False.
         targets: False for the SFT stage, which needs the source answers only. Default: True.

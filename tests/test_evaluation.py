@@ -248,6 +248,9 @@ def test_an_export_needs_no_scores(tmp_path, capsys):
 MISTAKES = {
     "nothing": (["-o", "out"], "nothing to evaluate"),
     "no output": (["a.jsonl"], "-o/--output"),
+    "a mistyped flag": (["a.jsonl", "-o", "out", "--verifer", "m:f"], "no flag --verifer; did you mean --verifier?"),
+    "models that are asked nothing": (["-o", "out", "--sources", "s.yaml"], "--sources and --prompts go together"),
+    "two scorers": (["a.jsonl", "-o", "out", "--verifier", "m:f", "--judge", "j.yaml"], "not allowed with argument"),
     "half of the triples": (["-o", "out", "--triples", "t.jsonl", "--policy", "p"], "--policy and --reference"),
     "an export of nothing": (
         ["-o", "out", "--triples", "t", "--policy", "p", "--reference", "r", "--export", "arena-hard"],

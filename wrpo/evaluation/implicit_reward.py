@@ -9,6 +9,7 @@ one after the other, so that only one of them needs memory at a time. Source: WR
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +18,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from wrpo.data import PreferenceCollator
+from wrpo.data import PreferenceCollator, load_triples, tokenize_triples
 from wrpo.head import install_fused_head
 from wrpo.head_trainer import pad_token
 from wrpo.metrics import preference_metrics
+from wrpo.pretrained import load_model, load_tokenizer
 from wrpo.reference import sequence_logp
+from wrpo.settings import ModelSettings
+from wrpo.user_error import UserError
 
 from .intervals import Interval, wilson_interval
 
@@ -74,10 +78,47 @@ def _longest(row: dict) -> int:
     return len(row["prompt_ids"]) + max(map(len, [*row["source_ids"], row["target_ids"], row["rejected_ids"]]))
 
 
+def accuracy_of_models(options: Namespace) -> dict[str, Accuracy]:
+    """Implicit-reward accuracy of `options.policy` against `options.reference` on `options.triples`.
+
+    Raises:
+        UserError: triples or models that cannot be loaded, or two models of different vocabularies.
+    """
+
+    def settings(name: str) -> ModelSettings:
+        return ModelSettings(
+            model_name_or_path=name,
+            torch_dtype=options.torch_dtype,
+            chat_template_file=options.chat_template_file,
+            trust_remote_code=options.trust_remote_code,
+        )
+
+    tokenizer = load_tokenizer(settings(options.policy))
+    if load_tokenizer(settings(options.reference)).get_vocab() != tokenizer.get_vocab():
+        raise UserError("--reference has another vocabulary than --policy: name the model that the policy started from")
+    rows = list(
+        tokenize_triples(
+            load_triples(options.triples, skip_bad_rows=options.skip_bad_rows),
+            tokenizer,
+            max_length=options.max_length,
+            max_prompt_length=options.max_prompt_length,
+            skip_bad_rows=options.skip_bad_rows,
+        )
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def logps(name: str, title: str) -> list[Tensor]:
+        model = load_model(settings(name)).to(device)
+        return response_logps(model, rows, tokenizer, batch_size=options.batch_size, title=title)
+
+    policy, reference = logps(options.policy, "policy"), logps(options.reference, "reference")
+    return implicit_reward_accuracy(policy, reference, rows, alpha=options.alpha, beta=options.beta)
+
+
 def implicit_reward_accuracy(
     policy: Sequence[Tensor], reference: Sequence[Tensor], rows: Sequence[dict], *, alpha: float, beta: float
 ) -> dict[str, Accuracy]:
-    """ "source", "target" and "weighted" answers against the rejected one, over all rows (at least one).
+    """Of the "source", "target" and "weighted" answers against the rejected one, over all rows (at least one).
 
     Args:
         policy, reference: of `response_logps`, of the same rows.

@@ -9,6 +9,7 @@ benchmarks/results/, then a table and pictures beside them. benchmarks/README.md
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -81,13 +82,16 @@ def finished_rows(path: Path, facts: dict[str, str]) -> list[Row]:
 
 
 def publish(path: Path, readme: bool) -> None:
-    """Tables and pictures from a file of results, and with `readme` the README's block and its picture."""
+    """Tables and pictures from a file of results, and with `readme` the README's block."""
     facts, rows = read(path)
-    path.with_suffix(".md").write_text(tables.whole(facts, rows))
     drawn = list(pictures.draw(facts, rows, scenarios.full(512, "float32"), path.with_suffix("")))
-    print("wrote", path, path.with_suffix(".md"), *drawn)
+    table = path.with_suffix(".md")
+    table.write_text(tables.whole(facts, rows, [picture.name for picture in drawn]))
+    print("wrote", path, table, *drawn)
     if readme:
-        tables.put_into_readme(machine.ROOT / "README.md", tables.summary(facts, rows))
+        shown = [picture for picture in drawn if picture.stem.endswith(("_response", "_prompt"))]
+        files = [os.path.relpath(file, machine.ROOT) for file in (table, *shown)]
+        tables.put_into_readme(machine.ROOT / "README.md", tables.summary(facts, rows, *files))
         print("wrote the table between the markers of README.md")
 
 

@@ -13,9 +13,10 @@ FIRST, LAST = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 IN_README = ("everyone", "heads", "kinds", "layouts", "precision", "softcap", "prompt", "toy")  # the others are curves
 
 
-def whole(facts: dict[str, str], rows: list[Row]) -> str:
-    """A table for each problem, and the machine."""
+def whole(facts: dict[str, str], rows: list[Row], pictures: Iterable[str] = ()) -> str:
+    """The machine, the pictures, and a table for each problem."""
     parts = [f"# {facts['machine']}, {facts['date']}", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
+    parts += [f"![{Path(picture).stem.rsplit('_', 1)[1]}]({picture})\n" for picture in pictures]
     for (scenario, point), some in by_point(rows):
         parts += [f"## {scenario}: {point}", "", described(some[0]), "", *table(row.figure for row in some), ""]
     return "\n".join(parts)
@@ -58,8 +59,11 @@ def table(figures: Iterable[Figure]) -> Iterator[str]:
     yield from (f"- {f.contestant + ': ' if f.contestant else ''}{f.note}" for f in figures if f.p50_ms is None)
 
 
-def summary(facts: dict[str, str], rows: list[Row]) -> list[str]:
-    """A line for each problem: ours, then the best of the others in time and in memory, then plain torch."""
+def summary(facts: dict[str, str], rows: list[Row], table: str, *pictures: str) -> list[str]:
+    """A line for each problem: ours, then the best of the others in time and in memory, then plain torch.
+
+    table, pictures: paths of the whole table and of what is shown, from the README.
+    """
     lines = [
         f"Forward and backward on {facts['machine']} ({facts['cores'].split(',')[0]} cores), torch {facts['torch']}, "
         f"{facts['date']}, commit {facts['commit'].split()[0]}: `{facts['command']}`.",
@@ -71,7 +75,9 @@ def summary(facts: dict[str, str], rows: list[Row]) -> list[str]:
         found = {row.figure.contestant: row.figure for row in some if row.figure.p50_ms is not None}
         if scenario in IN_README and FUSED.name in found:
             lines.append(summary_line(point, some[0], found))
-    return lines
+    lines += ["", "Times of others are multiples of the fused step, memory is MiB beside inputs and gradients.", ""]
+    lines += [f"![time and memory: {Path(picture).stem.rsplit('_', 1)[1]}]({picture})\n" for picture in pictures]
+    return [*lines, f"[Every contestant on every problem]({table}), with errors against float64 and more pictures."]
 
 
 def summary_line(point: str, row: Row, found: dict[str, Figure]) -> str:

@@ -199,11 +199,13 @@ def test_the_readme_table_goes_between_its_markers_and_nowhere_else(tmp_path):
     ours = Figure("heads", "SmolLM2", "fused", rounds=3, p50_ms=10.0, times_floor=1.1, times_fused=1.0, peak_mib=100.0)
     plain = ours._replace(contestant="plain torch", p50_ms=20.0, times_fused=2.0, peak_mib=900.0)
     for _ in range(2):  # the second time it replaces the first
-        tables.put_into_readme(readme, tables.summary(FACTS, [Row(ours, TINY), Row(plain, TINY)]))
+        lines = tables.summary(FACTS, [Row(ours, TINY), Row(plain, TINY)], "results/here.md", "results/here_prompt.png")
+        tables.put_into_readme(readme, lines)
     text = readme.read_text()
     assert text.startswith(f"before\n{tables.FIRST}\n") and text.endswith(f"{tables.LAST}\nafter\n")
     assert "old" not in text
     assert text.count("| SmolLM2, N = 30 | 10 ms | 1.10 | 2.00 x (plain torch) | 2.00 x | 100 MiB | 900") == 1
+    assert "![time and memory: prompt](results/here_prompt.png)" in text
 
 
 def test_a_readme_without_markers_is_left_alone(tmp_path):

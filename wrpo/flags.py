@@ -27,7 +27,7 @@ class Flags(ArgumentParser):
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]}?" if near else "--help lists them"
                 raise UserError(f"no flag {name}; {hint}")
-        return self.parse_intermixed_args(arguments)
+        return self.parse_args(arguments)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)

@@ -14,10 +14,11 @@ NATIVE := setup.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/
 
 .DEFAULT_GOAL := menu
 .DELETE_ON_ERROR:
-.PHONY: menu demo experiment test bench lint format wheel test-gpu sanitize bench-gpu clean
+.PHONY: menu demo fuse experiment test bench lint format wheel test-gpu sanitize bench-gpu clean
 
 menu:
 	@echo "make demo     fine-tune a real language model on this machine: answers before and after, a curve, a saved model"
+	@echo "make fuse     from candidates to a fused model, each public command shown as it runs, into fuse-output/"
 	@echo "make experiment   does fusion work? tiny specialists fused, every arm of the paper, into docs/fusion.md"
 	@echo "make test     every test that needs no GPU"
 	@echo "make bench    the fused loss beside every rival: time, memory, errors; a table and pictures, under 5 minutes"
@@ -31,6 +32,9 @@ menu:
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python -m wrpo.demo $(ARGS)
+
+fuse: $(VENV)/installed-demo
+	PATH="$(abspath $(BIN)):$$PATH" examples/fuse/fuse.sh
 
 experiment: $(VENV)/installed-demo
 	$(BIN)/python -m wrpo.experiment $(ARGS)

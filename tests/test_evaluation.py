@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from itertools import product
 from pathlib import Path
 from statistics import NormalDist
 
 import pandas
 import pytest
+from tiny_tokenizer import tiny_tokenizer
+from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from wrpo import cli
 from wrpo.data import DataError
@@ -243,6 +246,75 @@ def test_an_export_needs_no_scores(tmp_path, capsys):
     assert (tmp_path / "out/arena_hard/model_answer/m.jsonl").exists()
     assert (tmp_path / "out/arena_hard/question.jsonl").exists()
     assert "arena-hard" in capsys.readouterr().out
+
+
+VERIFIER = """
+def longer_is_better(prompt, response):
+    return len(response) / 100
+
+def refuses_b(prompt, response):
+    if prompt == "question b":
+        raise ValueError("no b")
+    return 1.0
+"""
+
+
+@pytest.fixture
+def unscored(tmp_path, monkeypatch) -> list[str]:
+    """Two files of answers without rewards, in the current folder, beside a module of verifiers."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "my_rewards.py").write_text(VERIFIER)
+    return [rows_in(tmp_path / f"{name}.jsonl", [answer(name, p) for p in "abc"]) for name in ("short", "longer")]
+
+
+def test_a_verifier_named_here_scores_the_answers_once(unscored, capsys):
+    arguments = ["eval", *unscored, "-o", "out", "--verifier", "my_rewards:longer_is_better"]
+    assert cli.main(arguments) == 0
+    measured = json.loads(Path("out/eval.json").read_text())
+    assert measured["answers"]["worth"]["longer"]["all"]["mean_score"] == pytest.approx(len("longer says 0") / 100)
+    assert measured["answers"]["wins"]["longer"]["all"]["win_rate"] == 1.0
+    assert measured["settings"]["solved_at"] == 1.0
+    scored = Path("out/scored.jsonl").read_bytes()
+    assert cli.main(arguments) == 0
+    assert Path("out/scored.jsonl").read_bytes() == scored
+    assert "0 new answers" in capsys.readouterr().out
+
+
+def test_an_answer_that_got_no_reward_stops_the_evaluation(unscored, capsys):
+    assert cli.main(["eval", *unscored, "-o", "out", "--verifier", "my_rewards:refuses_b"]) == 2
+    assert "scored.jsonl: some answers have no reward" in capsys.readouterr().err
+    assert not Path("out/eval.json").exists()
+
+
+def test_a_reward_model_named_here_decides_the_wins(unscored, capsys):
+    tokenizer = tiny_tokenizer()
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), num_labels=1, pad_token_id=0, initializer_range=0.5, **shape)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained("judge")
+    tokenizer.save_pretrained("judge")
+    arguments = [
+        "eval",
+        *unscored,
+        "-o",
+        "out",
+        "--reward-model",
+        "judge",
+        "--batch-size",
+        "2",
+        "--export",
+        "alpaca-eval",
+    ]
+    assert cli.main(arguments) == 0
+    rewards = {(row["model"], row["prompt_id"]): row["reward"] for row in
+               map(json.loads, Path("out/scored.jsonl").read_text().splitlines())}  # fmt: skip
+    won = sum(rewards["longer", p] > rewards["short", p] for p in "abc") / 3
+    measured = json.loads(Path("out/eval.json").read_text())["answers"]
+    assert measured["wins"]["longer"]["all"]["win_rate"] == pytest.approx(won)
+    assert measured["worth"]["longer"]["all"]["solved"] is None
+    assert Path("out/alpaca_eval/longer/model_outputs.json").exists()
+    capsys.readouterr()
 
 
 MISTAKES = {

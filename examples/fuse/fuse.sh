@@ -37,7 +37,7 @@ run wrpo score "$here/experts.jsonl" -o $out/sources.jsonl --verifier wrpo.demo.
 
 step "A third of the prompts goes to SFT, on the best expert's answers"
 unless $out/sft_split/report.json wrpo build $out/sources.jsonl -o $out/sft_split --stage sft
-unless $out/sft/training_curves.png wrpo sft "$here/sft.yaml"
+unless $out/sft/training_args.bin wrpo sft "$here/sft.yaml"
 
 step "The fine-tuned target answers the other prompts five times"
 run wrpo sample "$here/target.yaml" $out/sft_split/prompts.jsonl -o $out/target.jsonl --max-tokens 32
@@ -45,7 +45,7 @@ run wrpo score $out/target.jsonl -o $out/target_scored.jsonl --verifier wrpo.dem
 
 step "Triples: the best expert's answer, the target's best and its worst"
 unless $out/triples/report.json wrpo build $out/sources.jsonl $out/target_scored.jsonl -o $out/triples
-unless $out/wrpo/training_curves.png wrpo train "$here/wrpo.yaml"
+unless $out/wrpo/training_args.bin wrpo train "$here/wrpo.yaml"
 
 step "Before and after, on prompts about words that training never mentioned"
 run wrpo eval -o $out/eval --sources "$here/before_after.yaml" --prompts "$here/held_out.jsonl" --max-tokens 32 \

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tiny_models import plain_logp, preference_batch, tiny_model, tiny_rows
 from tiny_runs import wrpo_trainer
 
-from wrpo.curves import draw_curves, running_mean
+from wrpo.curves import draw_curves, running_mean, source_panels
 from wrpo.metrics import RunningMeans, preference_metrics
 
 
@@ -104,6 +104,14 @@ def test_without_matplotlib_the_missing_picture_is_said(tmp_path, monkeypatch, c
 def test_a_log_without_curves_draws_nothing(tmp_path):
     assert not draw_curves([{"step": 1, "train_runtime": 3.0}], tmp_path / "training_curves.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_weights_of_source_models_have_a_panel_of_their_own(tmp_path):
+    log = [{"step": step, "loss": 1.0, "source_weight/a": 0.5, "source_weight/google/b": 0.5} for step in (1, 2)]
+    (panel,) = source_panels(log)
+    assert panel.lines == {"source_weight/a": "a", "source_weight/google/b": "google/b"}
+    assert draw_curves(log, tmp_path / "training_curves.png")
+    assert not source_panels([{"step": 1, "loss": 1.0}])
 
 
 def test_a_long_log_is_drawn_with_its_running_mean(tmp_path):

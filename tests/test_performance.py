@@ -110,6 +110,14 @@ def test_names_are_numbered_the_same_in_any_order_of_the_rows():
     assert source_models_of(None) == []
 
 
+def test_rows_with_one_source_each_have_nothing_to_share_and_that_is_said(caplog):
+    assert source_models_of([{**row, "source_model": ["a"]} for row in tiny_rows(2)]) == ["a"]
+    assert "Every row has one source answer" in caplog.text
+    caplog.clear()
+    source_models_of(named_rows(2))
+    assert not caplog.text
+
+
 def test_a_stream_whose_models_cannot_be_listed_is_refused(tmp_path):
     import datasets
 

@@ -23,7 +23,7 @@ COLOURS = {
 
 class Panel(NamedTuple):
     title: str
-    lines: dict[str, str]  # key in the log: name in COLOURS
+    lines: dict[str, str]  # key in the log: name in COLOURS, or else in the panel's own legend
     limits: tuple[float, float] | None = None
     is_noisy: bool = True
 
@@ -87,6 +87,7 @@ def draw_curves(log_history: list[dict[str, Any]], path: Path) -> bool:
         logger.warning("%s was not drawn: matplotlib is missing (pip install matplotlib)", path.name)
         return False
     panels = [panel for panel in PANELS if any(series(log_history, key)[0] for key in panel.lines)]
+    panels += source_panels(log_history)
     if not panels:
         return False
     rows = -(-(len(panels) + 1) // COLUMNS)
@@ -99,6 +100,14 @@ def draw_curves(log_history: list[dict[str, Any]], path: Path) -> bool:
     _draw_legend(axes[len(panels)], panels, any("eval_loss" in line for line in log_history))
     figure.savefig(path, dpi=140)
     return True
+
+
+def source_panels(log_history: list[dict[str, Any]]) -> list[Panel]:
+    """A panel of the source models' weights, where they follow performance."""
+    prefix = "source_weight/"
+    keys = dict.fromkeys(key for line in log_history for key in line if key.startswith(prefix))
+    lines = {key: key.removeprefix(prefix) for key in keys}
+    return [Panel("weight of each source model", lines, is_noisy=False)] if lines else []
 
 
 def series(log_history: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
@@ -116,13 +125,13 @@ _EVALUATION = {"linestyle": ":", "marker": "o", "markersize": 4, "markerfacecolo
 
 
 def _draw_panel(ax: Any, panel: Panel, log_history: list[dict[str, Any]]) -> None:
-    for key, name in panel.lines.items():
+    for place, (key, name) in enumerate(panel.lines.items()):
         steps, values = series(log_history, key)
-        colour, lone = COLOURS[name], "o" if len(steps) == 1 else None
+        colour, lone = COLOURS.get(name, f"C{place}"), "o" if len(steps) == 1 else None
         if panel.is_noisy and len(steps) >= SMOOTH_FROM:
             ax.plot(steps, values, color=colour, linewidth=0.8, alpha=0.25)
             values = running_mean(values, len(values) // 20)
-        ax.plot(steps, values, color=colour, linewidth=1.6, marker=lone, markersize=4)
+        ax.plot(steps, values, color=colour, linewidth=1.6, marker=lone, markersize=4, label=name)
         ax.plot(*series(log_history, f"eval_{key}"), color=colour, **_EVALUATION)
     ax.set_title(panel.title, fontsize=10, loc="left")
     ax.set_xlabel("optimizer step", fontsize=9)
@@ -130,6 +139,8 @@ def _draw_panel(ax: Any, panel: Panel, log_history: list[dict[str, Any]]) -> Non
     ax.tick_params(labelsize=8)
     ax.grid(alpha=0.25, linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
+    if not COLOURS.keys() & set(panel.lines.values()):
+        ax.legend(fontsize=7, frameon=False)
     if panel.limits:
         ax.set_ylim(*panel.limits)
     ax.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))

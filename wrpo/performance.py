@@ -17,6 +17,7 @@ the same, and both are computed on the device: it is waited for where a line is 
              w_k its source_weight and s_k the running mean of the model that gave answer k
     alpha    `wrpo.schedule.adaptive_alpha` of the target's running accuracy
 
+The shares of a row sum to 1: where every row has one source answer there is nothing to share, which is said once.
 A model without a row yet has the mean over all rows, so its share is that of an average one; before the first step all
 means are 0, and the shares those of the rows. Source: ours; the temperature form follows FuseRL, arXiv:2504.06562.
 """
@@ -24,6 +25,7 @@ means are 0, and the shares those of the rows. Source: ours; the temperature for
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -137,6 +139,8 @@ class RunningPerformance(TrainerCallback, ExportableState):
 def source_models_of(dataset: Any) -> list[str]:
     """The names of all source models of a data set, sorted: the same numbers for the same data on every rank.
 
+    Warns if no row has more than one source answer.
+
     Raises:
         ValueError: the data has no length, so it cannot be gone through before training.
     """
@@ -147,7 +151,15 @@ def source_models_of(dataset: Any) -> list[str]:
             "source_weighting margin and accuracy go through train_dataset for the names of its source models, and "
             "this one has no length; use source_weighting rows or reward"
         )
-    if hasattr(dataset, "select_columns"):
-        read = [name for name in ("source_model", "source_weight") if name in dataset.column_names]
-        return sorted({name for row in dataset.select_columns(read) for name in model_names(row)})
-    return sorted({name for index in range(len(dataset)) for name in model_names(dataset[index])})
+    rows: Iterable[dict] = (dataset[index] for index in range(len(dataset)))
+    if hasattr(dataset, "select_columns"):  # without reading the tokens
+        columns = [name for name in ("source_model", "source_weight") if name in dataset.column_names]
+        rows = dataset.select_columns(columns)
+    names: set[str] = set()
+    most = 0
+    for own in map(model_names, rows):
+        names.update(own)
+        most = max(most, len(own))
+    if most == 1:
+        logger.warning("Every row has one source answer, whose share is 1 whatever source_weighting says")
+    return sorted(names)

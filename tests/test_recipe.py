@@ -13,6 +13,8 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from tiny_models import tiny_rows
+from tiny_runs import wrpo_trainer
 
 import wrpo.building.command
 import wrpo.evaluation.command
@@ -142,6 +144,19 @@ def test_the_sources_are_the_papers_ten_and_drawn_as_there():
     (target,) = read_sources(RECIPE / "target.yaml")
     assert isinstance(target, VllmSource)
     assert target.model == BuildSettings().target
+
+
+def test_the_reference_pass_of_a_sharded_run_takes_place_where_the_batches_are(tmp_path, monkeypatch):
+    """Under FSDP the Trainer itself leaves the model where it was loaded, on the CPU, until training begins."""
+    trainer = wrpo_trainer(tmp_path)
+    moved = []
+    monkeypatch.setattr(trainer.model, "to", lambda device: moved.append(device))
+    trainer.precompute(trainer.model)
+    assert moved == []
+    trainer.is_fsdp_enabled = True
+    trainer.train_dataset = tiny_rows()
+    trainer.precompute(trainer.model)
+    assert moved == [trainer.args.device]
 
 
 def test_accelerate_accepts_the_sharding():

@@ -149,6 +149,8 @@ class WRPOTrainer(HeadTrainer):
     def precompute(self, model: nn.Module) -> None:
         """Give every data set its column `ref_logp`. One that brings the column along keeps it."""
         args = self.args
+        if self.is_fsdp_enabled:  # the Trainer leaves the model on the CPU until training shards it
+            model.to(args.device)
         install_fused_head(model, check=args.check_head)
         settings = {"mixed_precision": self.accelerator.mixed_precision, "head": str(install_fused_head(model))}
         fingerprint = model_fingerprint(model, self.processing_class, settings)

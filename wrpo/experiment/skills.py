@@ -2,9 +2,9 @@
 
     add        add 37 58                  59             the sum, ones first
     countdown  make 11 of 2 4 5           2+4+5          an expression of these numbers, each once, with + - *
-    sort       sort owl ant fox bee       ant bee fox owl
-    reverse    reverse owl ant fox bee    bee fox ant owl
-    units      35 cm in mm                350 mm
+    sort       sort owl ant fox           ant fox owl
+    reverse    reverse owl ant fox        fox ant owl
+    units      35 cm in mm, 35 mm in cm   350 mm, 3.5 cm
 
 Scores are graded from 0 to 1, because a preference needs a better and a worse answer even where neither is right; 1 is
 given for a right answer and nothing else. A prompt belongs to one of three splits by its text alone, so that no model,
@@ -94,12 +94,14 @@ def right_digits(said: str, right: str) -> float:
 def ask_units(rng: random.Random) -> tuple[str, str]:
     (large, small), factor = rng.choice(list(UNITS.items()))
     number = rng.randint(1, 999)
-    return f"{number} {large} in {small}", f"{number * factor} {small}"
+    if rng.random() < 0.5:
+        return f"{number} {large} in {small}", f"{number * factor} {small}"
+    return f"{number} {small} in {large}", f"{number / factor:.6g} {large}"
 
 
 def score_units(task: Task, said: str) -> float:
     """The right unit behind a wrong number is worth 0.2, the digits that are right up to 0.4."""
-    found = re.fullmatch("([0-9]+) ([a-z]+)", said)
+    found = re.fullmatch(r"([0-9.]+) ([a-z]+)", said)
     if found is None:
         return 0.0
     number, unit = task.answer.split()
@@ -112,9 +114,9 @@ def score_units(task: Task, said: str) -> float:
 def ask_countdown(rng: random.Random) -> tuple[str, str]:
     while True:
         numbers = [str(rng.randint(1, 9)) for _ in range(3)]
-        first, second = rng.choices("+-*", k=2)
+        first, second = rng.choices("+-", k=2)
         expression = f"{numbers[0]}{first}{numbers[1]}{second}{numbers[2]}"
-        if 0 < value(expression) < 100:
+        if value(expression) > 0:
             return f"make {value(expression)} of {' '.join(numbers)}", expression
 
 
@@ -148,12 +150,12 @@ def score_countdown(task: Task, said: str) -> float:
 
 
 def ask_sort(rng: random.Random) -> tuple[str, str]:
-    words = rng.sample(WORDS, 4)
+    words = rng.sample(WORDS, 3)
     return f"sort {' '.join(words)}", " ".join(sorted(words))
 
 
 def ask_reverse(rng: random.Random) -> tuple[str, str]:
-    words = rng.sample(WORDS, 4)
+    words = rng.sample(WORDS, 3)
     return f"reverse {' '.join(words)}", " ".join(reversed(words))
 
 

@@ -87,13 +87,14 @@ def why_too_large(setting: Setting, device: str) -> str | None:
     return None
 
 
-def why_too_long(setting: Setting, device: str, contestants: int, allowance: float) -> str | None:
-    """The rule for time: five steps of each contestant at 1.25 times the floor.
+def point_seconds(setting: Setting, device: str, contestants: int) -> float:
+    """Five steps of each contestant at 1.25 times the floor: for its peak, its gradients, and the fewest rounds."""
+    return 5 * 1.25 * contestants * floor_seconds(setting, device)
 
-    One step is for its peak, one for its gradients, three are the fewest rounds.
-    """
-    seconds = 5 * 1.25 * contestants * floor_seconds(setting, device)
-    if seconds > allowance:
+
+def why_too_long(setting: Setting, device: str, contestants: int, allowance: float) -> str | None:
+    """The rule for time: a point must fit its allowance."""
+    if (seconds := point_seconds(setting, device, contestants)) > allowance:
         return f"about {seconds:.0f} s for {contestants} contestants, of {allowance:.0f} s that one point may take"
     return None
 

@@ -15,8 +15,8 @@ from benchmarks.problem import Problem, Rival, Setting
 from benchmarks.results import Figure, Row
 from benchmarks.timing import Phases, floor_of, milliseconds, step_of
 
-FEWEST, ENOUGH, MOST = 3, 7, 200  # rounds: at least; then until ENOUGH_SECONDS have passed; at most
-ENOUGH_SECONDS = 2.0
+FEWEST, MOST = 3, 200  # rounds
+ENOUGH = 6.0  # seconds of rounds, after the fewest
 FIRST_STEP = 60.0  # seconds that a contestant's first step may take beside the point's allowance, to compile
 
 
@@ -25,8 +25,8 @@ def measured(
 ) -> Iterator[Row]:
     """A row for each contestant and the floor, or one that says why the point was skipped.
 
-    allowance: seconds the point may take. Its size is chosen by the rule of `benchmarks.machine`; its rounds end with
-    the allowance, after three at least.
+    allowance: seconds the point may take. Its size is chosen by the rule of `benchmarks.machine`; its rounds end after
+    a few seconds or with the allowance, after three at least.
     """
     start = time.perf_counter()
 
@@ -111,7 +111,7 @@ def rounds_within(steps: dict[str, Callable[[], Phases]], deadline: float) -> di
     start = time.perf_counter()
     for done in range(MOST):
         now = time.perf_counter()
-        if done >= FEWEST and (now > deadline or (done >= ENOUGH and now - start > ENOUGH_SECONDS)):
+        if done >= FEWEST and (now > deadline or now - start > ENOUGH):
             break
         for name, step in steps.items():
             taken[name].append(step())

@@ -12,7 +12,8 @@ from scripted_server import completion, echo, said, serving
 
 from wrpo import cli
 from wrpo.data.appending import AppendedRows
-from wrpo.sampling.server import Pace
+from wrpo.sampling.server import Pace, Server
+from wrpo.sampling.sources import ServerSource
 
 KEY = "sk-very-secret-0123456789"
 
@@ -274,6 +275,20 @@ def test_a_pause_earns_no_burst():
     assert starts == [0, 1, 2, 10, 11]
 
 
+def test_a_server_that_says_when_to_come_again_is_not_asked_before(sample):
+    slow_down = (429, {"error": {"message": "slow down"}}, {"retry-after": "0.4"})
+    with serving(lambda body, attempt: slow_down if attempt == 0 else echo(body, attempt)) as server:
+        assert sample([{"model": "a", "base_url": server.url, "samples": 1}], ["p"]) == 0
+    assert server.times[1] - server.times[0] > 0.35  # the first is noted when it arrives, later than it was sent
+
+
+def test_waits_double_up_to_a_minute_and_up_to_half_of_each_is_chance():
+    server = Server(ServerSource(model="a", base_url="http://127.0.0.1:1/v1", retry_wait=2.0))
+    for attempt, longest in enumerate((2, 4, 8, 16, 32, 60, 60)):
+        waits = [server._wait(attempt) for _ in range(200)]
+        assert longest / 2 <= min(waits) < 0.6 * longest < 0.9 * longest < max(waits) <= longest
+
+
 # -- keys -------------------------------------------------------------------------------------------------------------
 
 
@@ -334,6 +349,37 @@ def test_a_second_run_asks_nothing_twice_and_more_samples_only_the_new_ones(samp
         assert sample([source, {"model": "b", "base_url": server.url}], ["p", "q"], "--samples", "3") == 0
         assert len(server.bodies) == 12
     assert keys(written()) == [(p, m, n) for p in "pq" for m in "ab" for n in range(3)]
+
+
+def test_ctrl_c_is_one_line_and_status_130_and_keeps_what_was_answered(sample, written, monkeypatch, capsys):
+    append = AppendedRows.append
+
+    def interrupted(self, row):
+        if row["sample"] == 3:
+            raise KeyboardInterrupt
+        append(self, row)
+
+    with serving() as server:
+        source = {"model": "a", "base_url": server.url, "concurrency": 1}
+        monkeypatch.setattr(AppendedRows, "append", interrupted)
+        assert sample([source], ["p"]) == 130
+        assert capsys.readouterr().err.splitlines()[-1] == "wrpo sample: stopped"
+        assert keys(written()) == [("p", "a", n) for n in range(3)]
+        monkeypatch.undo()
+        assert sample([source], ["p"]) == 0
+    assert keys(written()) == [("p", "a", n) for n in range(5)]
+
+
+def test_help_lists_every_field_of_every_kind(capsys):
+    for command, names in (
+        ("sample", ("requests_per_minute", "attn_implementation", "engine", "top_p")),
+        ("score", ("pattern", "api_key_env", "--verifier")),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([command, "--help"])
+        assert ended.value.code == 0
+        shown = capsys.readouterr().out
+        assert all(name in shown for name in names)
 
 
 @pytest.mark.parametrize("left", [1, 5, 30, -2, -1])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
+import textwrap
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from typing import NoReturn
 
@@ -31,6 +33,17 @@ class Flags(ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+
+def describe_fields(cls: type) -> str:
+    """One paragraph a field of a settings dataclass: name, default and help, for the end of a command's --help."""
+    lines = []
+    for field in dataclasses.fields(cls):
+        default = field.default
+        shown = "" if default in (dataclasses.MISSING, None, "") or "\n" in str(default) else f" [{default}]"
+        text = f"{field.name}{shown}: {field.metadata.get('help', '')}"
+        lines += textwrap.wrap(text, width=110, initial_indent="  ", subsequent_indent="      ")
+    return "\n".join(lines)
 
 
 def whole_number(text: str) -> int:

@@ -1,7 +1,7 @@
 """wrpo sample SOURCES.yaml PROMPTS ... -o CANDIDATES.jsonl: answers of any number of models to the same prompts.
 
     SOURCES.yaml   who answers: OpenAI-compatible servers, models that transformers or vLLM run here
-                   (examples/sources.yaml shows every kind; python -m pydoc wrpo.sampling.sources lists the fields)
+                   (examples/sources.yaml shows every kind, --help lists every field)
     PROMPTS        rows {"prompt_id": ..., "prompt": text or messages}: .jsonl, .jsonl.gz, .parquet, or a saved data set
     CANDIDATES     one row an answer, appended as it comes; `wrpo score` adds the reward, `wrpo build` makes triples
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
-from wrpo.flags import Flags, number, whole_number
+from wrpo.flags import Flags, describe_fields, number, whole_number
 from wrpo.user_error import UserError
 
 if TYPE_CHECKING:
@@ -48,7 +48,13 @@ def flags() -> Flags:
 
 def run(arguments: list[str]) -> int:
     """Ask, print what became of it, and return the exit status."""
-    options = flags().read(arguments)
+    parser = flags()
+    if {"-h", "--help"} & set(arguments):
+        from .sources import KINDS  # seconds of imports that only this help needs
+
+        kinds = (f"fields of an entry with kind: {kind}\n{describe_fields(cls)}" for kind, cls in KINDS.items())
+        parser.epilog = "\n\n".join(kinds)
+    options = parser.read(arguments)
     from .asking import sample
     from .prompts import Prompts
     from .shards import in_shard

@@ -2,7 +2,7 @@
 
     --reward-model PATH          a sequence classification model with a chat template
     --judge JUDGE.yaml           a model behind an OpenAI-compatible server that is asked for a number
-                                 (fields: python -m pydoc wrpo.scoring.judge)
+                                 (--help lists the file's fields)
     --verifier module:function   a Python function of (prompt, response), or (prompt, response, row)
 
 CANDIDATES are rows of `wrpo sample`; SCORED gets each of them with `reward` and `scorer`, appended as it comes, in
@@ -19,7 +19,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
-from wrpo.flags import Flags, whole_number
+from wrpo.flags import Flags, describe_fields, whole_number
 
 if TYPE_CHECKING:
     from .scoring import Scorer
@@ -50,7 +50,12 @@ def flags() -> Flags:
 
 def run(arguments: list[str]) -> int:
     """Score, print what became of it, and return the exit status."""
-    options = flags().read(arguments)
+    parser = flags()
+    if {"-h", "--help"} & set(arguments):
+        from .judge import JudgeSource  # seconds of imports that only this help needs
+
+        parser.epilog = f"fields of JUDGE.yaml\n{describe_fields(JudgeSource)}"
+    options = parser.read(arguments)
     from wrpo.sampling.shards import in_shard
 
     from .candidates import Candidates

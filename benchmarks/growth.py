@@ -7,10 +7,10 @@ How time and memory grow, as exponents fitted on logarithms, each with its stand
     responses    K + 2, of K = 1 to 16 sources        time ~ K + 2,  memory flat
     candidates   scored answers for `wrpo build`      time ~ count,  memory: a 64th of them at a time, up to its bound
 
-The fused loss runs forward and backward with a trained head in float32. Its budget, 64 MiB of logits, is less than what
-the smallest size has and more than what one example ever has, so that all sizes are treated alike. Sizes of an axis take
-turns; memory is measured in fresh processes, above inputs, outputs and gradients. Writes a dated CSV, exponents at its
-head, and a picture.
+The fused loss runs forward and backward with a trained head in float32. Its budget, 64 MiB of logits, is less than
+what the smallest size has and more than what one example ever has, so that all sizes are treated alike. Sizes of an
+axis take turns; memory is measured in fresh processes, above inputs, outputs and gradients. Writes a dated CSV,
+exponents at its head, and a picture.
 """
 
 from __future__ import annotations
@@ -153,6 +153,7 @@ def draw(figures: list[Figure], fits: dict[str, tuple[Exponent, Exponent]], fact
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter, NullLocator
 
     plot, grid = plt.subplots(2, len(fits), figsize=(3.4 * len(fits), 6), squeeze=False)
     for column, (axis, both) in enumerate(fits.items()):
@@ -167,6 +168,9 @@ def draw(figures: list[Figure], fits: dict[str, tuple[Exponent, Exponent]], fact
             axes.set(xscale="log", yscale="log", title=f"{axis}$^{{{fit.value:.2f} \\pm {fit.error:.2f}}}$")
             middle = statistics.geometric_mean(costs)
             axes.set_ylim(min(min(costs) / 1.5, middle / 5), max(max(costs) * 1.5, middle * 5))
+            axes.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=30, fontsize=8)
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_minor_formatter(NullFormatter())
             axes.grid(alpha=0.3, which="both")
         grid[1, column].set_xlabel(axis)
     grid[0, 0].set_ylabel("time, ms")
@@ -185,9 +189,11 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     facts = dated_table.facts_of("benchmarks.growth", device)
-    figures = list(of_candidates(QUICK_PROMPTS if args.quick else PROMPTS, min(args.rounds, 3)))
+    of_builds = list(of_candidates(QUICK_PROMPTS if args.quick else PROMPTS, min(args.rounds, 3)))
+    figures: list[Figure] = []
     for axis, settings in (QUICK_SETTINGS if args.quick else SETTINGS).items():
         figures += of_the_loss(axis, settings, device, args.rounds)
+    figures += of_builds  # measured first, while the server of fresh processes has not started
     fits = exponents(figures)
     for figure in figures:
         times = f"{figure.p50_ms:10.2f} ms [{figure.p20_ms:.2f}, {figure.p80_ms:.2f}]"

@@ -34,7 +34,7 @@ BATCH = {"SmolLM2-135M": 4, "Llama": 1, "tiny": 2}  # rows a step
 # The loss is a function of margins of order 1 that are sums of hundreds of log-probs of order 10 times BETA = 0.01:
 # 0.01 * 500 * 10 * 2^-24 * a few roundings each.
 SAME_LOSS = 1e-4
-PATIENCE = 300.0  # seconds for one step
+PATIENCE = 900.0  # seconds for one step, or for loading
 
 
 class Figure(NamedTuple):
@@ -79,7 +79,7 @@ class Contestant:
                 return self.connection.recv()
         except EOFError:
             raise UserError(f"{self.name} ended before its time; its error is above") from None
-        raise UserError(f"{self.name} took no step in {PATIENCE:.0f} s; choose a smaller --model")
+        raise UserError(f"{self.name} says nothing for {PATIENCE:.0f} s; free the machine, or choose a smaller --model")
 
     def step(self) -> None:
         self.connection.send("step")

@@ -14,6 +14,7 @@ from wrpo import cli
 from wrpo.data.appending import AppendedRows
 from wrpo.sampling.server import Pace, Server
 from wrpo.sampling.sources import ServerSource
+from wrpo.user_error import UserError
 
 KEY = "sk-very-secret-0123456789"
 
@@ -439,6 +440,24 @@ def test_a_full_disk_is_one_line_and_loses_no_answer(sample, tmp_path, written, 
         monkeypatch.undo()
         assert sample([source], ["p"]) == 0
     assert keys(written()) == [("p", "a", n) for n in range(5)]
+
+
+def test_a_row_that_did_not_fit_leaves_nothing_for_the_next_to_stand_behind(tmp_path, monkeypatch):
+    write = os.write
+
+    def full(file, data):
+        if b"long" in data:
+            write(file, data[:20])
+            raise OSError(28, "No space left on device")
+        return write(file, data)
+
+    monkeypatch.setattr("wrpo.data.appending.os.write", full)
+    with AppendedRows(tmp_path / "out.jsonl") as rows:
+        rows.append({"prompt_id": "a"})
+        with pytest.raises(UserError, match="No space left on device"):
+            rows.append({"prompt_id": "b", "response": "long"})
+        rows.append({"prompt_id": "c"})
+        assert [row for _, row in rows] == [{"prompt_id": "a"}, {"prompt_id": "c"}]
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------

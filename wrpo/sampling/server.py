@@ -1,9 +1,9 @@
 """One model behind an OpenAI-compatible server, asked with time-outs, retries and a rate limit.
 
 What fails is tried again when trying again can help: time-outs, lost connections, 408, 409, 429 and 5xx, and replies
-that cannot be used. Wait number k is drawn from [1/2, 1] * min(60 s, retry_wait * 2^k), or is what the server's
-Retry-After asks for, up to five minutes. Other 4xx cost their request; 401, 403 and 404 mean the settings, and end
-asking this model, as do `give_up_after` failures in a row.
+that cannot be used. Wait number k is drawn from [1/2, 1] * min(longest_retry_wait, retry_wait * 2^k), or is what the
+server's Retry-After asks for, up to five minutes. Other 4xx cost their request; 401, 403 and 404 mean the settings, and
+end asking this model, as do `give_up_after` failures in a row.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from .sources import ServerSource
 
 T = TypeVar("T")
 
-LONGEST_WAIT = 60.0  # s
 LONGEST_RETRY_AFTER = 300.0  # s
 LONGEST_REASON = 200  # characters of a server's message that are repeated
 WRONG_SETTINGS = (401, 403, 404)
@@ -139,7 +138,7 @@ class Server:
             raise Failed(reason) from None
 
     def _wait(self, attempt: int) -> float:
-        longest = min(LONGEST_WAIT, self.source.retry_wait * 2.0**attempt)
+        longest = min(self.source.longest_retry_wait, self.source.retry_wait * 2.0 ** min(attempt, 60))
         return longest * random.uniform(0.5, 1.0)
 
     def _without_key(self, error: BaseException, prefix: str = "") -> str:

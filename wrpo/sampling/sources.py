@@ -90,8 +90,9 @@ class ServerSource(Source):
     timeout: float = _knob(600.0, "Seconds that one answer may take.")
     retries: int = _knob(6, "Further tries after one that failed (time-out, lost connection, 408, 409, 429, 5xx, ...).")
     retry_wait: float = _knob(
-        1.0, "Seconds before the first further try; doubled each time up to 60, less up to half of it by chance."
+        1.0, "Seconds before the first further try; doubled each time, less up to half of it by chance."
     )
+    longest_retry_wait: float = _knob(60.0, "Seconds at which that doubling ends.")
     give_up_after: int = _knob(20, "Requests failed in a row, after all their tries, that end asking this model.")
     extra_body: str | None = _knob(
         None, "Further fields of each request, a mapping, e.g. {chat_template_kwargs: {enable_thinking: false}}."
@@ -110,7 +111,13 @@ class ServerSource(Source):
             raise ValueError("base_url: must hold no user name and no password; api_key_env names where a key is.")
         if address.query:
             raise ValueError("base_url: must hold no '?...'; api_key_env names where a key is.")
-        for name, least in (("concurrency", 1), ("timeout", 0), ("retries", 0), ("retry_wait", 0)):
+        for name, least in (
+            ("concurrency", 1),
+            ("timeout", 0),
+            ("retries", 0),
+            ("retry_wait", 0),
+            ("longest_retry_wait", 0),
+        ):
             _at_least(name, getattr(self, name), least)
         _at_least("give_up_after", self.give_up_after, 1)
         if self.requests_per_minute is not None and not self.requests_per_minute > 0:

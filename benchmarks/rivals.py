@@ -168,9 +168,6 @@ def quack_cross_entropy(problem: Problem) -> Loss:
     return of_counted_rows(nll, problem)
 
 
-# ---- why not -------------------------------------------------------------------------------------------------------
-
-
 def first_of(*reasons: WhyNot) -> WhyNot:
     return lambda problem: next((why for reason in reasons if (why := reason(problem))), None)
 

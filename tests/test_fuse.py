@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -91,6 +92,14 @@ def test_the_commands_of_the_script_make_a_fused_model_and_a_rerun_repeats_nothi
     for words in again:
         assert call(words) == 0
     assert {path: path.read_bytes() for path in out.rglob("*.jsonl")} == before
+
+
+def test_the_tutorial_shows_the_commands_of_the_script(folder):
+    text = (ROOT / "docs" / "fuse.md").read_text().replace("\\\n", " ")
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    shown = [line.split() for block in blocks for line in block.splitlines()]
+    run = [[word.replace(str(FUSE), "examples/fuse") for word in words] for words in commands(folder)]
+    assert shown == [words for words in run if words[0] == "wrpo"]
 
 
 def test_the_shipped_prompts_and_answers_are_those_of_the_demo():

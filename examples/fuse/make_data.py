@@ -19,7 +19,7 @@ from wrpo.demo.skills import SKILLS, Task, tasks
 from wrpo.demo.sources import ask
 
 FOLDER = Path(__file__).parent
-TRAINING, HELD_OUT = 20, 10  # prompts of each skill
+TRAINING, HELD_OUT = 14, 8  # prompts of each skill
 
 
 def prompts(count: int, held_out: bool) -> list[tuple[Task, dict]]:

@@ -73,13 +73,17 @@ def train(run: str, folder: Path, processes: int) -> dict:
 
 
 def sharded_gradients(rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Gradients under FSDP2, body and head each sharded on their own, beside those of the same mean in one process."""
+    """Gradients under FSDP2, body and head each sharded on their own, beside those of the same mean in one process.
+
+    The budget holds five rows, so one rank takes more chunks than the other: a collective a chunk would never return.
+    """
 
     def loss(model: nn.Module, part: list[dict]) -> torch.Tensor:
         batch = preference_batch(part)
 
         def head_fn(hidden, weight, **head):
-            return linear_wrpo_loss(hidden, weight, batch["labels"], alpha=0.3, beta=1.0, num_sources=2, **head)
+            options = {"alpha": 0.3, "beta": 1.0, "num_sources": 2, "budget_bytes": 5000}
+            return linear_wrpo_loss(hidden, weight, batch["labels"], **options, **head)
 
         return run_in_head(model, head_fn, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).loss
 

@@ -59,7 +59,7 @@ KEEPS = {"nothing": (False, False, False), "hidden": (True, False, False), "head
 @pytest.mark.parametrize("keeps", KEEPS.values(), ids=KEEPS.keys())
 def test_token_log_probs_and_their_gradients_read_nothing_back(keeps, num_rows, budget, tensors):
     hidden = tensors[0]
-    head, rows, plan = _open(*tensors, (1.0, 0.0, 1.0, -100, num_rows, budget, *keeps, "triton"))
+    head, rows, plan = _open(*tensors, (1.0, 0.0, 1.0, -100, num_rows, budget, *keeps, 0.0, "triton"))
     logp, unscaled, kept = passes.forward(head, rows, plan, keeps == KEEPS["hidden"])
     assert rows.spread(logp).shape == (M,)
     if keeps == KEEPS["hidden"]:
@@ -72,7 +72,7 @@ def test_token_log_probs_and_their_gradients_read_nothing_back(keeps, num_rows, 
 
 @pytest.mark.parametrize("num_rows", [N, M])
 def test_one_pass_reads_nothing_back_while_the_rows_fit(num_rows, tensors):
-    head, rows, _ = _open(*tensors, (1.0, 0.0, 1.0, -100, num_rows, 1 << 20, True, True, False, "triton"))
+    head, rows, _ = _open(*tensors, (1.0, 0.0, 1.0, -100, num_rows, 1 << 20, True, True, False, 0.0, "triton"))
     gradients = Gradients(tensors[0], head.weight, KEEPS["head"], 2)
     size, number = torch.empty(S, device="meta"), torch.empty(S, dtype=torch.int64, device="meta")
     sequences = one_pass.Sequences(None, size, number, number, None, None)

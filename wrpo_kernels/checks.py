@@ -54,6 +54,14 @@ def check_int(name: str, value: int) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
 
 
+def check_grad_filter(value: float | None) -> float:
+    """The bound as a number; 0 is none."""
+    if value is None:
+        return 0.0
+    check_number("grad_filter", value, above=0.0)
+    return float(value)
+
+
 def check_backend_name(value: object) -> None:
     if value is not None and not isinstance(value, str):
         raise TypeError(f"backend must be the name of a backend or None, got {type(value).__name__}")

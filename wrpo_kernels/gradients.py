@@ -10,14 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wrpo_kernels.products import (
-    add_grad_weight,
-    grad_hidden_into,
-    grad_weight_into,
-    scaled_rows,
-    stripe_of,
-    writes_float32,
-)
+from wrpo_kernels import column_filter
+from wrpo_kernels.products import add_grad_weight, grad_weight_into, scaled_rows, stripe_of, writes_float32
 from wrpo_kernels.rows import Rows
 from wrpo_kernels.scratch import on_huge_pages, scratch
 
@@ -26,9 +20,12 @@ class Gradients:
     """dh [..., D], dW [V, D] and db [V]; each None unless its flag in `keeps` is set.
 
     One chunk of dW is summed in float32 inside the product and rounded once; several are added up in a float32 total.
+    With a `grad_filter` dh and dW leave out what `column_filter` says.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, keeps: tuple[bool, bool, bool], chunks: int) -> None:
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, keeps: tuple[bool, bool, bool], chunks: int, grad_filter: float = 0.0
+    ) -> None:
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.dh = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if keeps[0] else None
         self.dw = self.db = None
@@ -38,17 +35,19 @@ class Gradients:
         if keeps[2]:
             self.db = torch.zeros(weight.shape[0], dtype=wide, device=weight.device)
         self._weight = weight
+        self._filter = grad_filter
         self._is_empty = True
 
     def add(self, rows: Rows, first: int, delta: Tensor, coef: Tensor) -> None:
         """The share of rows [first, first + n): delta [n, V], coef [n]."""
         number = delta.shape[0]
+        columns = column_filter.columns_that_count(delta, rows.target[first : first + number], self._filter)
         if self.dh is not None:
             share = torch.empty(number, self._weight.shape[1], dtype=delta.dtype, device=delta.device)
-            grad_hidden_into(share, delta, self._weight)
+            column_filter.grad_hidden_into(share, delta, self._weight, columns)
             rows.put_(self.dh.view(-1, self.dh.shape[-1]), first, scaled_rows(share, coef))
         if self.dw is not None:
-            self._add_weight(delta, scaled_rows(rows.hidden(first, first + number), coef))
+            self._add_weight(delta, scaled_rows(rows.hidden(first, first + number), coef), columns)
         if self.db is not None:
             self._add_bias(delta, coef)
         self._is_empty = False
@@ -59,8 +58,12 @@ class Gradients:
             self.dw.zero_()
         return self.dh, self.dw, self.db
 
-    def _add_weight(self, delta: Tensor, scaled: Tensor) -> None:
-        if self.dw.dtype != delta.dtype and writes_float32(delta):
+    def _add_weight(self, delta: Tensor, scaled: Tensor, columns: Tensor | None) -> None:
+        if columns is not None:
+            if self._is_empty:
+                self.dw.zero_()
+            column_filter.add_grad_weight(self.dw, delta, scaled, columns)
+        elif self.dw.dtype != delta.dtype and writes_float32(delta):
             add_grad_weight(self.dw, delta, scaled, first=self._is_empty)
         elif self.dw.dtype != delta.dtype:
             self._widen_in_stripes(delta, scaled)

@@ -78,7 +78,7 @@ def linear_wrpo_loss(
         ref_logp: [S] float32, reference log-prob of each response; None is reference-free. Default: None.
         alpha, beta, num_sources: as `wrpo_loss`.
         **options: the remaining options of `linear_preference_loss`: those of the loss, of the head (bias,
-            logit_scale, softcap, temperature), ignore_index, cu_seqlens, num_rows, budget_bytes, backend.
+            logit_scale, softcap, temperature), ignore_index, cu_seqlens, num_rows, budget_bytes, grad_filter, backend.
 
     Returns:
         PreferenceOutput(loss, logp [S], reward [S], margin [B]); only `loss` carries a gradient, to `hidden`, `weight`

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from wrpo_kernels.budget import check_budget, rows_within
+from wrpo_kernels.checks import check_grad_filter
 from wrpo_kernels.linear_preference_loss import contract
 from wrpo_kernels.linear_token_logp import contract as token_contract
 from wrpo_kernels.linear_token_logp import gradients_asked, logp_of_rows
@@ -48,6 +49,7 @@ def linear_preference_loss(
     cu_seqlens: Tensor | None = None,
     num_rows: int | None = None,
     budget_bytes: int | None = None,
+    grad_filter: float | None = None,
     backend: str | None = None,
 ) -> PreferenceOutput:
     """`preference_loss` of the responses whose hidden states are given, without storing their logits.
@@ -68,6 +70,8 @@ def linear_preference_loss(
         num_rows: how many labels count, where the caller knows, as in linear_token_logp. Default: counted, which waits
             for an accelerator once. A trained head whose rows exceed the budget waits once more, to plan its passes.
         budget_bytes: what the logits that exist at a time may take. Default: 512 MiB.
+        grad_filter: eps > 0 leaves tokens that matter nowhere out of the gradients, with the bounds of
+            linear_token_logp, where c_t is d loss / d logp of the row's sequence. Default: None, exact.
         backend: "native", "triton" or "reference". Default: the first that can.
 
     Returns:
@@ -88,7 +92,7 @@ def linear_preference_loss(
     head_options = (bias, logit_scale, softcap, temperature, ignore_index, backend)
     token_contract.check(hidden, weight, labels, *head_options, target_name="labels")
     check_sequences(labels, cu_seqlens)
-    budget_bytes = check_budget(budget_bytes)
+    budget_bytes, grad_filter = check_budget(budget_bytes), check_grad_filter(grad_filter)
     transform = LogitTransform(bias, float(logit_scale), float(softcap or 0.0), float(temperature))
     length = per_sequence(labels != ignore_index, cu_seqlens)
     counted = length.sum()
@@ -110,13 +114,14 @@ def linear_preference_loss(
     }
     if reduction != "none" and takes_one_pass(hidden, weight, bias, token_contract.bound(rows, labels), budget_bytes):
         total, kept, *values = sum_in_one_pass(
-            hidden, weight, labels, transform, ignore_index, rows, budget_bytes, backend, loss
+            hidden, weight, labels, transform, ignore_index, rows, budget_bytes, grad_filter, backend, loss
         )
         total = nan_unless_counted(total, counted, num_rows)
         return PreferenceOutput(reduce_loss(total, reduction, normalizer, kept), *values)
     compiling = torch.compiler.is_compiling()
     with nullcontext() if compiling else labels_by_position("labels", labels, ignore_index, weight.shape[0]):
-        token_logp = logp_of_rows(hidden, weight, labels, transform, ignore_index, rows, budget_bytes, backend)
+        options = (ignore_index, rows, budget_bytes, grad_filter, backend)
+        token_logp = logp_of_rows(hidden, weight, labels, transform, *options)
     logp = nan_unless_counted(per_sequence(token_logp, cu_seqlens), counted, num_rows)
     return preference_loss(logp, **loss, reduction=reduction, normalizer=normalizer, backend=backend)
 
@@ -145,6 +150,7 @@ def sum_in_one_pass(
     ignore_index: int,
     num_rows: int,
     budget_bytes: int,
+    grad_filter: float,
     backend: str | None,
     loss: dict,
 ) -> tuple[Tensor, int | Tensor, Tensor, Tensor, Tensor]:
@@ -152,7 +158,7 @@ def sum_in_one_pass(
     like = hidden.new_empty(len(loss["length"]), dtype=logp_dtype(hidden.dtype))
     arguments, kept = settle(like, **loss)
     keeps = gradients_asked(hidden, weight, transform.bias)
-    head = (*transform[1:], ignore_index, budget_bytes, *keeps, num_rows, backend)
+    head = (*transform[1:], ignore_index, budget_bytes, *keeps, num_rows, grad_filter, backend)
     total, logp, reward, margin, *_ = contract.linear_preference_loss(
         hidden, weight, labels, transform.bias, *arguments, *head
     )

@@ -32,7 +32,7 @@ torch.library.define(
     "SymInt num_groups, float beta, float gamma, str loss_type, float label_smoothing, bool length_normalize, "
     "float logit_scale, float softcap, float temperature, int ignore_index, "
     "SymInt budget_bytes, bool keeps_hidden, bool keeps_weight, bool keeps_bias, "
-    "SymInt num_rows, str? backend)"
+    "SymInt num_rows, float grad_filter, str? backend)"
     " -> (Tensor loss, Tensor logp, Tensor reward, Tensor margin, Tensor dh, Tensor dw, Tensor db)",
 )
 torch.library.define("wrpo::scaled_to", "(Tensor total, Tensor factor, ScalarType dtype) -> Tensor")
@@ -66,7 +66,7 @@ def _fake_checked_cu_seqlens(cu_seqlens, num_rows):
 
 def _linear_preference_loss(hidden, weight, target, bias, *arguments):
     num_groups, family, scalars = arguments[6], Family(*arguments[7:12]), arguments[12:15]
-    ignore_index, budget_bytes, *keeps, num_rows, backend = arguments[15:]
+    ignore_index, budget_bytes, *keeps, num_rows, grad_filter, backend = arguments[15:]
     preference.check_groups(arguments[2], num_groups)
     sequences = one_pass.Sequences(*preference.as_constants(logp_dtype(hidden.dtype), *arguments[:6]))
     fit = rows_within(budget_bytes, weight.shape[0], weight.shape[1], hidden.dtype)
@@ -74,7 +74,7 @@ def _linear_preference_loss(hidden, weight, target, bias, *arguments):
         head = Head(hidden, weight, LogitTransform(bias, *scalars), ignore_index, backend)
         rows = Rows.that_count(hidden, target, ignore_index, num_rows)
         # As if there were two chunks at least: the totals are float32 whatever the number of groups that fit.
-        gradients = Gradients(hidden, head.weight, keeps, 2)
+        gradients = Gradients(hidden, head.weight, keeps, 2, grad_filter)
         like = hidden.new_empty(0, dtype=logp_dtype(hidden.dtype))
         kernel = choose("preference_loss", backend, preference.CANDIDATES, like)
         result = one_pass.run(head, rows, sequences, num_groups, family, fit, gradients, kernel)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from wrpo_kernels.budget import check_budget
+from wrpo_kernels.checks import check_grad_filter
 from wrpo_kernels.linear_token_logp import contract
 from wrpo_kernels.logit_transform import LogitTransform
 from wrpo_kernels.rows import count_rows, nan_unless_counted
@@ -23,6 +24,7 @@ def linear_token_logp(
     ignore_index: int = -100,
     num_rows: int | None = None,
     budget_bytes: int | None = None,
+    grad_filter: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Log-probability of each target token under a language-model head, without storing the logits.
@@ -43,6 +45,11 @@ def linear_token_logp(
         num_rows: how many labels count, where the caller knows: an accelerator is then never waited for. A wrong
             number is an error on the CPU and gives NaN elsewhere. Default: counted, which waits once.
         budget_bytes: what the logits that exist at a time may take. Default: 512 MiB.
+        grad_filter: eps > 0 leaves out of the gradients of `hidden` and `weight` the tokens U that are the target of no
+            row of a chunk and have |d logp / d logit| < eps in all of them. With c the upstream gradient,
+            |error of dh_t| <= |c_t| eps sum_{v in U} |W_v| and |error of dW_v| <= eps sum_t |c_t| |h_t|, v in U; the
+            other rows of dW are exact. Pays for a trained model, which leaves few others; proof in `column_filter`. An
+            accelerator is waited for once a chunk. Default: None, exact.
         backend: "native", "triton" or "reference", the row kernel; "triton_fused" writes no logits where nothing needs
             a gradient, and is "triton" elsewhere. Default: the first that can, "triton_fused" never.
 
@@ -68,7 +75,8 @@ def linear_token_logp(
     transform = LogitTransform(bias, float(logit_scale), float(softcap or 0.0), float(temperature))
     budget_bytes, counted = check_budget(budget_bytes), (target != ignore_index).sum()
     rows = count_rows(counted, target.numel(), num_rows)
-    logp = logp_of_rows(hidden, weight, target, transform, ignore_index, rows, budget_bytes, backend)
+    options = (ignore_index, rows, budget_bytes, check_grad_filter(grad_filter), backend)
+    logp = logp_of_rows(hidden, weight, target, transform, *options)
     return nan_unless_counted(logp, counted, num_rows)
 
 
@@ -80,11 +88,12 @@ def logp_of_rows(
     ignore_index: int,
     num_rows: int,
     budget_bytes: int,
+    grad_filter: float,
     backend: str | None,
 ) -> Tensor:
     """`linear_token_logp` of checked arguments, of whose labels `num_rows` count (or UNCOUNTED)."""
     keeps = gradients_asked(hidden, weight, transform.bias)
-    arguments = (*transform, ignore_index, num_rows, budget_bytes, *keeps, backend)
+    arguments = (*transform, ignore_index, num_rows, budget_bytes, *keeps, grad_filter, backend)
     logp, _, _ = contract.linear_token_logp(hidden, weight, target, *arguments)
     return logp
 

@@ -29,7 +29,7 @@ from wrpo_kernels.token_logp.contract import logp_dtype
 _TENSORS = "Tensor hidden, Tensor weight, Tensor target, Tensor? bias"
 _OPTIONS = (
     "float logit_scale, float softcap, float temperature, int ignore_index, SymInt num_rows, SymInt budget_bytes, "
-    "bool keeps_hidden, bool keeps_weight, bool keeps_bias, str? backend"
+    "bool keeps_hidden, bool keeps_weight, bool keeps_bias, float grad_filter, str? backend"
 )
 torch.library.define(
     "wrpo::linear_token_logp", f"({_TENSORS}, {_OPTIONS}) -> (Tensor logp, Tensor unscaled, Tensor kept)"
@@ -79,9 +79,8 @@ def _plan(hidden: Tensor, weight: Tensor, num_rows: int, budget_bytes: int, keep
 
 
 def _open(hidden, weight, target, bias, options):
-    logit_scale, softcap, temperature, ignore_index, num_rows, budget_bytes, _, keeps_weight, keeps_bias, backend = (
-        options
-    )
+    logit_scale, softcap, temperature, ignore_index, num_rows, budget_bytes = options[:6]
+    _, keeps_weight, keeps_bias, _, backend = options[6:]
     head = Head(hidden, weight, LogitTransform(bias, logit_scale, softcap, temperature), ignore_index, backend)
     rows = Rows.that_count(hidden, target, ignore_index, num_rows)
     return head, rows, _plan(hidden, weight, bound(num_rows, target), budget_bytes, keeps_weight or keeps_bias)
@@ -91,7 +90,8 @@ def _linear_token_logp(hidden, weight, target, bias, *options):
     keeps_hidden, keeps_weight, keeps_bias = options[6:9]
     with no_autocast(hidden), labels_by_position("target", target, options[3], weight.shape[0]):
         head, rows, plan = _open(hidden, weight, target, bias, options)
-        logp, unscaled, kept = passes.forward(head, rows, plan, keeps_hidden and not (keeps_weight or keeps_bias))
+        only_hidden = keeps_hidden and not (keeps_weight or keeps_bias)
+        logp, unscaled, kept = passes.forward(head, rows, plan, only_hidden, options[9])
         return rows.spread(logp).view(target.shape), unscaled, kept
 
 
@@ -104,7 +104,7 @@ def _linear_token_logp_backward(grad_logp, unscaled, kept, hidden, weight, targe
             return rows.spread(scaled).view(hidden.shape), weight.new_empty(0), hidden.new_empty(0)
         head, rows, plan = _open(hidden, weight, target, bias, options)
         chunks = (plan.keep > 0) + -(-(len(rows) - plan.keep) // max(plan.chunk, 1))
-        gradients = Gradients(hidden, head.weight, options[6:9], chunks)
+        gradients = Gradients(hidden, head.weight, options[6:9], chunks, options[9])
         passes.backward(head, rows, plan, kept, rows.take(grad_logp.reshape(-1)), gradients)
         totals = zip(gradients.totals(), (hidden, weight, bias), strict=True)
         return tuple(hidden.new_empty(0) if total is None else total.to(like.dtype) for total, like in totals)

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from wrpo_kernels.budget import Plan
+from wrpo_kernels.column_filter import columns_that_count, grad_hidden_into
 from wrpo_kernels.gradients import Gradients
 from wrpo_kernels.linear_token_logp.head import Head
-from wrpo_kernels.products import grad_hidden_into
 from wrpo_kernels.rows import Rows
 from wrpo_kernels.scratch import scratch
 
@@ -27,7 +27,9 @@ def chunks(first: int, last: int, step: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, last)
 
 
-def forward(head: Head, rows: Rows, plan: Plan, keeps_hidden: bool) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    head: Head, rows: Rows, plan: Plan, keeps_hidden: bool, grad_filter: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Returns logp [N], the unscaled gradient of the hidden states [N or 0, D] and the kept deltas [keep, V]."""
     (vocabulary, width), weight = head.weight.shape, head.weight
     logp = weight.new_empty(len(rows), dtype=head.logp_dtype)
@@ -43,7 +45,8 @@ def forward(head: Head, rows: Rows, plan: Plan, keeps_hidden: bool) -> tuple[Ten
     for first, last in chunks(first_chunk, len(rows), plan.chunk):
         if keeps_hidden:
             delta = head.delta_into(logp[first:last], rows, first, last, buffer)
-            grad_hidden_into(unscaled[first:last], delta, weight)
+            columns = columns_that_count(delta, rows.target[first:last], grad_filter)
+            grad_hidden_into(unscaled[first:last], delta, weight, columns)
         else:
             head.logp_into(logp[first:last], rows, first, last, buffer)
     return logp, unscaled, kept

@@ -101,6 +101,16 @@ def test_importing_adds_nothing_to_torch_but_ourselves():
     assert not strangers
 
 
+def test_on_the_cpu_nothing_is_compiled_for_a_new_shape():
+    """No compiler is even loaded: not Triton's, not torch's own."""
+    done = python(
+        "import sys, torch; before = set(sys.modules)\n" + COMPUTE + "print(*sorted(set(sys.modules) - before))"
+    )
+    assert done.returncode == 0, done.stderr
+    compilers = ("triton", "torch._dynamo", "torch._inductor", "torch.utils.cpp_extension")
+    assert not [name for name in done.stdout.split() if name.startswith(compilers)]
+
+
 def test_importing_leaves_the_settings_of_torch_alone():
     done = python(
         "import torch\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 
 import cases
 import oracle
@@ -167,6 +168,16 @@ def test_inputs_are_not_changed_nor_what_lies_between_them(layout, backend, devi
     token_logp(x, target, backend=backend).sum().backward()
     oracle.assert_same_bits("logits", storage, before)
     assert torch.equal(target, target_before)
+
+
+def test_rows_may_stand_more_than_two_to_the_31_elements_apart(backend, device):
+    """On the CPU only the pages that are touched take memory; `test_gpu.py` has a tensor that fills the device."""
+    if device.type != "cpu":
+        pytest.skip("memory of a device is taken whole")
+    vocabulary, stride = 7, 2**31 + 5
+    memory = torch.frombuffer(mmap.mmap(-1, 4 * (stride + vocabulary)), dtype=torch.float32)
+    logits = memory.as_strided((2, vocabulary), (stride, 1))
+    check(logits.copy_(torch.randn(2, vocabulary)), torch.tensor([0, 6]), Transform(), backend)
 
 
 @dtypes

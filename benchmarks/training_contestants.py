@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+import datasets
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback
@@ -118,16 +119,15 @@ def trainer_of(
 
 
 def dpo_trainer(settings: dict[str, Any], model: nn.Module, tokenizer: Any, rows: list[dict]) -> Trainer:
-    from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
     class OfTokens(DPOTrainer):
         """The rows are token ids and bring the reference along: nothing is left to prepare."""
 
-        def _prepare_dataset(self, dataset: Dataset, *_args: Any) -> Dataset:
+        def _prepare_dataset(self, dataset: datasets.Dataset, *_args: Any) -> datasets.Dataset:
             return dataset
 
-        def _precompute_ref_logps(self, dataset: Dataset, *_args: Any) -> Dataset:
+        def _precompute_ref_logps(self, dataset: datasets.Dataset, *_args: Any) -> datasets.Dataset:
             return dataset
 
     named = [
@@ -141,7 +141,7 @@ def dpo_trainer(settings: dict[str, Any], model: nn.Module, tokenizer: Any, rows
         for row in rows
     ]
     args = DPOConfig(**settings, precompute_ref_log_probs=True, max_length=None)
-    return OfTokens(model, args=args, train_dataset=Dataset.from_list(named), processing_class=tokenizer)
+    return OfTokens(model, args=args, train_dataset=datasets.Dataset.from_list(named), processing_class=tokenizer)
 
 
 class OneStepAtATime(TrainerCallback):
@@ -205,6 +205,7 @@ def quiet() -> Iterator[None]:
     """The trainers' own lines and bars would come between the figures."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     logging.disable(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

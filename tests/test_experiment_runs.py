@@ -31,7 +31,7 @@ def results(folder: Path) -> dict[str, dict]:
     """Every result without what differs between any two runs."""
     found = {path.stem: json.loads(path.read_text()) for path in (folder / "seed-1" / "results").glob("*.json")}
     for record in found.values():
-        del record["seconds"]
+        del record["seconds"], record["cpu_seconds"]
         for line in record.get("log", []):
             for key in [key for key in line if "per_second" in key or "runtime" in key]:
                 del line[key]

@@ -24,13 +24,13 @@ from transformers import PreTrainedTokenizerFast, ProgressCallback, set_seed
 from wrpo import SFTConfig, SFTTrainer, WRPOConfig, WRPOTrainer
 from wrpo.data import load_triples, tokenize_triples
 
-ALPHAS = (0.1, 0.3, 0.5, 0.7, 0.9)
+ALPHAS = (0.1, 0.5, 0.9)
 SFT = {"learning_rate": 1e-3, "num_train_epochs": 2.0, "per_device_train_batch_size": 32}
 PREFERENCE = {"num_train_epochs": 1.0, "per_device_train_batch_size": 16}
 LOSSES: dict[str, dict[str, Any]] = {
-    "sigmoid": {"beta": 0.1, "learning_rate": 3e-4},
-    "ipo": {"beta": 0.1, "learning_rate": 3e-4},
-    "simpo": {"beta": 2.0, "learning_rate": 3e-4},
+    "sigmoid": {"beta": 1.0, "learning_rate": 1e-4},
+    "ipo": {"beta": 0.1, "learning_rate": 1e-4},
+    "simpo": {"beta": 2.0, "learning_rate": 1e-4},
 }
 WEIGHT_TEMPERATURE = 0.2
 WRPO_ALPHA = 0.5  # the end of alpha in the arm that stands for WRPO, chosen with the learning rates
@@ -65,8 +65,11 @@ def all_arms(num_sources: int) -> list[Arm]:
         Arm(f"sft-all-{k}", "sft-all", k),
         preference(f"dpo-{k}", k, 0.0),
         preference(f"dpo-source-{k}", k, 1.0, rises=False),
-        *[preference(f"wrpo-{alpha}-{k}", k, alpha) for alpha in ALPHAS],
-        *[preference(f"wrpo-static-{alpha}-{k}", k, alpha, rises=False) for alpha in ALPHAS],
+        *[
+            preference(f"wrpo-{'' if rises else 'static-'}{alpha}-{k}", k, alpha, rises=rises)
+            for alpha in sorted(ALPHAS, key=lambda alpha: alpha != WRPO_ALPHA)
+            for rises in (True, False)
+        ],
     ]
     counts = [count for count in (1, 2) if count < k]
     fewer = [arm for count in counts for arm in _arms_of_a_source_count(count)]
@@ -123,6 +126,7 @@ def _train(
             logging_steps=1,
             save_strategy="no",
             report_to="none",
+            disable_tqdm=False,
             draw_curves=False,
             use_cpu=True,
             dataloader_pin_memory=False,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import random
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .arms import ALPHAS, SFT, WRPO_ALPHA, all_arms
+from .arms import ALPHAS, LOSSES, SFT, WRPO_ALPHA, all_arms
 from .models import ARCHITECTURES, OWN_SHARE, SOURCES, TARGET
 from .pictures import draw_alpha_and_sources, draw_skills, draw_training
 from .results import EVERYTHING, Estimate, Results, estimate
-from .seed import Size
-from .skills import SKILLS
+from .seed import Size, model_seconds
+from .skills import SKILLS, tasks
 
 
 class Claim(NamedTuple):
@@ -95,6 +97,20 @@ def model_table() -> str:
     return markdown_table(["model", "architecture", "tokenizer", "own skills", "steps of 64 tasks"], rows)
 
 
+def skill_table() -> str:
+    """An example of each skill."""
+    examples = [next(tasks(skill, "train", random.Random(0))) for skill in SKILLS]
+    return markdown_table(["skill", "prompt", "a right answer"], [[t.skill, t.prompt, t.answer] for t in examples])
+
+
+def rates(results: Results, k: int) -> str:
+    """Of SFT and of the losses that were measured."""
+    arms = {"sigmoid": ("DPO and WRPO", f"dpo-{k}"), "ipo": ("IPO", f"ipo-{k}"), "simpo": ("SimPO", f"simpo-{k}")}
+    chosen = [f"{LOSSES[loss]['learning_rate']:g} for {name} (beta {LOSSES[loss]['beta']:g})"
+              for loss, (name, arm) in arms.items() if results.seeds(arm)]  # fmt: skip
+    return ", ".join([f"{SFT['learning_rate']:g} for SFT", *chosen])
+
+
 def write_report(results: Results, abouts: list[dict[str, Any]], size: Size, path: Path) -> None:
     """The document and, beside it, its pictures `fusion_*.png`."""
     k = size.sources
@@ -127,10 +143,11 @@ def document(results: Results, abouts: list[dict[str, Any]], size: Size) -> str:
         "sources": arm_table(results, ["target", *sources], "target"),
         "models": model_table(),
         "about": "\n".join(f"- {line}" for line in dict.fromkeys(_about(about) for about in abouts)),
-        "times": times(results),
+        "times": times(results, abouts),
         "commands": "\n".join(dict.fromkeys(about["command"] for about in abouts)),
         "prompts": size.prompts, "held_out": size.held_out, "k": k, "own": f"{100 * OWN_SHARE:.0f}",
-        "epochs": f"{SFT['num_train_epochs']:g}", "triples": _triples(results, k), "alpha": WRPO_ALPHA,
+        "epochs": SFT["num_train_epochs"], "rates": rates(results, k), "skills": skill_table(),
+        "triples": _triples(results, k), "alpha": WRPO_ALPHA,
     }  # fmt: skip
     return Path(__file__).with_name("fusion.md.in").read_text(encoding="utf-8").format(**fields)
 
@@ -144,12 +161,18 @@ def _triples(results: Results, k: int) -> str:
     return "none yet" if not counts else f"{min(counts)} to {max(counts)}"
 
 
-def times(results: Results) -> str:
-    """Seconds a seed spent on its arms, the models and answers that they needed first included."""
-    seeds = sorted({seed for seed, _ in results.records})
-    total = {s: sum(r["seconds"] for (seed, _), r in results.records.items() if seed == s) for s in seeds}
-    return ", ".join(f"seed {seed}: {seconds / 60:.1f} min" for seed, seconds in total.items())
+def times(results: Results, abouts: list[dict[str, Any]]) -> str:
+    """Minutes of processor time a seed: the models, and the answers, training and tests of the arms."""
+    arms: Counter[int] = Counter()
+    for (seed, _), record in results.records.items():
+        arms[seed] += record["cpu_seconds"]
+    models = {about["seed"]: about["model_seconds"] for about in abouts}
+    return ", ".join(f"seed {s}: {models[s] / 60:.1f} + {arms[s] / 60:.1f} min" for s in sorted(arms))
 
 
 def read_abouts(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("seed-*/about.json"))]
+    """What each seed says about itself, and the processor time of its models."""
+    return [
+        json.loads(path.read_text(encoding="utf-8")) | {"model_seconds": model_seconds(path.parent)}
+        for path in sorted(folder.glob("seed-*/about.json"))
+    ]

@@ -33,7 +33,7 @@ Model = tuple[Any, PreTrainedTokenizerFast]
 class Size:
     """How much of everything. prompts, held_out: a skill; effort: share of the pre-training steps; sources: of four."""
 
-    prompts: int = 500
+    prompts: int = 600
     held_out: int = 200
     effort: float = 1.0
     sources: int = 4
@@ -51,6 +51,11 @@ def write_whole(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
+def model_seconds(folder: Path) -> float:
+    """Processor time of the models in a seed's folder."""
+    return sum(float(path.read_text(encoding="utf-8")) for path in folder.rglob("finished"))
+
+
 class SeedRun:
     """The models, answers and arms of one seed, in one folder."""
 
@@ -60,6 +65,8 @@ class SeedRun:
         self.prompts = distinct("train", size.prompts, random.Random(f"prompts {seed}"))
         self.asked = distinct(held_out, size.held_out, random.Random(f"held out {seed}"))
         self.loaded: dict[str, Model] = {}
+        self.answered: dict[Path, list[dict]] = {}
+        self.chosen: dict[tuple[int, bool], Built] = {}
 
     # -- models and their answers -------------------------------------------------------------------------------------
 
@@ -68,10 +75,11 @@ class SeedRun:
         if name not in self.loaded:
             folder = self.folder / name
             if not (folder / "finished").exists():
+                began = time.process_time()
                 model, tokenizer = make()
                 model.save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
-                write_whole(folder / "finished", "")
+                write_whole(folder / "finished", f"{time.process_time() - began:.1f}")  # processor seconds
             model = AutoModelForCausalLM.from_pretrained(folder).eval()
             self.loaded[name] = (model, PreTrainedTokenizerFast.from_pretrained(folder))
         return self.loaded[name]
@@ -97,7 +105,9 @@ class SeedRun:
                 for k, said in enumerate(several)
             ]
             write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if path not in self.answered:
+            self.answered[path] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return self.answered[path]
 
     def source_answers(self, count: int) -> list[dict]:
         """Of the first `count` sources in this seed's order."""
@@ -109,17 +119,22 @@ class SeedRun:
     def fine_tuned(self, count: int, settings: Mapping[str, Any] = SFT) -> Model:
         """The target after SFT on `count` sources; settings other than `SFT` are for choosing them."""
         name = f"sft-{count}" if settings is SFT else f"sft-{count}-{settings['learning_rate']:g}"
-        return self.model(name, lambda: self.fine_tune(count, settings))
+        rows, target = self.source_answers(count), self.pretrained("target")
+        return self.model(name, lambda: self.fine_tune(target, rows, settings))
 
-    def fine_tune(self, count: int, settings: Mapping[str, Any]) -> Model:
-        built = build_rows(self.source_answers(count), BuildSettings(stage="sft", seed=self.seed))
-        model, tokenizer = self.pretrained("target")
-        model = copied(model)
+    def fine_tune(self, target: Model, rows: list[dict], settings: Mapping[str, Any]) -> Model:
+        built = build_rows(rows, BuildSettings(stage="sft", seed=self.seed))
+        model, tokenizer = copied(target[0]), target[1]
         train_sft(model, tokenizer, built.sft, self.seed, settings)
         return model, tokenizer
 
-    def built(self, count: int, keeps_each: bool = False) -> Built:
+    def built(self, count: int, keeps_each: bool) -> Built:
         """SFT rows and triples from the answers of `count` sources and of the target fine-tuned on them."""
+        if (count, keeps_each) not in self.chosen:
+            self.chosen[count, keeps_each] = self.build(count, keeps_each)
+        return self.chosen[count, keeps_each]
+
+    def build(self, count: int, keeps_each: bool) -> Built:
         sources = self.source_answers(count)
         waiting = {row["prompt"] for row in build_rows(sources, BuildSettings(stage="sft", seed=self.seed)).prompts}
         tasks = [task for task in self.prompts if task.prompt in waiting]
@@ -134,11 +149,12 @@ class SeedRun:
         path = self.folder / "results" / f"{arm.name}.json"
         if path.exists():
             return
-        started = time.perf_counter()
+        started, began, before = time.perf_counter(), time.process_time(), model_seconds(self.folder)
         (model, tokenizer), facts = self.trained(arm)
         solved, worth = self.judge(model, tokenizer, arm.name)
         record = {"arm": arm.name, "seed": self.seed, "solved": solved, "score": worth, "order": self.order, **facts}
         record["seconds"] = round(time.perf_counter() - started, 1)
+        record["cpu_seconds"] = round(time.process_time() - began - (model_seconds(self.folder) - before), 1)
         write_whole(path, json.dumps(record))
 
     def trained(self, arm: Arm) -> tuple[Model, dict[str, Any]]:

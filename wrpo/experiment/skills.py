@@ -1,7 +1,6 @@
 """The skills: what is asked, one right answer, and what any answer is worth.
 
-    add        add 37 58                  59             the sum, ones first
-    countdown  make 11 of 2 4 5           2+4+5          an expression of these numbers, each once, with + - *
+    countdown  make 11 of 2 4 5           2+4+5          an expression of these numbers, each once
     sort       sort owl ant fox           ant fox owl
     reverse    reverse owl ant fox        fox ant owl
     units      35 cm in mm, 35 mm in cm   350 mm, 3.5 cm
@@ -69,20 +68,7 @@ def score(task: Task, said: str) -> float:
     return SKILLS[task.skill].score(task, said.strip())
 
 
-# -- numbers ----------------------------------------------------------------------------------------------------------
-
-
-def ask_add(rng: random.Random) -> tuple[str, str]:
-    """Ones first: a model that writes from left to right then has the carry when it needs it, and learns in seconds."""
-    a, b = rng.randint(10, 99), rng.randint(10, 99)
-    return f"add {a} {b}", str(a + b)[::-1]
-
-
-def score_add(task: Task, said: str) -> float:
-    """A wrong number is worth 0.1 and up to 0.4 for the digits that are right."""
-    if said == task.answer:
-        return 1.0
-    return 0.1 + 0.4 * right_digits(said, task.answer) if re.fullmatch("[0-9]+", said) else 0.0
+# -- units of measure -------------------------------------------------------------------------------------------------
 
 
 def right_digits(said: str, right: str) -> float:
@@ -176,7 +162,6 @@ class Skill(NamedTuple):
 
 
 SKILLS = {
-    "add": Skill(ask_add, score_add),
     "countdown": Skill(ask_countdown, score_countdown),
     "sort": Skill(ask_sort, score_words),
     "reverse": Skill(ask_reverse, score_words),

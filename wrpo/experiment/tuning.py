@@ -1,7 +1,7 @@
 """The few choices that are not the paper's, made on seed 0 and its validation prompts; no reported seed is seen.
 
-First the learning rate of SFT. Then, for each loss, one rate for the arm on target samples (alpha 0) and the WRPO arm
-(0 to 0.5), by the mean of their accuracies, so that neither is favoured.
+First the learning rate of SFT. Then, for each loss, one rate and beta for its arms with alpha 0 and 0 to 0.5,
+by the mean of their accuracies, so that neither is favoured.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from .arms import LOSSES, SFT, Arm, preference
 from .seed import SeedRun, Size
 
 SFT_RATES = (3e-4, 1e-3, 3e-3)
-RATES = (1e-4, 3e-4, 1e-3)
+GRID = [
+    *[("sigmoid", beta, rate) for beta in (0.1, 1.0) for rate in (1e-4, 3e-4)],
+    *[(loss, LOSSES[loss]["beta"], rate) for loss in ("ipo", "simpo") for rate in (1e-4, 3e-4)],
+]  # loss, beta, learning rate
 ALPHAS = (0.0, 0.5)
 
 
@@ -26,11 +29,14 @@ def tune(folder: Path, size: Size) -> None:
     for rate in SFT_RATES:
         arm = Arm(f"sft-{rate:g}", "sft", k, SFT | {"learning_rate": rate})
         _show(f"sft      rate {rate:g}", [accuracy(seed_run, arm)])
-    for loss in LOSSES:
-        for rate in RATES:
-            arms = [preference(f"{loss}-{alpha}-{rate:g}", k, alpha, loss=loss) for alpha in ALPHAS]
-            arms = [arm._replace(settings={**arm.settings, "learning_rate": rate}) for arm in arms]
-            _show(f"{loss:<8} rate {rate:g}", [accuracy(seed_run, arm) for arm in arms])
+    for loss, beta, rate in GRID:
+        arms = [candidate(loss, beta, rate, alpha, k) for alpha in ALPHAS]
+        _show(f"{loss:<8} beta {beta:g} rate {rate:g}", [accuracy(seed_run, arm) for arm in arms])
+
+
+def candidate(loss: str, beta: float, rate: float, alpha: float, sources: int) -> Arm:
+    arm = preference(f"{loss}-{beta:g}-{rate:g}-{alpha:g}", sources, alpha, loss=loss)
+    return arm._replace(settings={**arm.settings, "beta": beta, "learning_rate": rate})
 
 
 def accuracy(seed_run: SeedRun, arm: Arm) -> float:
@@ -42,4 +48,4 @@ def accuracy(seed_run: SeedRun, arm: Arm) -> float:
 
 def _show(what: str, found: list[float]) -> None:
     each = "  ".join(f"alpha {alpha}: {value:5.1f}" for alpha, value in zip(ALPHAS, found, strict=False))
-    print(f"{what:<22} {statistics.fmean(found):5.1f} % solved   {each if len(found) > 1 else ''}", flush=True)
+    print(f"{what:<30} {statistics.fmean(found):5.1f} % solved   {each if len(found) > 1 else ''}", flush=True)

@@ -70,7 +70,10 @@ def agreeing_transform(model: nn.Module, candidates: list[HeadScores]) -> HeadSc
             return torch.stack(rows)  # [candidates, 3, 1, 8]
 
         error = (model(**inputs, head_fn=fused) - own).abs().amax((1, 2, 3))
-    tolerance = PROBE_ULPS * rounding_of(logits) * PROBE_SCORE
+    # Both products add up D terms in float32, each in its own order: some sqrt(D) ulps of partial sums as large as the
+    # scores (N. J. Higham and T. Mary, SIAM J. Sci. Comput. 41, 2019). It is what shows where the logits are float32.
+    added_up = embedding.shape[1] ** 0.5 * torch.finfo(torch.float32).eps
+    tolerance = (PROBE_ULPS * rounding_of(logits) + added_up) * PROBE_SCORE
     for candidate, worst in zip(candidates, error.tolist(), strict=True):
         if worst <= tolerance * max(1.0, abs(candidate.logit_scale)):
             return candidate

@@ -66,7 +66,8 @@ def _backends() -> list[str]:
             chosen = next(name for name, reason in answers if reason is None)
             lines.append(f"{op:<16} {device:<5} runs {chosen}")
             lines += [f"{'':<16} {'':<5} not {name}: {reason}" for name, reason in answers if reason is not None]
-    lines.append("linear_token_logp and linear_preference_loss run the matrix products of torch around these.")
+    lines.append("linear_token_logp and linear_preference_loss run the matrix products of torch around these;")
+    lines.append('backend="triton_fused" of linear_token_logp, a product that writes no logits, runs only where it is named.')
     return lines
 
 

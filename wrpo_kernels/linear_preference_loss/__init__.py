@@ -72,7 +72,7 @@ def linear_preference_loss(
         budget_bytes: what the logits that exist at a time may take. Default: 512 MiB.
         grad_filter: eps > 0 leaves tokens that matter nowhere out of the gradients, with the bounds of
             linear_token_logp, where c_t is d loss / d logp of the row's sequence. Default: None, exact.
-        backend: "native", "triton" or "reference". Default: the first that can.
+        backend: "native", "cuda", "triton" or "reference". Default: the first that can.
 
     Returns:
         PreferenceOutput(loss, logp [S], reward [S], margin [G]), float32; only `loss` carries a gradient, to `hidden`,

@@ -74,7 +74,7 @@ def preference_loss(
             exactly: pass the number of examples of the whole batch. Default: G.
         empty: what a response of length 0 means: "raise" (ValueError), or "zero": its whole group counts nothing and
             leaves the mean. Default: "raise".
-        backend: "native", "triton" or "reference". Default: the first that can.
+        backend: "native", "cuda", "triton" or "reference". Default: the first that can.
 
     Returns:
         PreferenceOutput(loss, logp [S], reward [S], margin [G]), float32; all but `loss` detached.

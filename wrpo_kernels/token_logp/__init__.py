@@ -32,7 +32,8 @@ def token_logp(
         softcap: bound of the tanh, in nats. Default: none.
         temperature: divides the scores, > 0. Default: 1.
         ignore_index: such rows give logp 0 and gradient 0, whatever stands in them. Default: -100.
-        backend: "native", "triton" or "reference". Default: the first that can; `python -m wrpo_kernels` says which.
+        backend: "native", "cuda", "triton" or "reference". Default: the first that can; `python -m wrpo_kernels` says
+            which.
 
     Returns:
         [...] float32, nats, <= 0. Differentiable in `logits` and `bias`. (float64 for float64 logits.)

@@ -67,7 +67,7 @@ def _backends() -> list[str]:
             lines.append(f"{op:<16} {device:<5} runs {chosen}")
             lines += [f"{'':<16} {'':<5} not {name}: {reason}" for name, reason in answers if reason is not None]
     lines.append("linear_token_logp and linear_preference_loss run the matrix products of torch around these;")
-    lines.append('backend="triton_fused" of linear_token_logp, a product that writes no logits, runs only where it is named.')
+    lines.append('linear_token_logp has a product that writes no logits: backend="triton_fused", where it is named.')
     return lines
 
 

@@ -356,10 +356,19 @@ def test_a_reward_is_the_models_logit_for_the_whole_conversation(batch_size, sco
     assert rewards() == {key: pytest.approx(value, **CLOSE) for key, value in truth.items()}
 
 
-def test_a_model_without_a_padding_token_scores_one_at_a_time(score, rewards, tmp_path, capsys):
+def test_a_model_without_a_padding_token_scores_one_at_a_time(score, rewards, tmp_path, monkeypatch):
     model, tokenizer = save_model(tmp_path / "rm", pad=False)
+    truth = alone(model, tokenizer, ANSWERS)
+    forward, sizes = LlamaForSequenceClassification.forward, []
+
+    def counted(self, input_ids, **more):
+        sizes.append(len(input_ids))
+        return forward(self, input_ids=input_ids, **more)
+
+    monkeypatch.setattr(LlamaForSequenceClassification, "forward", counted)
     assert score(ANSWERS, "--reward-model", str(tmp_path / "rm")) == 0
-    assert rewards() == {key: pytest.approx(v, **CLOSE) for key, v in alone(model, tokenizer, ANSWERS).items()}
+    assert rewards() == {key: pytest.approx(value, **CLOSE) for key, value in truth.items()}
+    assert sizes == [1] * len(ANSWERS)
 
 
 def test_several_labels_need_a_choice(score, rewards, tmp_path, capsys):

@@ -112,7 +112,7 @@ class LocalModel:
 
 
 def _drawing(drawn: Sampling) -> dict[str, Any]:
-    """transformers would draw from the 50 likeliest tokens unless told otherwise."""
+    """Temperature and top-p alone: a model's own settings often add a top-k, which the paper does not have."""
     if drawn.temperature == 0:
         return {"do_sample": False}
     return {"do_sample": True, "temperature": drawn.temperature, "top_p": drawn.top_p, "top_k": 0}

@@ -104,7 +104,8 @@ def draw_alpha_and_sources(results: Results, sources: int, path: Path) -> None:
     right.set_xticks(counts)
     right.set_xlabel("number of sources", fontsize=9)
     for ax in (left, right):
-        ax.legend(frameon=False, fontsize=8)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(frameon=False, fontsize=8)
     _finish(figure, [left, right], path)
 
 

@@ -27,6 +27,8 @@ class Claim(NamedTuple):
     def verdict(self) -> str:
         if self.gain is None:
             return "not measured"
+        if self.gain.seeds < 2:
+            return "one seed"
         if not self.gain.excludes_zero:
             return "undecided"
         return "repeats" if self.gain.mean > 0 else "the opposite"
@@ -66,9 +68,11 @@ def rising_over_static(results: Results, k: int) -> Estimate | None:
     return estimate(means) if means else None
 
 
-def markdown_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    first, *others = [f"| {' | '.join(row)} |" for row in (head, *rows)]
-    return "\n".join([first, f"| --- |{' ---: |' * (first.count('|') - 2)}", *others])
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    """Columns of numbers stand at the right."""
+    numbers = [any(cell[:1].isdigit() for cell in column) for column in zip(*rows, strict=True)]
+    rule = ["---:" if is_number else "---" for is_number in numbers or [False] * len(head)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 
 
 def arm_table(results: Results, arms: Iterable[str], over: str) -> str:
@@ -84,7 +88,7 @@ def arm_table(results: Results, arms: Iterable[str], over: str) -> str:
 
 
 def claim_table(results: Results, k: int) -> str:
-    rows = [(c.words, str(c.gain or ""), str(c.gain.seeds) if c.gain else "0", c.verdict) for c in claims(results, k)]
+    rows = [[c.words, str(c.gain or ""), str(c.gain.seeds) if c.gain else "0", c.verdict] for c in claims(results, k)]
     return markdown_table(["claim", "difference (points)", "seeds", "here"], rows)
 
 

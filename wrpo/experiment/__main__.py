@@ -90,7 +90,7 @@ def run(options: argparse.Namespace, command: str) -> None:
     results = Results.read(options.out)
     if not results.records:
         raise UserError(f"no results in {options.out}. Run the experiment without --report first.")
-    write_report(results, read_abouts(options.out), size, options.docs)
+    write_report(results, read_abouts(options.out), size, options.out, options.docs)
     print(f"report  {options.docs}")
 
 
@@ -106,7 +106,7 @@ def run_seed(options: argparse.Namespace, command: str, seed: int, size: Size) -
         results = Results.read(options.out)
         accuracy, seconds = results.accuracy(seed, arm.name), results.records[seed, arm.name]["seconds"]
         print(f"seed {seed}  {arm.name:<22} {accuracy:5.1f} % solved   {seconds:5.0f} s", flush=True)
-    write_report(results, read_abouts(options.out), size, options.docs)
+    write_report(results, read_abouts(options.out), size, options.out, options.docs)
 
 
 def about(command: str, seed: int) -> dict[str, object]:

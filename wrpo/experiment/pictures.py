@@ -102,6 +102,7 @@ def draw_alpha_and_sources(results: Results, sources: int, path: Path) -> None:
     if target:
         right.axhline(target.mean, color=BLACK, linewidth=1, linestyle=":", label="target before")
     right.set_xticks(counts)
+    right.set_xlim(0.5, sources + 0.5)
     right.set_xlabel("number of sources", fontsize=9)
     for ax in (left, right):
         if ax.get_legend_handles_labels()[0]:

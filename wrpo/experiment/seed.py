@@ -13,13 +13,14 @@ import json
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from wrpo.building import BuildSettings, Built, build_rows
+from wrpo.user_error import UserError
 
 from .arms import SFT, WEIGHT_TEMPERATURE, Arm, copied, train_preference, train_sft
 from .models import SOURCES, TARGET, ModelSpec, pretrain
@@ -145,14 +146,19 @@ class SeedRun:
     # -- arms ---------------------------------------------------------------------------------------------------------
 
     def run(self, arm: Arm) -> None:
-        """The arm's result, unless it is on the disk."""
+        """The arm's result, unless it is on the disk; one that was made with other settings is refused."""
         path = self.folder / "results" / f"{arm.name}.json"
+        settings = {"size": asdict(self.size), "sft": dict(SFT), "arm": dict(arm.settings)}
         if path.exists():
+            was = json.loads(path.read_text(encoding="utf-8")).get("settings")
+            if was != settings:
+                raise UserError(f"{path}: made with {was}, asked for is {settings}. Name another folder with --out.")
             return
         started, began, before = time.perf_counter(), time.process_time(), model_seconds(self.folder)
         (model, tokenizer), facts = self.trained(arm)
         solved, worth = self.judge(model, tokenizer, arm.name)
         record = {"arm": arm.name, "seed": self.seed, "solved": solved, "score": worth, "order": self.order, **facts}
+        record["settings"] = settings
         record["seconds"] = round(time.perf_counter() - started, 1)
         record["cpu_seconds"] = round(time.process_time() - began - (model_seconds(self.folder) - before), 1)
         write_whole(path, json.dumps(record))
@@ -170,8 +176,8 @@ class SeedRun:
         built = self.built(arm.sources, arm.keeps_each)
         if arm.stage == "sft-all":
             built_all = build_rows(self.source_answers(arm.sources), BuildSettings(sft_share=1.0, stage="sft"))
-            used = {row["prompt"] for row in built.sft}
-            rows = [row for row in built_all.sft if row["prompt"] not in used]
+            preferred = {row["prompt"] for row in built.triples}
+            rows = [row for row in built_all.sft if row["prompt"] in preferred]
             return (model, tokenizer), {"log": train_sft(model, tokenizer, rows, self.seed), "rows": len(rows)}
         log = train_preference(model, tokenizer, built.triples, self.seed, arm.settings)
         return (model, tokenizer), {"log": log, "rows": len(built.triples), "report": str(built.report)}

@@ -14,9 +14,10 @@ from .arms import LOSSES, SFT, Arm, preference
 from .seed import SeedRun, Size
 
 SFT_RATES = (3e-4, 1e-3, 3e-3)
+RATES = (3e-5, 1e-4, 3e-4)
 GRID = [
-    *[("sigmoid", beta, rate) for beta in (0.1, 1.0) for rate in (1e-4, 3e-4)],
-    *[(loss, LOSSES[loss]["beta"], rate) for loss in ("ipo", "simpo") for rate in (1e-4, 3e-4)],
+    *[("sigmoid", beta, rate) for beta in (0.1, 1.0) for rate in RATES],
+    *[(loss, LOSSES[loss]["beta"], rate) for loss in ("ipo", "simpo") for rate in RATES],
 ]  # loss, beta, learning rate
 ALPHAS = (0.0, 0.5)
 

@@ -262,3 +262,13 @@ def test_a_wrong_argument_of_the_linear_form_is_named_in_the_error(name):
     changes, error, message = LINEAR_REFUSED[name]
     with pytest.raises(error, match=f"(?s){message}"):
         linear_wrpo_loss(**{**LINEAR, **changes})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_stay_on_their_device_whatever_the_default_device_is(dtype):
+    hidden = torch.randn(3, 4, 8, dtype=dtype, requires_grad=True)
+    weight, labels, ref_logp = torch.randn(11, 8, dtype=dtype), torch.randint(0, 11, (3, 4)), torch.zeros(3)
+    with torch.device("meta"):  # stands for a default device without which there would be nothing to notice
+        loss = linear_wrpo_loss(hidden, weight, labels, ref_logp, alpha=0.1, budget_bytes=1).loss
+        loss.backward()
+    assert loss.isfinite() and hidden.grad.isfinite().all()

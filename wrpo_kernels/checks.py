@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+FLOAT32 = torch.finfo(torch.float32)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -44,14 +45,40 @@ def check_constant(name: str, value: Tensor) -> None:
 def check_number(name: str, value: float, *, above: float = -math.inf, least: float = -math.inf) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value <= above or value < least:
+    if not _is_finite(value) or value <= above or value < least:
         bound = f" > {above:g}" if above > -math.inf else f" >= {least:g}" if least > -math.inf else ""
-        raise ValueError(f"{name} must be a finite number{bound}, got {value}")
+        raise ValueError(f"{name} must be a finite number{bound}, got {_shown(value)}")
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond float64
+        return False
+
+
+def _shown(value: float) -> str:
+    """A number for a message; Python refuses to print ints of thousands of digits."""
+    large = isinstance(value, int) and value.bit_length() > 64
+    return f"an int of {value.bit_length()} bits" if large else str(value)
+
+
+def check_float32(name: str, value: float) -> None:
+    """A finite number that float32 holds as something else than 0 or infinity, and its reciprocal as well."""
+    if value and not FLOAT32.tiny <= abs(value) <= 1 / FLOAT32.tiny:
+        raise ValueError(f"{name} must be within float32, 1.2e-38 to 8.5e37 in size, got {value}")
+
+
+def check_bool(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_int(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value.bit_length() > 63:
+        raise ValueError(f"{name} must fit int64, got {_shown(value)}")
 
 
 def check_grad_filter(value: float | None) -> float:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from wrpo_kernels.checks import check_device, check_float, check_number, check_shape, check_tensor
+from wrpo_kernels.checks import check_device, check_float, check_float32, check_number, check_shape, check_tensor
 
 
 class LogitTransform(NamedTuple):
@@ -40,3 +40,5 @@ def check_transform(
     if softcap is not None:
         check_number("softcap", softcap, least=0.0)
     check_number("temperature", temperature, above=0.0)
+    for name, value in (("logit_scale", logit_scale), ("softcap", softcap or 0.0), ("temperature", temperature)):
+        check_float32(name, value)  # kernels hold it and its reciprocal in float32

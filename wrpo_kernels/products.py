@@ -57,7 +57,7 @@ def grad_hidden_into(out: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
     """out [n, D] = delta [n, V] @ weight"""
     if not is_widened(delta):
         return torch.mm(delta, weight, out=out)
-    total = torch.zeros(out.shape, dtype=torch.float32)
+    total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
     for part in _wide_stripes(len(weight), *out.shape):
         total.addmm_(delta[:, part].float(), weight[part].float())
     return out.copy_(total)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 def sent(values: list | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A copy through pinned memory: from any other the transfer waits for all work that was queued before it."""
-    on_host = torch.as_tensor(values, dtype=dtype)
+    at = values.device if isinstance(values, Tensor) else "cpu"  # a list must not land on the default device
+    on_host = torch.as_tensor(values, dtype=dtype, device=at)
     if device.type == "cpu" or on_host.device.type != "cpu":
         return on_host.to(device)
     return (on_host.pin_memory() if device.type == "cuda" else on_host).to(device, non_blocking=True)

@@ -100,7 +100,7 @@ def linear_wrpo_loss(
 
 def _length_of(name: str, value: Tensor, letters: str, dims: int) -> int:
     check_tensor(name, value)
-    if value.dim() != dims:
+    if value.dim() != dims or (letters == "[S+1]" and not len(value)):
         raise ValueError(f"{name} must be {letters}, got {list(value.shape)}")
     return value.shape[0]
 

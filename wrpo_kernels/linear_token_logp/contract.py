@@ -55,8 +55,8 @@ def check(
     for name, value in (("hidden", hidden), ("weight", weight)):
         check_tensor(name, value)
         check_float(name, value)
-    if weight.dim() != 2 or weight.shape[0] == 0:
-        raise ValueError(f"weight must be [V, D] with V >= 1, got {list(weight.shape)}")
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"weight must be [V, D] with V >= 1 and D >= 1, got {list(weight.shape)}")
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"hidden must be [..., D={weight.shape[1]}] as weight [V, D], got {list(hidden.shape)}")
     check_device("weight", weight, "hidden", hidden.device)

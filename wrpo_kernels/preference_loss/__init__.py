@@ -7,13 +7,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wrpo_kernels.checks import check_backend_name, check_int, check_int64, check_number, check_tensor
+from wrpo_kernels.checks import (
+    check_backend_name,
+    check_bool,
+    check_constant,
+    check_int,
+    check_int64,
+    check_number,
+    check_tensor,
+)
 from wrpo_kernels.preference_loss import contract
 from wrpo_kernels.preference_loss.family import Family
 
 
+MOST_GROUPS = 1 << 31
+
+
 class PreferenceOutput(NamedTuple):
-    """What every preference loss returns; only `loss` carries a gradient."""
+    """What every preference loss returns; only `loss` carries a gradient.
+
+    From sequence log-probs, `logp` is the argument itself, detached: it shares its memory.
+    """
 
     loss: Tensor  # [] float32, or [G] with reduction="none"
     logp: Tensor  # [S] float32, sequence log-probs, nats
@@ -65,7 +79,8 @@ def preference_loss(
         label_smoothing: probability that a preference is flipped, in [0, 0.5). Default: 0.
         length: [S] int64, number of counted tokens; needed by length_normalize and by `empty`. Default: none.
         length_normalize: divide each response's log-ratio by its own length. Default: False.
-        nll_weight: number or [S] float32, weight of each response's negative log-likelihood. Default: 0.
+        nll_weight: number >= 0, or [S] float32 of either sign, weight of each response's negative log-likelihood.
+            Default: 0.
         group_weight: [G] float32, weight of each example's margin loss; 0 switches it off whatever the margin, and
             leaves the example's NLL to `nll_weight`. Default: 1.
         num_groups: G; None reads it from `group`, which waits for the device on an accelerator. Default: None.
@@ -130,6 +145,7 @@ def settle(
 
     Of `logp` [S] only shape, type and device are read.
     """
+    check_bool("length_normalize", length_normalize)
     num_groups = count_groups(group, num_groups)
     family = Family(beta, gamma, loss_type, label_smoothing, length_normalize)
     nll_weight = spread_nll_weight(nll_weight, logp)
@@ -142,11 +158,14 @@ def count_groups(group: Tensor, num_groups: int | None) -> int:
     check_tensor("group", group)
     check_int64("group", group)
     if num_groups is None:
-        return int(group.max()) + 1 if group.numel() else 0
+        largest = int(group.max()) if group.numel() else -1
+        if largest >= MOST_GROUPS:
+            raise ValueError(f"group must be in [0, G) with G <= 2^31, got {largest}")
+        return largest + 1
     if not torch.compiler.is_compiling():
         check_int("num_groups", num_groups)
-        if num_groups < 0:
-            raise ValueError(f"num_groups must be >= 0, got {num_groups}")
+        if not 0 <= num_groups <= MOST_GROUPS:
+            raise ValueError(f"num_groups must be in [0, 2^31], got {num_groups}")
     return num_groups
 
 
@@ -175,6 +194,8 @@ def drop_empty(
         raise_on_empty(length)
         return group_weight, nll_weight, num_groups
     contract.check_groups(group, num_groups)
+    if length.device.type == "cpu" and not torch.compiler.is_compiling() and bool((length < 0).any()):
+        raise ValueError(f"length must be >= 0, got {int(length.min())}")
     full = like.new_ones(num_groups, requires_grad=False)
     full = full.scatter_reduce(0, group, (length > 0).to(full.dtype), "amin")  # 0 where any response is empty
     weight = full if group_weight is None else group_weight * full
@@ -196,6 +217,14 @@ def raise_on_empty(length: Tensor) -> None:
         )
 
 
+def _checked_normalizer(normalizer: Tensor) -> Tensor:
+    """[] in a type that leaves the loss its own; the value is read where that does not wait for a device."""
+    if normalizer.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_number("normalizer", normalizer.item(), above=0.0)
+    check_constant("normalizer", normalizer)
+    return normalizer.reshape(())
+
+
 def reduce_loss(loss: Tensor, reduction: str, normalizer: float | Tensor | None, kept: int | Tensor) -> Tensor:
     """[G], or their sum [], -> the scalar that `reduction` and `normalizer` name."""
     if reduction not in ("mean", "sum", "none"):
@@ -206,7 +235,7 @@ def reduce_loss(loss: Tensor, reduction: str, normalizer: float | Tensor | None,
         if isinstance(normalizer, Tensor):
             if normalizer.numel() != 1:
                 raise ValueError(f"normalizer must be a number or a 0-d tensor, got {list(normalizer.shape)}")
-            normalizer = normalizer.reshape(())
+            normalizer = _checked_normalizer(normalizer)
         else:
             check_number("normalizer", normalizer, above=0.0)
     if reduction == "none":
@@ -216,4 +245,4 @@ def reduce_loss(loss: Tensor, reduction: str, normalizer: float | Tensor | None,
         return total
     if normalizer is None:
         normalizer = kept if isinstance(kept, Tensor) else max(kept, 1)
-    return total / normalizer
+    return total / (normalizer.to(total.dtype) if isinstance(normalizer, Tensor) else normalizer)

@@ -34,7 +34,6 @@ CPU_SOURCES = [
     "csrc/cpu/bindings.cpp",  # the slowest: first, so that the others compile beside it
     "csrc/cpu/preference_loss.cpp",
     "csrc/cpu/sequence_sum.cpp",
-    "csrc/cpu/huge_pages.cpp",
     "csrc/cpu/simd.cpp",
 ]
 

@@ -436,14 +436,6 @@ def test_a_transpose_of_other_sizes_is_refused():
         _cpu.transpose(1, 8, 1, 1, 1, 1, 1, 1)
 
 
-def test_huge_pages_are_asked_for_only_where_a_whole_one_fits():
-    memory = torch.arange(6 << 20, dtype=torch.uint8)
-    before = memory.clone()
-    assert not _cpu.advise_huge_pages(memory.data_ptr(), (2 << 20) - 1)
-    assert isinstance(_cpu.advise_huge_pages(memory.data_ptr(), memory.nbytes), bool)
-    assert torch.equal(memory, before)
-
-
 def test_features_say_what_the_machine_and_the_build_have():
     features = _cpu.features()
     assert features["simd"] == features["simd_available"][-1]  # the widest, unless told otherwise

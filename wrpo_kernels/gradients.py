@@ -13,7 +13,7 @@ from torch import Tensor
 from wrpo_kernels import column_filter
 from wrpo_kernels.products import add_grad_weight, grad_weight_into, scaled_rows, stripe_of, writes_float32
 from wrpo_kernels.rows import Rows
-from wrpo_kernels.scratch import on_huge_pages, scratch
+from wrpo_kernels.scratch import scratch
 
 
 class Gradients:
@@ -31,7 +31,7 @@ class Gradients:
         self.dw = self.db = None
         if keeps[1]:
             dtype = weight.dtype if chunks <= 1 else wide
-            self.dw = on_huge_pages(torch.empty(weight.shape, dtype=dtype, device=weight.device))
+            self.dw = scratch(*weight.shape, dtype, weight.device)
         if keeps[2]:
             self.db = torch.zeros(weight.shape[0], dtype=wide, device=weight.device)
         self._weight = weight

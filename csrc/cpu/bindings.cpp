@@ -5,7 +5,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "huge_pages.h"
 #include "preference_loss.h"
 #include "sequence_sum.h"
 #include "simd.h"
@@ -166,8 +165,6 @@ PYBIND11_MODULE(_cpu, m) {
         "grad_logits[n, v] = grad_logp[n] * d logp[n] / d logits[n, v].");
   m.def("transpose", &transpose, Unlocked(), "src"_a, "itemsize"_a, "rows"_a, "cols"_a, "src_row_stride"_a, "dst"_a,
         "dst_row_stride"_a, "threads"_a, "dst[c, r] = src[r, c]");
-  m.def("advise_huge_pages", &wrpo::advise_huge_pages, Unlocked(), "ptr"_a, "nbytes"_a,
-        "Ask for huge pages under the whole 2 MiB pages inside the range; False where that is not available.");
   m.def("preference_loss", &preference_loss, Unlocked(), "logp"_a, "ref_logp"_a, "seq_weight"_a, "group"_a, "length"_a,
         "nll_weight"_a, "group_weight"_a, "S"_a, "G"_a, "beta"_a, "gamma"_a, "loss_kind"_a, "label_smoothing"_a,
         "length_normalize"_a, "loss"_a, "reward"_a, "margin"_a, "coef"_a, "loss [G], reward [S], margin [G], coef [S]");

@@ -18,9 +18,10 @@ from scored_answers import answers, many_answers, write_lines
 
 from wrpo import cli
 from wrpo.building import BuildFiles, BuildSettings, build, build_rows
-from wrpo.building.grouping import PromptGroups, place
-from wrpo.building.writing import _JsonLines
+from wrpo.building.grouping import PromptGroups
+from wrpo.building.writing import Output, _JsonLines
 from wrpo.data import load_triples
+from wrpo.shards import Shard, place
 from wrpo.user_error import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,6 +117,15 @@ def test_the_shards_of_several_machines_are_the_whole(build_to, tmp_path):
     assert len(list((tmp_path / "shards").glob("report-*.json"))) == 4
 
 
+def test_a_shard_is_asked_for_without_anything_heavy():
+    code = (
+        "import sys; from wrpo.shards import in_shard; print(in_shard('0/2')('a') != in_shard('1/2')('a'), "
+        "[name for name in ('torch', 'pyarrow', 'datasets') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "True []\n"
+
+
 def test_a_shard_without_a_prompt_is_no_error(build_to, candidates, tmp_path):
     write_lines(answers("a", big=[0.9], target=[0.1, 0.2]), candidates)
     rows = [build_to("out", shard=f"{index}/3").report.candidates for index in range(3)]
@@ -161,10 +171,42 @@ def test_a_killed_build_leaves_no_file_under_its_name_and_the_next_one_clears_up
     )
     command = [sys.executable, "-c", code, str(candidates), str(tmp_path / "out")]
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == -signal.SIGKILL
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["unfinished"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["unfinished", "unfinished.lock"]
     build_to("out")
+    assert not (tmp_path / "out" / "unfinished.lock").exists()
     assert not (tmp_path / "out" / "unfinished").exists()
     assert set(contents(tmp_path / "out")) == {"sft.jsonl", "triples.jsonl"}
+
+
+def output_to(folder: Path, shard: str | None = None, overwrite: bool = False) -> Output:
+    return Output(folder, "jsonl", None, Shard.parse(shard), overwrite)
+
+
+def test_two_builds_of_one_folder_cannot_run_at_once_and_two_shards_can(build_to, tmp_path):
+    with output_to(tmp_path / "out", "0/2") as first:
+        with pytest.raises(UserError, match="another build is writing"):
+            build_to("out", shard="0/2", overwrite=True)
+        build_to("out", shard="1/2")
+        first.write("prompts", {"prompt_id": "a", "prompt": "hi"})
+    assert (tmp_path / "out" / "prompts-00000-of-00002.jsonl").read_text().count("\n") == 1
+    assert not list((tmp_path / "out").glob("unfinished*"))
+
+
+def test_what_another_build_finished_in_the_meantime_is_kept(build_to, tmp_path):
+    late = output_to(tmp_path / "out", "0/2").__enter__()
+    late.write("prompts", {"prompt_id": "a", "prompt": "hi"})
+    build_to("out")
+    with pytest.raises(UserError, match="earlier build"):
+        late.__exit__(None, None, None)
+    assert sorted(contents(tmp_path / "out")) == ["sft.jsonl", "triples.jsonl"]
+
+
+def test_a_set_that_is_being_replaced_has_no_report(build_to, tmp_path, monkeypatch):
+    build_to("out")
+    unlink, removed = Path.unlink, []
+    monkeypatch.setattr(Path, "unlink", lambda path, **own: (removed.append(path.name), unlink(path, **own)))
+    build_to("out", overwrite=True)
+    assert removed[0] == "report.json"
 
 
 # -- grouping and memory ----------------------------------------------------------------------------------------------

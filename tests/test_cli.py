@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,9 @@ from tiny_tokenizer import tiny_tokenizer
 
 from wrpo import SFTConfig, WRPOConfig, cli
 from wrpo.data import load_triples
+from wrpo.pretrained import load_model, load_tokenizer, warn_of_coarse_weights
 from wrpo.settings import DataSettings, ModelSettings, SettingsError, parse_settings
+from wrpo.user_error import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -97,6 +101,11 @@ MISTAKES = {
     "null where a value must be": ("beta: null", [], "config.yaml: beta: expected a value, got null"),
     "a value out of range": ("alpha: 1.5", [], "alpha must be .* <= 1, got 1.5"),
     "not YAML": ("beta: [", [], "config.yaml: not a YAML file"),
+    "a month 13": ("run_name: 2026-13-01", [], "config.yaml: not a YAML file: month must be in 1..12"),
+    "a number of 5000 digits": ("beta: " + "1" * 5000, [], "config.yaml: not a YAML file"),
+    "brackets in brackets": ("beta: " + "[" * 3000, [], "config.yaml: not a YAML file"),
+    "a field twice": ("beta: 1\nbeta: 2", [], "config.yaml: beta stands in line 5 and in line 6; keep one"),
+    "a list for one value": ("seed: [1, 2]", [], "config.yaml: seed: expected one value, got 2 in a list"),
 }
 
 
@@ -106,10 +115,37 @@ def test_a_mistake_in_the_settings_is_named(settings, lines, flags, words):
         settings(lines, *flags)
 
 
+OUT_OF_RANGE = {
+    "learning_rate": ("inf", "-1", "nan"),
+    "weight_decay": ("-1", "nan"),
+    "max_grad_norm": ("-1", "nan"),
+    "warmup_steps": ("-1", "nan"),
+    "num_train_epochs": ("-1", "inf"),
+    "per_device_train_batch_size": ("0",),
+    "per_device_eval_batch_size": ("0",),
+    "gradient_accumulation_steps": ("0",),
+    "dataloader_num_workers": ("-1",),
+    "seed": ("-1", "1" + "0" * 20, "1" + "0" * 400),
+    "data_seed": ("-1",),
+}
+
+
+@pytest.mark.parametrize("config_class", [WRPOConfig, SFTConfig])
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in OUT_OF_RANGE for value in OUT_OF_RANGE[name]])
+def test_a_number_that_no_run_could_use_is_named(settings, name, value, config_class):
+    with pytest.raises(SettingsError, match=f"^{name} must be a finite number >= [01]"):
+        settings("", f"--{name}", value, config_class=config_class)
+
+
 def test_a_file_without_fields_is_refused(tmp_path):
     (tmp_path / "config.yaml").write_text("- beta")
     with pytest.raises(SettingsError, match=r"config\.yaml: expected 'field: value' lines, got list"):
         parse_settings((WRPOConfig,), [str(tmp_path / "config.yaml")], "wrpo train")
+
+
+def test_a_folder_of_settings_is_refused(tmp_path):
+    with pytest.raises(SettingsError, match="expected a YAML file, got a folder"):
+        parse_settings((WRPOConfig,), [str(tmp_path)], "wrpo train")
 
 
 def test_a_mistyped_flag_is_named_before_the_required_one_it_leaves_open():
@@ -144,6 +180,43 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setitem(cli.COMMANDS, "info", broken)
     with pytest.raises(ValueError, match="a bug"):
         cli.main(["info"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [PermissionError(13, "Permission denied", "out"), RuntimeError("PytorchStreamWriter failed writing file data/0")],
+)
+def test_an_output_that_cannot_be_written_is_one_line_and_status_2(error, monkeypatch, capsys):
+    def full(arguments: list[str]) -> None:
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "info", full)
+    assert cli.main(["info"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("wrpo info: cannot be read or written: ")
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the device that is always full is one of Linux")
+def test_a_full_stdout_is_one_line_and_status_2():
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "wrpo", "--help"]
+        shown = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert shown.returncode == 2
+    assert shown.stderr == "wrpo: cannot be read or written: [Errno 28] No space left on device\n"
+
+
+def test_what_the_terminal_cannot_show_is_escaped():
+    code = "from wrpo import cli; cli.COMMANDS['info'] = lambda _: print('\u00e9'); cli.main(['info'])"
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout == "\\xe9\n"
+
+
+def test_a_rank_that_is_no_number_is_named(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "x")
+    assert cli.main(["info"]) == 2
+    assert capsys.readouterr().err.startswith("wrpo info: RANK: expected a whole number, got 'x'")
 
 
 def test_a_missing_package_of_the_train_extra_says_what_to_install(monkeypatch, capsys):
@@ -237,6 +310,15 @@ def test_a_stage_trains_from_an_example_and_says_where_everything_is(command, fl
         AutoModelForCausalLM.from_pretrained(out)
 
 
+def test_a_run_that_ends_in_nan_fails_and_saves_nothing(tiny_model, tmp_path, capsys):
+    here = ["--model_name_or_path", str(tiny_model), "--train_file", TRIPLES, "--output_dir", str(tmp_path / "out")]
+    rates = ["--optim", "sgd", "--learning_rate", "1e38", "--max_grad_norm", "0", "--lr_scheduler_type", "constant"]
+    command = ["sft", *here, *rates, "--warmup_steps", "0", "--use_cpu", "--save_strategy", "no", "--max_steps", "2"]
+    assert cli.main(command) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("wrpo sft: training ended in NaN or infinity")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
 def test_a_run_resumes_from_its_newest_checkpoint(tiny_model, tmp_path, capsys):
     out = tmp_path / "out"
     here = ["--model_name_or_path", str(tiny_model), "--train_file", TRIPLES, "--output_dir", str(out), "--use_cpu"]
@@ -247,6 +329,40 @@ def test_a_run_resumes_from_its_newest_checkpoint(tiny_model, tmp_path, capsys):
     assert cli.main([*command, "--max_steps", "2", "--resume_from_checkpoint", "true"]) == 0
     log = json.loads((out / "metrics.json").read_text())["log_history"]
     assert [line["step"] for line in log if "loss" in line] == [1, 2], "the first line is the first run's"
+
+
+def test_a_checkpoint_that_is_damaged_is_named_as_the_thing_to_drop(tiny_model, tmp_path, capsys):
+    out = tmp_path / "out"
+    here = ["--model_name_or_path", str(tiny_model), "--train_file", TRIPLES, "--output_dir", str(out), "--use_cpu"]
+    command = ["sft", *here, "--save_steps", "1"]
+    assert cli.main([*command, "--max_steps", "1"]) == 0
+    (out / "checkpoint-1" / "optimizer.pt").write_bytes(b"no tensors")
+    assert cli.main([*command, "--max_steps", "2", "--resume_from_checkpoint", "true"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"wrpo sft: resume_from_checkpoint: {out}/checkpoint-1 is damaged")
+    assert "Drop it" in last
+
+
+@pytest.mark.parametrize("content", [b"\xff", None], ids=["not UTF-8", "a folder"])
+def test_a_chat_template_that_is_no_text_is_named(content, tiny_model, tmp_path):
+    path = tmp_path / "template.jinja"
+    path.write_bytes(content) if content else path.mkdir()
+    with pytest.raises(SettingsError, match=r"chat_template_file: .*template\.jinja"):
+        load_tokenizer(ModelSettings(str(tiny_model), chat_template_file=str(path)))
+
+
+def test_only_training_speaks_of_coarse_weights(tiny_model, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("wrpo"), "propagate", True)
+    model = load_model(ModelSettings(str(tiny_model), torch_dtype="bfloat16"))
+    assert "wants torch_dtype" not in caplog.text
+    warn_of_coarse_weights(model)
+    assert "wants torch_dtype: float32" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "3"])
+def test_template_options_that_are_no_mapping_are_named(text):
+    with pytest.raises(UserError, match=r"^chat_template_kwargs: "):
+        cli._template_options(text)
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,24 @@ BAD = {
         "source_weight",
         "0.9",
     ),
+    "weight beyond any float": (
+        EXPLICIT | {"source_chosen": ["a", "b"], "source_weight": [10**400, 1]},
+        "source_weight",
+        "sum inf",
+    ),
+    "weights whose sum is beyond": (
+        EXPLICIT | {"source_chosen": ["a", "b"], "source_weight": [1e308, 1e308]},
+        "source_weight",
+        "sum inf",
+    ),
+    "reward beyond any float": (EXPLICIT | {"source_reward": [10**400]}, "source_reward", "1 finite number"),
+    "log-prob beyond any float": (EXPLICIT | {"source_logp": [[-(10**400)]] * 3}, "source_logp", "finite mean"),
+    "model that is no text": (EXPLICIT | {"source_model": ["\ud800"]}, "source_model", "half a surrogate pair"),
+    "role that is no text": (
+        EXPLICIT | {"prompt": [{"role": "\ud800", "content": "hi"}]},
+        "prompt.role",
+        "half a surrogate pair",
+    ),
     "weight is text": (EXPLICIT | {"source_weight": "1"}, "source_weight", "'1'"),
     "too few models": (EXPLICIT | {"source_chosen": ["a", "b"], "source_model": ["m"]}, "source_model", "2 names"),
     "model is a number": (EXPLICIT | {"source_model": 7}, "source_model", "got 7"),
@@ -209,6 +227,8 @@ BROKEN = {
     "not UTF-8": (LINE.replace(b"five", b"f\xffve"), "UTF-8 text, got byte 0xff at byte 41"),
     "not an object": (b"[1]", "an object"),
     "a number": (b"3", "an object"),
+    "a number of 5000 digits": (b'{"prompt": ' + b"1" * 5000 + b"}", "JSON that Python can read"),
+    "brackets in brackets": (b'{"prompt": ' + b"[" * 100_000 + b"}", "JSON that Python can read"),
 }
 
 
@@ -231,6 +251,25 @@ def test_a_parquet_cell_that_is_not_utf8_is_named_by_its_row(tmp_path):
     with pytest.raises(DataError, match=r"t\.parquet, row 2: expected UTF-8 text, got byte 0xff"):
         load_triples(tmp_path / "t.parquet")
     assert load_triples(tmp_path / "t.parquet", skip_bad_rows=True)["row"][:] == [1]
+
+
+def test_a_parquet_file_cut_within_its_pages_is_named(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "cut.parquet"
+    pq.write_table(pa.Table.from_pylist([EXPLICIT] * 50), path, compression="zstd")
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + bytes(200) + content[204:])
+    with pytest.raises(DataError, match=r"cut\.parquet: expected a Parquet file that is whole"):
+        load_triples(path)
+
+
+def test_a_link_to_nowhere_is_no_such_file(tmp_path):
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "nowhere")
+    for path in (tmp_path / "link.jsonl", tmp_path / "li*.jsonl"):
+        with pytest.raises(FileNotFoundError, match=r"link\.jsonl: no such file"):
+            load_triples(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"[]"])

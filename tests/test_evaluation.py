@@ -11,6 +11,7 @@ from statistics import NormalDist
 
 import pandas
 import pytest
+from scripted_server import serving
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
@@ -84,7 +85,17 @@ def test_a_bootstrap_interval_is_that_of_the_normal_distribution_where_that_hold
     low, high = bootstrap_interval(values)
     assert (low, high) == (pytest.approx(0.5 - half, abs=0.1 * half), pytest.approx(0.5 + half, abs=0.1 * half))
     assert bootstrap_interval(values) == (low, high)
-    assert bootstrap_interval([0.25] * 9) == (0.25, 0.25)
+    assert bootstrap_interval([0.25] * 10) == (0.25, 0.25)
+
+
+def test_a_score_gain_of_fewer_than_ten_prompts_has_no_interval(before_and_after, tmp_path, capsys):
+    assert bootstrap_interval([0.0, 1.0] * 4 + [0.5]) is None
+    assert cli.main(["eval", *before_and_after, "-o", str(tmp_path / "out")]) == 0
+    assert (
+        json.loads((tmp_path / "out/eval.json").read_text())["answers"]["wins"]["after"]["all"]["gain_interval"] is None
+    )
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("after")]
+    assert line.endswith("+0.150")
 
 
 # -- comparison -------------------------------------------------------------------------------------------------------
@@ -282,6 +293,31 @@ def test_a_verifier_named_here_scores_the_answers_once(unscored, capsys):
     assert "0 new answers" in capsys.readouterr().out
 
 
+def test_a_folder_used_again_reports_this_calls_answers_and_no_others(unscored, capsys):
+    scorer = ["--verifier", "my_rewards:longer_is_better"]
+    assert cli.main(["eval", *unscored, "-o", "out", *scorer]) == 0
+    again = rows_in(Path("again.jsonl"), [answer("longer", "a") | {"response": "drawn again"}])
+    assert cli.main(["eval", again, "-o", "out", *scorer]) == 0
+    worth = json.loads(Path("out/eval.json").read_text())["answers"]["worth"]
+    assert {model: one["all"]["prompts"] for model, one in worth.items()} == {"longer": 1}
+    assert worth["longer"]["all"]["mean_score"] == pytest.approx(len("drawn again") / 100)
+
+
+def test_a_folder_used_again_with_other_prompts_or_fewer_samples_reports_what_was_asked_now(unscored, capsys):
+    rows_in(Path("prompts.jsonl"), [{"prompt_id": p, "prompt": f"question {p}"} for p in "bac"])
+    rows_in(Path("fewer.jsonl"), [{"prompt_id": p, "prompt": f"question {p}"} for p in "ac"])
+    with serving() as server:
+        Path("sources.yaml").write_text(json.dumps([{"model": "m", "kind": "server", "base_url": server.url}]))
+        asking = ["eval", "-o", "out", "--sources", "sources.yaml", "--export", "alpaca-eval", "--prompts"]
+        assert cli.main([*asking, "prompts.jsonl", "--samples", "2"]) == 0
+        # The verifier fails on prompt b, which this call does not ask about.
+        assert cli.main([*asking, "fewer.jsonl", "--verifier", "my_rewards:refuses_b"]) == 0
+    assert len(Path("out/scored.jsonl").read_text().splitlines()) == 2
+    measured = json.loads(Path("out/eval.json").read_text())["answers"]
+    assert measured["worth"]["m"]["all"]["prompts"] == 2
+    assert len(json.loads(Path("out/alpaca_eval/m/model_outputs.json").read_text())) == 2
+
+
 def test_an_answer_that_got_no_reward_stops_the_evaluation(unscored, capsys):
     assert cli.main(["eval", *unscored, "-o", "out", "--verifier", "my_rewards:refuses_b"]) == 2
     assert "scored.jsonl: some answers have no reward" in capsys.readouterr().err
@@ -329,6 +365,9 @@ MISTAKES = {
         "--export needs files of answers",
     ),
     "an unknown benchmark": (["a.jsonl", "-o", "out", "--export", "mt-bench"], "invalid choice: 'mt-bench'"),
+    "a folder that is a file": (["a.jsonl", "-o", "a_file"], "-o a_file: expected a folder, got a file"),
+    "a folder below a file": (["a.jsonl", "-o", "a_file/out"], "-o a_file/out: the folder cannot be made: Not a dir"),
+    "a scorer without a name": (["a.jsonl", "-o", "out", "--judge", ""], "--judge: expected a name, got ''"),
     "a file that is not there": (["nowhere.jsonl", "-o", "out"], "nowhere.jsonl: no such file"),
 }
 
@@ -336,6 +375,7 @@ MISTAKES = {
 @pytest.mark.parametrize(("arguments", "words"), MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_one_line_and_status_2(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_file").touch()
     assert cli.main(["eval", *arguments]) == 2
     shown = capsys.readouterr().err
     assert shown.startswith("wrpo eval: ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import datasets
 import pytest
@@ -11,6 +12,7 @@ from tiny_models import ATOL, plain_logp, preference_batch, tiny_model, tiny_row
 from tiny_tokenizer import tiny_tokenizer
 
 from wrpo import cli
+from wrpo.evaluation import implicit_reward
 from wrpo.evaluation.implicit_reward import implicit_reward_accuracy, response_logps
 
 
@@ -98,6 +100,20 @@ def test_the_command_gives_the_accuracies_of_two_saved_models(saved_models, caps
     for name, one in measured.items():
         assert f"{one['accuracy']:.1%}" in next(line for line in shown.splitlines() if line.startswith(name))
     assert (saved_models / "out/eval.png").exists()
+
+
+def test_the_policy_is_gone_before_the_reference_is_loaded(saved_models, monkeypatch):
+    loaded, load = [], implicit_reward.load_model
+
+    def counted(settings):
+        assert not [model for model in loaded if model() is not None]
+        model = load(settings)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(implicit_reward, "load_model", counted)
+    assert cli.main(arguments(saved_models)) == 0
+    assert len(loaded) == 2
 
 
 def test_a_reference_of_another_vocabulary_is_refused(saved_models, capsys):

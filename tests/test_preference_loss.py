@@ -346,14 +346,18 @@ REFUSED = {
     "group_weight a number": ({"group_weight": 2.0}, TypeError, "group_weight.*float"),
     "normalizer 0 as a tensor": ({"normalizer": torch.tensor(0.0)}, ValueError, "normalizer.*0"),
     "normalizer that wants a gradient": (
-        {"normalizer": torch.tensor(3.0, requires_grad=True)}, ValueError, "normalizer.*detach",
+        {"normalizer": torch.tensor(3.0, requires_grad=True)},
+        ValueError,
+        "normalizer.*detach",
     ),
     "length_normalize as text": ({"length_normalize": "yes"}, TypeError, "length_normalize.*True or False.*'yes'"),
     "beta beyond float64": ({"beta": 10**400}, ValueError, "beta.*1329 bits"),
     "groups without number": ({"num_groups": 2**70}, ValueError, "num_groups.*71 bits"),
     "too many groups": ({"num_groups": 2**40}, ValueError, r"num_groups.*2\^31.*1099511627776"),
     "negative length beside empty": (
-        {"length": -torch.ones(6).long(), "empty": "zero"}, ValueError, "length.*>= 0.*-1",
+        {"length": -torch.ones(6).long(), "empty": "zero"},
+        ValueError,
+        "length.*>= 0.*-1",
     ),
     "unknown reduction": ({"reduction": "avg"}, ValueError, "reduction.*mean.*sum.*none.*'avg'"),
     "normalizer 0": ({"normalizer": 0}, ValueError, "normalizer.*0"),
@@ -375,4 +379,6 @@ def test_a_wrong_argument_is_named_in_the_error(name):
 def test_a_float64_normalizer_leaves_the_loss_in_float32():
     logp, weight, group = torch.zeros(2), torch.tensor([1.0, -1.0]), torch.zeros(2).long()
     normalizer = torch.tensor(2.0, dtype=torch.float64)
-    assert preference_loss(logp, seq_weight=weight, group=group, beta=1.0, normalizer=normalizer).loss.dtype == logp.dtype
+    assert (
+        preference_loss(logp, seq_weight=weight, group=group, beta=1.0, normalizer=normalizer).loss.dtype == logp.dtype
+    )

@@ -151,12 +151,13 @@ def test_the_reference_pass_of_a_sharded_run_takes_place_where_the_batches_are(t
     trainer = wrpo_trainer(tmp_path)
     moved = []
     monkeypatch.setattr(trainer.model, "to", lambda device: moved.append(device))
-    trainer.precompute(trainer.model)
+    trainer.open_reference(None)
     assert moved == []
-    trainer.is_fsdp_enabled = True
-    trainer.train_dataset = tiny_rows()
-    trainer.precompute(trainer.model)
-    assert moved == [trainer.args.device]
+    trainer.place_model_on_device = False
+    for reference in ("precompute", "copy"):
+        trainer.args.reference, trainer.train_dataset = reference, tiny_rows()
+        trainer.open_reference(None)
+    assert moved == [trainer.args.device] * 2
 
 
 def test_accelerate_accepts_the_sharding():

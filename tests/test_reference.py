@@ -12,11 +12,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from tiny_models import plain_logp, preference_batch, tiny_model, tiny_rows
-from tiny_runs import wrpo_trainer
+from tiny_runs import SETTINGS, wrpo_trainer
 from torch import nn
 
-from wrpo import WRPOTrainer
-from wrpo.reference import adapters_off, choose_reference
+from wrpo import WRPOConfig, WRPOTrainer
+from wrpo.head_trainer import HeadTrainer
+from wrpo.reference import adapters_off, choose_reference, refuse_partitioned
 
 LORA = LoraConfig(target_modules=["q_proj", "lm_head"], r=2)
 # A batch of other rows pads and multiplies in another order: float32 rounding of sums of at most 9 scores of 64 nats.
@@ -128,6 +129,41 @@ def passes(monkeypatch) -> list[int]:
     seen, real = [], module.sequence_logp
     monkeypatch.setattr(module, "sequence_logp", lambda *args, **kwargs: (seen.append(1), real(*args, **kwargs))[1])
     return seen
+
+
+def partitioned(model: nn.Module) -> nn.Module:
+    """As ZeRO-3 leaves it until a forward of the wrapped model."""
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id, parameter.data = number, torch.empty(0)
+    return model
+
+
+def forbidden(*_args, **_inputs):
+    raise AssertionError("a forward of weights that are not there")
+
+
+@pytest.mark.parametrize("elsewhere", [partitioned, lambda model: model.to("meta")], ids=["ZeRO-3", "meta"])
+def test_weights_that_are_elsewhere_are_not_run_before_they_are_there(elsewhere, tmp_path, monkeypatch):
+    model = elsewhere(get_peft_model(tiny_model(), LORA))
+    monkeypatch.setattr(type(model.get_base_model()), "forward", forbidden)
+    with pytest.raises(ValueError, match="set check_head to false"):
+        HeadTrainer(model, WRPOConfig(output_dir=str(tmp_path), **SETTINGS))
+    for reference in ("copy", "precompute"):
+        with pytest.raises(ValueError, match=f"reference='{reference}' runs .*without sharding.*column ref_logp"):
+            refuse_partitioned(model, reference)
+    with pytest.raises(ValueError, match=r"reference='auto' cannot run .* use reference='adapter'"):
+        choose_reference("auto", model, "sigmoid", has_length=True)
+    assert choose_reference("adapter", model, "sigmoid", has_length=True) == "adapter"
+    assert choose_reference("auto", model, "sigmoid", has_length=True, has_reference=True) == "precompute"
+
+
+@pytest.mark.parametrize("reference", ["copy", "precompute"])
+def test_a_trainer_of_weights_that_are_elsewhere_takes_the_reference_of_the_data_alone(reference, tmp_path):
+    model = partitioned(tiny_model())
+    with pytest.raises(ValueError, match=f"reference='{reference}' runs the model before it is wrapped"):
+        opened(tmp_path, model, reference, check_head=False)
+    trainer = opened(tmp_path, model, "precompute", brought(tiny_rows(2)), check_head=False)
+    assert reference_of(trainer).tolist() == [-1.0] * 6
 
 
 def test_what_was_kept_is_used_again(tmp_path, passes, caplog):

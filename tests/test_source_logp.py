@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import datasets
@@ -100,6 +102,9 @@ def test_the_command_writes_triples_that_train_with_a_fused_reference(models, tm
         (["no.jsonl", "-o", "out.jsonl", "--models", "nowhere"], "no.jsonl"),
         (["{triples}", "-o", "out.jsonl", "--models", "nowhere"], "'nowhere'"),
         (["{triples}", "-o", "out.jsonl", "--modles", "nowhere"], "did you mean --models?"),
+        (["{triples}", "-o", "out.parquet", "--models", "nowhere"], "expected a file name ending in .jsonl"),
+        (["{triples}", "-o", "{triples}", "--models", "nowhere"], "triples.jsonl is there already"),
+        (["{triples}", "-o", "{triples}", "--overwrite", "--models", "nowhere"], "is one of the triples"),
     ],
 )
 def test_what_cannot_be_scored_is_said_in_one_line(arguments, words, tmp_path, capsys, monkeypatch):
@@ -109,3 +114,32 @@ def test_what_cannot_be_scored_is_said_in_one_line(arguments, words, tmp_path, c
     assert cli.main(["logp", *(argument.format(triples=triples) for argument in arguments)]) == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
     assert not Path("out.jsonl").exists()
+    assert triples.read_text() == json.dumps(ROWS[1]) + "\n"
+
+
+def test_what_a_row_holds_besides_stays_in_it(models, tmp_path):
+    source, output = tmp_path / "triples.jsonl", tmp_path / "new" / "scored.jsonl"
+    rows = [{"prompt_id": f"p{k}", "target_reward": 0.5, "note": "\ud800", **row} for k, row in enumerate(ROWS)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["logp", str(source), "-o", str(output), "--models", models[0]]) == 0
+    scored = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [len(row.pop("source_logp")) for row in scored] == [4, 3]
+    assert scored == rows
+
+
+def test_a_model_is_gone_before_the_next_one_is_loaded(models, tmp_path, monkeypatch):
+    loaded, load = [], AutoModelForCausalLM.from_pretrained
+
+    def watched(*args, **kwargs):
+        assert not [model for model in loaded if model() is not None], "two models in memory"
+        model = load(*args, **kwargs)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    gc.disable()
+    try:
+        with_source_logp(load_triples(ROWS), models, tmp_path / "kept", progress=False)
+    finally:
+        gc.enable()
+    assert len(loaded) == 2

@@ -13,6 +13,7 @@ from tiny_runs import ONE_GRADIENT, SETTINGS, training_lines, weights, wrpo_trai
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from wrpo import WRPOConfig, WRPOTrainer
+from wrpo.user_error import UserError
 
 
 # The paper's objectives in float64, written from Table 5 alone. delta: log-ratios, or log-probs over length for SimPO.
@@ -266,3 +267,8 @@ def test_training_and_the_reference_pass_leave_the_random_state_of_the_data_alon
     expected = lengths("none")
     assert len(set(expected)) == 6
     assert lengths("copy") == pytest.approx(expected) == lengths("precompute")
+
+
+def test_a_run_that_ends_in_weights_that_are_no_numbers_is_an_error(tmp_path):
+    with pytest.raises(UserError, match=r"training ended in NaN or infinity .*not finite: \d+ parameters"):
+        wrpo_trainer(tmp_path, max_steps=2, beta=1.0, **{**ONE_GRADIENT, "learning_rate": 1e38}).train()

@@ -22,6 +22,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,31 @@ ENDINGS = {"model": "", "metrics": "metrics.json", "curves": "training_curves.pn
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # answers and paths hold more than some terminals can show
+    prog = f"wrpo {arguments[0]}" if arguments and arguments[0] in COMMANDS else "wrpo"
+    try:
+        return _flushed(_run, arguments)
+    except UserError as error:
+        return _user_error(prog, str(error))
+    except FileNotFoundError as error:
+        return _user_error(prog, f"{error.filename}: no such file" if error.filename else str(error))
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        return _user_error(prog, f"needs the package {error.name}: pip install 'wrpo[{EXTRAS[error.name]}]'")
+    except KeyboardInterrupt:
+        print(f"{prog}: stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not _cannot_be_written(error):
+            raise
+        status = _user_error(prog, f"cannot be read or written: {error}")
+        _leave_stdout()
+        return status
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2
@@ -47,21 +73,35 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(COMMANDS)}"
-        return _user_error("wrpo", f"no command {name!r}; {hint}")
+        raise UserError(f"no command {name!r}; {hint}")
     _log_to_stderr()
+    return COMMANDS[name](rest) or 0
+
+
+def _flushed(run: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """What was printed is out, or that is an error of this command and not one of Python's exit."""
     try:
-        return COMMANDS[name](rest) or 0
-    except UserError as error:
-        return _user_error(f"wrpo {name}", str(error))
-    except FileNotFoundError as error:
-        return _user_error(f"wrpo {name}", f"{error.filename}: no such file" if error.filename else str(error))
-    except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
-            raise
-        return _user_error(f"wrpo {name}", f"needs the package {error.name}: pip install 'wrpo[{EXTRAS[error.name]}]'")
-    except KeyboardInterrupt:
-        print(f"wrpo {name}: stopped", file=sys.stderr)
-        return 130
+        status = run(arguments)
+    except SystemExit:  # --help
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+    return status
+
+
+def _cannot_be_written(error: Exception) -> bool:
+    """A full disk or a read-only folder, in the words of Python, of safetensors or of torch.save."""
+    is_tensors = type(error).__name__ == "SafetensorError"
+    return isinstance(error, OSError) or is_tensors or "PytorchStreamWriter" in str(error)
+
+
+def _leave_stdout() -> None:
+    """Where it is stdout that cannot be written, Python would try again at its exit, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _user_error(prog: str, message: str) -> int:
@@ -70,6 +110,10 @@ def _user_error(prog: str, message: str) -> int:
 
 
 def _is_first_process() -> bool:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        value = os.environ.get(name, "0")
+        if not value.removeprefix("-").isdecimal():
+            raise UserError(f"{name}: expected a whole number, got {value!r}. torchrun sets it; without it, unset it")
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -112,10 +156,11 @@ def _fit(trainer_class: Any, config: Any, model: ModelSettings, data: DataSettin
     """Train, save, and say where everything is. Data first: its errors are the cheapest to meet."""
     from transformers import set_seed
 
-    from wrpo.pretrained import load_model, load_tokenizer
+    from wrpo.pretrained import load_model, load_tokenizer, warn_of_coarse_weights
+    from wrpo.resuming import find_checkpoint, train_from
 
     set_seed(config.seed)
-    checkpoint = _checkpoint(config)
+    checkpoint = find_checkpoint(config)
     tokenizer = load_tokenizer(model)
     with config.main_process_first(desc="tokenising"):  # the others read what the first has put on disk
         rows = _rows(data.train_file, data.train_split, tokenizer, config, data, targets)
@@ -123,8 +168,10 @@ def _fit(trainer_class: Any, config: Any, model: ModelSettings, data: DataSettin
     if eval_rows and config.eval_strategy == "no":
         config.eval_strategy = type(config.eval_strategy)("epoch")
     try:
+        policy = load_model(model)
+        warn_of_coarse_weights(policy)
         trainer = trainer_class(
-            load_model(model),
+            policy,
             config,
             train_dataset=rows,
             eval_dataset=eval_rows or None,
@@ -132,27 +179,10 @@ def _fit(trainer_class: Any, config: Any, model: ModelSettings, data: DataSettin
         )
     except (ValueError, TypeError) as error:  # settings, model and data that do not go together
         raise UserError(str(error)) from error
-    trainer.train(resume_from_checkpoint=checkpoint)
+    train_from(trainer, checkpoint)
     trainer.save_model()
     if _is_first_process():
         _say_where(Path(config.output_dir))
-
-
-def _checkpoint(config: Any) -> str | None:
-    """The folder that `resume_from_checkpoint` names; `true` is the newest one in output_dir."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    wanted = config.resume_from_checkpoint
-    if wanted is None or wanted.lower() == "false":
-        return None
-    newest = wanted.lower() == "true"
-    folder = config.output_dir if newest else wanted
-    found = folder if Path(folder).is_dir() else None
-    if newest and found:
-        found = get_last_checkpoint(folder)
-    if found is None:
-        raise UserError(f"resume_from_checkpoint: no checkpoint {'in' if newest else 'at'} {folder}")
-    return found
 
 
 def _rows(path: str, split: str, tokenizer: Any, config: Any, data: DataSettings, targets: bool) -> Any:
@@ -172,7 +202,7 @@ def _rows(path: str, split: str, tokenizer: Any, config: Any, data: DataSettings
 def _template_options(text: str | None) -> dict | None:
     try:
         options = json.loads(text) if text is not None else None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"chat_template_kwargs: not JSON: {error}") from error
     if not isinstance(options, (dict, type(None))):
         raise UserError(f"chat_template_kwargs: expected a mapping, got {text!r}")

@@ -7,6 +7,7 @@ otherwise are set here; every other field of it works as documented there.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ SOURCE_WEIGHTINGS = ("rows", "reward", *MEASURES)
 REFERENCES = ("auto", "copy", "adapter", "precompute", "none")
 FUSIONS = ("max_margin", "average", "confidence")
 EMPTY_RESPONSES = ("raise", "zero")
+LARGEST_SEED = 2**32 - 1  # NumPy takes no larger one
 
 
 def knob(default: Any, text: str) -> Any:
@@ -71,6 +73,7 @@ class FusedHeadConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and is_torch_bf16_gpu_available()
+        self._check_inherited()
         super().__post_init__()
         self._check_at_least("max_length", 2)
         self._check_at_least("max_prompt_length", 1)
@@ -82,6 +85,18 @@ class FusedHeadConfig(TrainingArguments):
                 "label_smoothing_factor smooths the tokens of a cross-entropy, which no loss here has; set it to 0 "
                 "(the smoothing of preferences is WRPOConfig's loss_label_smoothing)"
             )
+
+    def _check_inherited(self) -> None:
+        """Fields of `TrainingArguments` that it takes as they come: the run would fail later, or end in NaN."""
+        at_least_0 = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "num_train_epochs")
+        for name in (*at_least_0, "dataloader_num_workers"):
+            if name != "max_grad_norm" or self.max_grad_norm is not None:  # none: no clipping
+                self._check_range(name, 0)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            self._check_range(name, 1)
+        self._check_range("seed", 0, LARGEST_SEED)
+        if self.data_seed is not None:
+            self._check_range("data_seed", 0, LARGEST_SEED)
 
     def head_options(self) -> dict:
         """How the kernels are to run: keyword arguments of every `linear_...` op."""
@@ -96,10 +111,11 @@ class FusedHeadConfig(TrainingArguments):
         self, name: str, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
     ) -> None:
         value = getattr(self, name)
-        inside = math.isfinite(value) and (low < value if open_low else low <= value) and value <= high
-        if not inside:
+        # Compared, not converted: an integer may be too large for a float. NaN fails the comparison.
+        inside = isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+        if not inside or value < low or value > high or (open_low and value == low):
             bounds = [f" > {low:g}" if open_low else f" >= {low:g}"] if low > -math.inf else []
-            bounds += [f" <= {high:g}"] if high < math.inf else []
+            bounds += [f" <= {high if isinstance(high, int) else f'{high:g}'}"] if high < math.inf else []
             raise ValueError(f"{name} must be a finite number{' and'.join(bounds)}, got {value}")
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
@@ -183,7 +199,9 @@ class WRPOConfig(FusedHeadConfig):
         "auto",
         "Where reference log-probs come from. copy: a frozen copy of the model. adapter: the PEFT model with its "
         "adapters off. precompute: once before training, kept on disk. none: reference-free. auto: none for simpo; "
-        "adapter if the adapters are fresh; else precompute, or copy where the data has no length. Default: auto.",
+        "adapter if the adapters are fresh; else precompute, or copy where the data has no length. Under FSDP, copy "
+        "and precompute need the whole model on every GPU; under ZeRO-3, give the data the column ref_logp. Default: "
+        "auto.",
     )
     reference_cache_dir: str | None = knob(
         None, "Folder of the precomputed reference log-probs. Default: `reference` in output_dir."

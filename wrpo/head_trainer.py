@@ -8,6 +8,7 @@ FSDP and ZeRO average over ranks, and the loss is multiplied by the number of ra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -20,6 +21,8 @@ from wrpo.config import FusedHeadConfig
 from wrpo.curves import TrainingCurves
 from wrpo.head import install_fused_head
 from wrpo.metrics import RunningMeans
+from wrpo.reference import is_partitioned
+from wrpo.user_error import UserError
 from wrpo_kernels import token_logp
 
 Batch = dict[str, Tensor]
@@ -39,6 +42,11 @@ class HeadTrainer(Trainer):
                 f"{args.n_gpu} GPUs in one process (DataParallel) are not supported: start one process a GPU with "
                 f"`torchrun --nproc_per_node {args.n_gpu} ...`, or show this process one GPU with CUDA_VISIBLE_DEVICES"
             )
+        if args.check_head and model is not None and is_partitioned(model):
+            raise ValueError(
+                "check_head runs the model before it is wrapped, and its weights are spread over ranks or not there "
+                "yet (ZeRO-3, meta device): set check_head to false"
+            )
         if args.kernel_backend is not None:
             check_backend(args.kernel_backend, args.device)
         super().__init__(model=model, args=args, **options)
@@ -46,6 +54,24 @@ class HeadTrainer(Trainer):
         install_fused_head(self.model, check=args.check_head)
         self.add_callback(TrainingCurves(draw=args.draw_curves))
         self.train_means, self.eval_means = RunningMeans(), RunningMeans()
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """As the Trainer's.
+
+        Raises:
+            UserError: the run ended with weights or a loss that are no numbers.
+        """
+        output = super().train(*args, **options)
+        weights = [name for name, p in self.model.named_parameters() if p.requires_grad and not is_finite(p)]
+        bad = torch.tensor(float(bool(weights) or not math.isfinite(output.training_loss)), device=self.args.device)
+        if self.accelerator.reduce(bad, "sum").item():  # all ranks stop, or none: a rank of FSDP sees its share alone
+            raise UserError(
+                f"training ended in NaN or infinity (mean loss {output.training_loss}; not finite: {len(weights)} "
+                f"parameters, the first {weights[0] if weights else 'on another process, if any'}). Do not use these "
+                "weights: lower learning_rate, set max_grad_norm, and go on from a checkpoint before the first such "
+                "loss in the log"
+            )
+        return output
 
     def item_weight(self, batch: Batch) -> Tensor:
         """[B], what each row of the batch weighs in the mean that is the loss."""
@@ -120,6 +146,12 @@ class HeadTrainer(Trainer):
         means = self.eval_means.pop(self.accelerator)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
+
+
+def is_finite(parameter: Tensor) -> bool:
+    """Of a parameter that FSDP has sharded: this rank's share."""
+    own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return not own.is_floating_point() or own.is_meta or bool(own.detach().isfinite().all())
 
 
 def check_backend(name: str | None, device: torch.device) -> None:

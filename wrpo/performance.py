@@ -126,11 +126,10 @@ class RunningPerformance(TrainerCallback, ExportableState):
         self.sums = torch.zeros_like(self.sums, device=args.device)
         self.step_sums = torch.zeros_like(self.sums)
         if kept is not None:
-            places = [*kept["args"]["source_models"], "", ""]
-            rows = dict(zip(places[:-2], kept["attributes"]["kept_sums"], strict=False))
-            rest = kept["attributes"]["kept_sums"][-2:]
+            *of_models, unnamed, target = kept["attributes"]["kept_sums"]
+            rows = dict(zip(kept["args"]["source_models"], of_models, strict=True))
             own = [rows.get(model, [0.0] * self.sums.shape[1]) for model in self.source_models]
-            self.sums += torch.tensor([*own, *rest], dtype=torch.float64).to(args.device)
+            self.sums += torch.tensor([*own, unnamed, target], dtype=torch.float64).to(args.device)
         elif state.global_step:
             logger.warning("The checkpoint has no running means of the sources: they begin anew")
         state.stateful_callbacks[name] = self.state()

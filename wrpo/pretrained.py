@@ -19,14 +19,22 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """The tokenizer with a padding token and, where a file is named, another chat template.
 
     Raises:
-        SettingsError: nothing to load there.  FileNotFoundError: no such template file.
+        SettingsError: nothing to load there, or a template file that is no text.  FileNotFoundError: no such template
+            file.
     """
     tokenizer = _load(AutoTokenizer, settings)
     if settings.chat_template_file:
-        tokenizer.chat_template = Path(settings.chat_template_file).read_text(encoding="utf-8")
+        tokenizer.chat_template = _template(Path(settings.chat_template_file))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked everywhere, so any id serves
     return tokenizer
+
+
+def _template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (IsADirectoryError, UnicodeDecodeError) as error:
+        raise SettingsError(f"chat_template_file: expected a Jinja file in UTF-8, got {path}: {error}") from error
 
 
 def load_model(settings: ModelSettings) -> Any:
@@ -43,15 +51,18 @@ def load_model(settings: ModelSettings) -> Any:
         # Plain tensors; without it some releases keep them packed, or call them quantised and refuse to train them.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = _load(AutoModelForCausalLM, settings, dtype=dtype, **options)
-    if settings.lora_r:
-        return _with_adapters(model, settings)
-    if model.dtype != torch.float32:
+    return _with_adapters(model, settings) if settings.lora_r else model
+
+
+def warn_of_coarse_weights(model: Any) -> None:
+    """Before training: that steps of full fine-tuning would be lost in weights of 16 bits."""
+    coarse = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
+    if coarse and not hasattr(model, "peft_config"):
         logger.warning(
             "The weights are %s: steps smaller than about 1/256 of a weight are rounded away. "
             "Full fine-tuning wants torch_dtype: float32 with bf16: true.",
-            model.dtype,
+            coarse.pop(),
         )
-    return model
 
 
 def _load(auto: Any, settings: ModelSettings, **options: Any) -> Any:

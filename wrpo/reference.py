@@ -29,6 +29,10 @@ from wrpo_kernels import linear_token_logp
 
 logger = logging.getLogger("wrpo.reference")
 
+UNSHARDED_FIRST = (
+    "Compute the reference first, in a run without sharding, and give the data the column ref_logp: for each row the "
+    "log-probs of its sources, target and rejected response"
+)
 Batch = dict[str, Tensor]
 Reference = Callable[[nn.Module, Batch], Tensor | None]  # (policy as the trainer wrapped it, batch) -> [S] or None
 
@@ -64,7 +68,8 @@ def choose_reference(
         has_reference: every data set brings `ref_logp` along; "auto" then uses it, as "precompute" does.
 
     Raises:
-        ValueError: the named source cannot be had from this model or data; the message says why.
+        ValueError: the named source cannot be had from this model or data, or "auto" cannot be found out; the message
+            says why.
     """
     is_peft = hasattr(model, "disable_adapter")
     if wanted == "none" or loss_type == "simpo":
@@ -73,13 +78,19 @@ def choose_reference(
         raise ValueError(f"reference='adapter' needs a PEFT model, got {type(model).__name__}; use copy or precompute")
     if wanted == "precompute" and not has_length:
         raise ValueError("reference='precompute' needs data with a length; use copy for streams")
-    if wanted == "adapter" and not adapters_are_fresh(model):
+    partitioned = is_partitioned(model)
+    if wanted == "adapter" and not partitioned and not adapters_are_fresh(model):
         logger.warning(
             "reference='adapter': the adapters already change the model's output, and the reference is the model "
             "without them. Where they hold the SFT stage, merge them or use reference='precompute'."
         )
     if wanted != "auto":
         return wanted
+    if is_peft and not has_reference and partitioned:
+        raise ValueError(
+            "reference='auto' cannot run a model whose weights are spread over ranks or not there yet (ZeRO-3, meta "
+            "device) to see whether its adapters are fresh: use reference='adapter' if they are"
+        )
     if is_peft and not has_reference and adapters_are_fresh(model):
         return "adapter"
     return "precompute" if has_length else "copy"
@@ -128,9 +139,23 @@ class FrozenCopy:
 
 def frozen_copy(model: nn.Module) -> nn.Module:
     """Raises ValueError for a model whose weights are spread over ranks."""
-    if any(hasattr(parameter, "ds_id") or hasattr(parameter, "full_tensor") for parameter in model.parameters()):
-        raise ValueError("reference='copy' cannot copy weights that are spread over ranks; use reference='precompute'")
+    refuse_partitioned(model, "copy")
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise ValueError(f"reference='copy' cannot copy weights that are spread over ranks. {UNSHARDED_FIRST}")
     return copy.deepcopy(model)
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether the model cannot run before it is wrapped: ZeRO-3 empties its weights, on `meta` they never were."""
+    return any(hasattr(parameter, "ds_id") or parameter.is_meta for parameter in model.parameters())
+
+
+def refuse_partitioned(model: nn.Module, reference: str) -> None:
+    if is_partitioned(model):
+        raise ValueError(
+            f"reference={reference!r} runs the model before it is wrapped, and its weights are spread over ranks or "
+            f"not there yet (ZeRO-3, meta device). {UNSHARDED_FIRST}"
+        )
 
 
 class AdaptersOff:

@@ -114,7 +114,8 @@ def compute(
     order = np.argsort(-lengths, kind="stable")
     batches = [order[start : start + batch_size].tolist() for start in range(0, len(order), batch_size)]
     total = torch.zeros(int(counts.sum()), dtype=torch.float32, device=accelerator.device)
-    # Every rank runs the model equally often: sharded weights are gathered by all ranks together.
+    # Every rank holds the whole model here, before FSDP wraps it, and ZeRO-3 is refused. One that was loaded in shards
+    # gathers them by all ranks together, so each runs it equally often.
     rounds = range(accelerator.process_index, -(-len(batches) // accelerator.num_processes) * accelerator.num_processes,
                    accelerator.num_processes)  # fmt: skip
     for turn in tqdm(rounds, desc="Reference log-probs", disable=not (progress and accelerator.is_main_process)):

@@ -15,7 +15,7 @@ from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -123,7 +123,7 @@ def _fields(cls: type) -> dict[str, Any]:
 def _build(cls: type, values: Namespace) -> Any:
     try:
         return cls(**{name: getattr(values, name) for name in _fields(cls)})
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise SettingsError(str(error)) from error
 
 
@@ -158,11 +158,29 @@ def _or_none(parse: Any) -> Any:
     return parse_or_none
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML takes the last of two fields with one name in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise SettingsError(f"{key.value} stands in line {lines[key.value]} and in line {line}; keep one")
+                lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
 def _from_yaml(path: Path, hints: dict[str, Any]) -> tuple[list[str], dict[str, None]]:
     """(command-line flags, fields set to null)."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except SettingsError as error:
+        raise SettingsError(f"{path}: {error}") from error
+    except IsADirectoryError:
+        raise SettingsError(f"{path}: expected a YAML file, got a folder") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a month 13, a number of 5000 digits, 3000 brackets
         raise SettingsError(f"{path}: not a YAML file: {error}") from error
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: expected 'field: value' lines, got {type(content).__name__}")
@@ -179,9 +197,15 @@ def _from_mapping(content: dict, hints: dict[str, Any], place: str) -> tuple[lis
             if type(None) not in get_args(hints[name]):
                 raise SettingsError(f"{place}: {name}: expected a value, got null")
             unset[name] = None
+        elif isinstance(value, list) and not _takes_several(hints[name]):
+            raise SettingsError(f"{place}: {name}: expected one value, got {len(value)} in a list")
         else:
             flags += _flags(name, value)
     return flags, unset
+
+
+def _takes_several(hint: Any) -> bool:
+    return any(part is list or get_origin(part) is list for part in (hint, *get_args(hint)))
 
 
 def _flags(name: str, value: Any) -> list[str]:

@@ -11,6 +11,7 @@ with the model it was at. Source: InfiFPO, arXiv:2505.13878, eq. 10.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -18,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from accelerate import Accelerator
+import torch
+from accelerate import Accelerator, PartialState
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from wrpo.data import PreferenceCollator, load_triples, tokenize_triples
+from wrpo.data.reading import read_rows
 from wrpo.flags import Flags, whole_number
 from wrpo.head import install_fused_head
 from wrpo.head_trainer import pad_token
@@ -30,6 +33,7 @@ from wrpo.pretrained import load_tokenizer
 from wrpo.reference import sequence_logp
 from wrpo.reference_cache import model_fingerprint, responses_of, with_reference
 from wrpo.settings import ModelSettings, SettingsError
+from wrpo.user_error import UserError
 
 logger = logging.getLogger("wrpo")
 
@@ -100,10 +104,18 @@ def with_source_logp(
             raise SettingsError(f"models {name!r}: {error}") from error
         cache_file = cache_dir / f"{number}.safetensors"
         by_model.append(mean_logp(triples, model, tokenizer, cache_file=cache_file, **options))
-        del model  # before the next one is loaded
+        del model
+        _free()
     by_row = [[list(logp) for logp in zip(*of_models, strict=True)] for of_models in zip(*by_model, strict=True)]
     features = triples.features["source_logp"]
     return triples.remove_columns("source_logp").add_column("source_logp", by_row, feature=features)
+
+
+def _free() -> None:
+    """Before the next model is loaded: one with a fused head is a cycle, which only the collector takes apart."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def run(arguments: list[str]) -> None:
@@ -114,16 +126,47 @@ def run(arguments: list[str]) -> None:
     flags.add_argument("--batch_size", type=whole_number, default=8, help="rows in a batch (default: 8)")
     flags.add_argument("--max_length", type=whole_number, help="most tokens in prompt + response (default: no limit)")
     flags.add_argument("--torch_dtype", default="auto", help="type of the weights in memory (default: as saved)")
+    flags.add_argument("--overwrite", action="store_true", help="replace the output if it is there")
     given = flags.read(arguments)
+    _refuse_output(given.output, given.overwrite)
     triples = load_triples(given.triples)
+    _refuse_input(given.output, triples.unique("file"))
     cache_dir = given.output.with_name(f"{given.output.name}.models")
     scored = with_source_logp(
         triples, given.models, cache_dir, torch_dtype=given.torch_dtype, batch_size=given.batch_size,
         max_length=given.max_length,
     )  # fmt: skip
-    partial = given.output.with_name(f"{given.output.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for row in scored.remove_columns(["file", "row"]):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(partial, given.output)
-    print(f"triples  {given.output}")
+    if PartialState().is_main_process:  # under torchrun all have the same numbers
+        _write(given.output, given.triples, scored)
+        print(f"triples  {given.output}")
+
+
+def _refuse_output(output: Path, overwrite: bool) -> None:
+    if output.suffix != ".jsonl":
+        raise UserError(f"--output: expected a file name ending in .jsonl, got {output.name!r}")
+    if output.is_dir() or (output.exists() and not overwrite):
+        raise UserError(f"--output: {output} is there already. Name another file, or replace it with --overwrite")
+
+
+def _refuse_input(output: Path, inputs: list[str]) -> None:
+    """An output that could not be finished would have cost the data."""
+    if output.exists() and any(Path(name).exists() and output.samefile(name) for name in inputs):
+        raise UserError(f"--output: {output} is one of the triples that are read. Name another file")
+
+
+def _write(output: Path, sources: list[str], scored: datasets.Dataset) -> None:
+    """The rows as they were read, fields that no triple has among them, with the column."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f"{output.name}.partial")
+    with partial.open("wb") as file:
+        for (_, _, row), logp in zip(read_rows(sources), scored["source_logp"], strict=True):
+            file.write(_line({**row, "source_logp": logp}))  # type: ignore[dict-item]  # an error has stopped the load
+    os.replace(partial, output)
+
+
+def _line(row: dict) -> bytes:
+    text = json.dumps(row, ensure_ascii=False, default=str)  # Parquet has dates
+    try:
+        return f"{text}\n".encode()
+    except UnicodeEncodeError:  # half a surrogate pair in some other field: as an escape it stays readable
+        return f"{json.dumps(row, default=str)}\n".encode()

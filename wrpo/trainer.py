@@ -32,6 +32,7 @@ from wrpo.reference import (
     from_batch,
     frozen_copy,
     no_reference,
+    refuse_partitioned,
     sequence_logp,
 )
 from wrpo.reference_cache import model_fingerprint, with_reference
@@ -124,13 +125,22 @@ class WRPOTrainer(HeadTrainer):
             return AdaptersOff(self.model, **options)
         if source == "none":
             return no_reference
+        if has_reference:
+            return from_batch
+        refuse_partitioned(self.model if ref_model is None else ref_model, source)
         model = ref_model if ref_model is not None else frozen_copy(self.model) if source == "copy" else self.model
-        if ref_model is not None:
-            ref_model.to(args.device)
+        self.place_reference(model, is_own=ref_model is None)
         if source == "copy":
             return FrozenCopy(model, self.accelerator.autocast, args.check_head, **options)
         self.precompute(model)
         return from_batch
+
+    def place_reference(self, model: nn.Module, is_own: bool) -> None:
+        """On the device: the Trainer never saw `ref_model`, and under FSDP and DeepSpeed leaves its own on the CPU."""
+        parts = set((getattr(model, "hf_device_map", None) or {}).values())
+        is_spread = len(parts) > 1 or any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+        if not is_spread and not (is_own and (self.place_model_on_device or self.is_model_parallel)):
+            model.to(self.args.device)
 
     def datasets(self) -> dict[str, Any]:
         """All data sets by the name of their cache file."""
@@ -149,8 +159,6 @@ class WRPOTrainer(HeadTrainer):
     def precompute(self, model: nn.Module) -> None:
         """Give every data set its column `ref_logp`. One that brings the column along keeps it."""
         args = self.args
-        if self.is_fsdp_enabled:  # the Trainer leaves the model on the CPU until training shards it
-            model.to(args.device)
         install_fused_head(model, check=args.check_head)
         settings = {"mixed_precision": self.accelerator.mixed_precision, "head": str(install_fused_head(model))}
         fingerprint = model_fingerprint(model, self.processing_class, settings)

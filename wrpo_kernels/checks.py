@@ -59,8 +59,9 @@ def _is_finite(value: float) -> bool:
 
 def _shown(value: float) -> str:
     """A number for a message; Python refuses to print ints of thousands of digits."""
-    large = isinstance(value, int) and value.bit_length() > 64
-    return f"an int of {value.bit_length()} bits" if large else str(value)
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an int of {value.bit_length()} bits"
+    return str(value)
 
 
 def check_float32(name: str, value: float) -> None:

@@ -31,7 +31,7 @@ class Gradients:
         self.dw = self.db = None
         if keeps[1]:
             dtype = weight.dtype if chunks <= 1 else wide
-            self.dw = scratch(*weight.shape, dtype, weight.device)
+            self.dw = scratch(weight.shape[0], weight.shape[1], dtype, weight.device)
         if keeps[2]:
             self.db = torch.zeros(weight.shape[0], dtype=wide, device=weight.device)
         self._weight = weight

@@ -9,62 +9,26 @@ hash, and the outputs of all shards, one after another, are the output of the wh
 
 from __future__ import annotations
 
-import hashlib
 import pickle
-import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
+from wrpo.shards import ORDER_BITS, Shard, place
+
+__all__ = ["PARTITION_BYTES", "PromptGroups", "Record", "Shard", "place"]
+
 PARTITION_BYTES = 32 << 20  # of temporary file that is held in memory at a time, about three times that as objects
-ORDER_BITS = 64
 BITS = 6  # 64 files open a level
 LEVELS = 4  # 64^4 files of 32 MiB are 512 TiB; beyond that it is one prompt that is too large
 
 _LENGTH = struct.Struct("<Q")
-_PLACE = struct.Struct(">QQ")
 
 Record = tuple[Any, ...]  # order, prompt id, and what else a row has
-
-
-def place(prompt_id: str, seed: int) -> tuple[int, float]:
-    """(order: 64 bits, split: in [0, 1)), uniform, independent, and fixed by prompt id and seed."""
-    hasher = _seeded(seed).copy()
-    hasher.update(prompt_id.encode())
-    order, split = _PLACE.unpack(hasher.digest())
-    return order, (split >> 11) / 2**53
-
-
-@lru_cache
-def _seeded(seed: int) -> Any:
-    return hashlib.blake2b(digest_size=_PLACE.size, salt=seed.to_bytes(hashlib.blake2b.SALT_SIZE, "big"))
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The `index`-th of `count` equal ranges of the order, from 0."""
-
-    index: int
-    count: int
-
-    @classmethod
-    def parse(cls, text: str | None) -> Shard:
-        """From "i/n"; None is the whole.  ValueError: anything else, or i not in 0..n-1."""
-        if text is None:
-            return cls(0, 1)
-        match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
-        if match is None or int(match[1]) >= int(match[2]):
-            raise ValueError(f"shard: expected i/n with i from 0 to n - 1, for example 0/4, got {text!r}.")
-        return cls(int(match[1]), int(match[2]))
-
-    def holds(self, order: int) -> bool:
-        return order * self.count >> ORDER_BITS == self.index
 
 
 class PromptGroups:

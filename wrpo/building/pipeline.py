@@ -13,12 +13,13 @@ from tqdm import tqdm
 
 from wrpo.data.errors import BadRows, DataError
 from wrpo.data.reading import read_rows
+from wrpo.shards import Shard, place
 from wrpo.user_error import UserError
 
 from .answers import Prompt, one_prompt
 from .candidate import checked_candidate, checked_text
 from .choice import Unusable, choose_sources, sft_row, triple
-from .grouping import PARTITION_BYTES, PromptGroups, Record, Shard, place
+from .grouping import PARTITION_BYTES, PromptGroups, Record
 from .limits import Limits, distinct
 from .picture import draw_rewards
 from .report import BuildReport

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .grouping import Shard
+from wrpo.shards import Shard
 
 
 def _knob(default: Any, text: str) -> Any:

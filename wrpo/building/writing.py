@@ -2,7 +2,7 @@
 
 Everything is written in a folder `unfinished` inside the output folder and moved out of it at the end, report.json
 last: where that stands, the set is complete. A run that is stopped removes its folder; one that is killed leaves it,
-and the next run of the same shard clears it.
+and the next run of the same shard clears it. `unfinished.lock` beside it keeps a second run out.
 
     sft.jsonl  triples.jsonl  prompts.jsonl  report.json  rewards.png
     triples-00003.jsonl                      the fourth file, with `rows_per_file`
@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,9 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from wrpo.data.triple import prompt_messages
+from wrpo.shards import Shard
 from wrpo.user_error import UserError
 
-from .grouping import Shard
+from .lock import held
 
 ROWS_PER_GROUP = 1000  # of Parquet, held as Python objects until written
 OURS = re.compile(
@@ -62,7 +64,7 @@ class Output:
         overwrite: replace what an earlier build left in `folder`; without it that is an error.
 
     Raises:
-        UserError: files of an earlier build.  OSError: a folder that cannot be written.
+        UserError: files of an earlier build, or another build under way.  OSError: a folder that cannot be written.
     """
 
     def __init__(self, folder: Path, format: str, rows_per_file: int | None, shard: Shard, overwrite: bool):
@@ -70,19 +72,19 @@ class Output:
         self._format, self._rows_per_file = format, rows_per_file
         self.tag = f"-{shard.index:05d}-of-{shard.count:05d}" if shard.count > 1 else ""
         self.unfinished = folder / f"unfinished{self.tag}"
+        self._held = ExitStack()
         self._open: dict[str, _RowFile] = {}
         self._files: dict[str, int] = {}  # kind -> files begun
 
     def __enter__(self) -> Output:
         self.folder.mkdir(parents=True, exist_ok=True)
-        earlier = self._earlier()
-        if earlier and not self._overwrite:
-            raise UserError(
-                f"output_dir: {self.folder} holds {earlier[0].name} of an earlier build. Name another folder, or "
-                "replace it with --overwrite."
-            )
-        shutil.rmtree(self.unfinished, ignore_errors=True)
-        self.unfinished.mkdir()
+        busy = f"output_dir: another build is writing {self.folder}. Wait for it, or name another folder."
+        with ExitStack() as held_so_far:
+            held_so_far.enter_context(held(self.folder / f"{self.unfinished.name}.lock", busy))
+            self._refuse_earlier()
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+            self.unfinished.mkdir()
+            self._held = held_so_far.pop_all()
         return self
 
     def write(self, kind: str, row: dict[str, Any]) -> None:
@@ -114,7 +116,8 @@ class Output:
             if kind is None:
                 self._publish()
         finally:
-            shutil.rmtree(self.unfinished, ignore_errors=True)
+            with self._held:
+                shutil.rmtree(self.unfinished, ignore_errors=True)
 
     def _begin(self, kind: str) -> _RowFile:
         number = self._files.get(kind, 0)
@@ -124,11 +127,20 @@ class Output:
         return _Parquet(path, SCHEMAS[kind]) if self._format == "parquet" else _JsonLines(path)
 
     def _publish(self) -> None:
-        for old in self._earlier():
+        """The report goes first and comes last, so that a kill leaves none beside an incomplete set."""
+        self._refuse_earlier()  # another shard's, or the whole's, may have come in the meantime
+        for old in sorted(self._earlier(), key=_is_report, reverse=True):
             old.unlink()
-        made = sorted(self.unfinished.iterdir(), key=lambda path: path.name.startswith("report"))
-        for path in made:
+        for path in sorted(self.unfinished.iterdir(), key=_is_report):
             path.replace(self.folder / path.name)
+
+    def _refuse_earlier(self) -> None:
+        earlier = self._earlier()
+        if earlier and not self._overwrite:
+            raise UserError(
+                f"output_dir: {self.folder} holds {earlier[0].name} of an earlier build. Name another folder, or "
+                "replace it with --overwrite."
+            )
 
     def _earlier(self) -> list[Path]:
         """Files of a build, without those of the other shards of this one."""
@@ -137,6 +149,10 @@ class Output:
 
     def _is_sibling(self, match: re.Match) -> bool:
         return match[2] is not None and int(match[2]) == self._shard.count and int(match[1]) != self._shard.index
+
+
+def _is_report(path: Path) -> bool:
+    return path.name.startswith("report")
 
 
 class _RowFile(Protocol):

@@ -51,7 +51,10 @@ def _rebuild(expected, got, todo, field, file, row):
 
 def shown(value: object, limit: int = 60) -> str:
     """`repr` of a value from the data, cut to a length that fits in a message."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # lists in lists, or a number of thousands of digits
+        text = f"{type(value).__name__} that is too deep or too long to show"
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

@@ -56,11 +56,16 @@ def read_rows(source: Any, *, split: str = "train") -> Iterator[RawRow]:
 
 
 def _read_path(path: Path, split: str) -> Iterator[RawRow]:
+    named = [] if path.exists() else sorted(glob.glob(str(path), recursive=True))
+    if not named:
+        return _read_found(path, split)
+    return chain.from_iterable(_read_found(Path(part), split) for part in named)
+
+
+def _read_found(path: Path, split: str) -> Iterator[RawRow]:
+    """One file or folder; a glob can name one that is not there, a symbolic link to nowhere."""
     if not path.exists():
-        named = sorted(glob.glob(str(path), recursive=True))
-        if not named:
-            raise FileNotFoundError(f"{path}: no such file or folder. Check train_file, eval_file or the path given.")
-        return chain.from_iterable(_read_path(Path(part), split) for part in named)
+        raise FileNotFoundError(f"{path}: no such file or folder. Check train_file, eval_file or the path given.")
     if path.is_dir():
         if not any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
             todo = f"Name the files in it, for example '{path}/*.jsonl'."
@@ -109,8 +114,7 @@ def _read_json(path: Path) -> Iterator[RawRow]:
 
 
 def _read_json_array(path: Path) -> Iterator[RawRow]:
-    with _open(path) as file:
-        rows = _parse(file.read())
+    rows = _parse(b"".join(_lines(path)))
     if isinstance(rows, DataError):
         raise rows.at(str(path), None)
     yield from _number(str(path), rows)
@@ -150,21 +154,16 @@ def _parse(raw: bytes) -> Any:
     except json.JSONDecodeError as error:
         got = f"{error.msg} at line {error.lineno} column {error.colno} of {shown(raw.decode())}"
         return DataError("valid JSON", got, "Repair the row.")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets in brackets
+        return DataError("JSON that Python can read", f"{error} in {shown(raw.decode())}", "Repair the row.")
 
 
 # -- Arrow ------------------------------------------------------------------------------------------------------------
 
 
 def _read_parquet(path: Path) -> Iterator[RawRow]:
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise DataError("a Parquet file", str(error), "Copy or write it again.", file=str(path)) from error
     number = 0
-    for batch in file.iter_batches(batch_size=256):
+    for batch in _parquet_batches(path):
         try:
             rows: list = batch.to_pylist()
         except UnicodeDecodeError:  # one row is at fault; the others are good
@@ -172,6 +171,17 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
         for row in rows:
             number += 1
             yield str(path), number, row.at(str(path), number) if isinstance(row, DataError) else row
+
+
+def _parquet_batches(path: Path) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        yield from pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256)
+    except (pa.ArrowException, OSError) as error:
+        expected = "a Parquet file that is whole"
+        raise DataError(expected, str(error), "Copy or write it again.", file=str(path)) from error
 
 
 def _read_dataset(name: str, dataset: datasets.Dataset) -> Iterator[RawRow]:

@@ -23,6 +23,7 @@ from .errors import DataError, shown
 Message = dict[str, str]
 EXPLICIT = ("source_chosen", "target_chosen")
 WEIGHT_TOLERANCE = 1e-4  # what ten shares written with five decimals can miss 1 by
+LARGEST_NUMBER = 1e30  # sums and differences stay finite, in float32 too
 
 _LIST_ALL = "See the two forms in wrpo.data.triple."
 
@@ -174,7 +175,10 @@ def _messages(value: Any, field: str) -> list[Message]:
         if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
             todo = "A message is an object with the strings 'role' and 'content'."
             raise DataError("messages with a role", shown(message), todo, field=field)
-    return [{"role": m["role"], "content": _text(m.get("content"), f"{field}.content")} for m in messages]
+    return [
+        {"role": _utf8(m["role"], f"{field}.role"), "content": _text(m.get("content"), f"{field}.content")}
+        for m in messages
+    ]
 
 
 def _text(value: Any, field: str) -> str:
@@ -182,6 +186,10 @@ def _text(value: Any, field: str) -> str:
         raise DataError("text", f"{type(value).__name__} {shown(value)}", "Write it as a string.", field=field)
     if not value.strip():
         raise DataError("text that is not empty", shown(value), "Fill it in, or drop the row.", field=field)
+    return _utf8(value, field)
+
+
+def _utf8(value: str, field: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -201,7 +209,7 @@ def _weights(value: Any, count: int) -> list[float]:
     if not all(_is_number(w) for w in weights) or len(weights) != count:
         todo = "Give one number for each source answer, or leave the field out for equal shares."
         raise DataError(f"{count} number{'s' * (count > 1)}", shown(value), todo, field="source_weight")
-    total = math.fsum(weights)
+    total = math.fsum(weights) if all(abs(w) <= LARGEST_NUMBER for w in weights) else math.inf
     if not (all(w >= 0 for w in weights) and abs(total - 1) <= WEIGHT_TOLERANCE):
         todo = "Divide each by their sum."
         raise DataError("shares >= 0 that sum to 1", f"{shown(value)}, sum {total:g}", todo, field="source_weight")
@@ -213,15 +221,16 @@ def _models(value: Any, count: int) -> list[str | None]:
     if not all(model is None or isinstance(model, str) for model in models) or len(models) != count:
         todo = "Give one name for each source answer, or leave the field out."
         raise DataError(f"{count} name{'s' * (count > 1)}", shown(value), todo, field="source_model")
-    return models
+    return [None if model is None else _utf8(model, "source_model") for model in models]
 
 
 def _rewards(value: Any, count: int) -> list[float] | None:
     if value is None:
         return None
     rewards = value if isinstance(value, list) else [value]
-    if not all(_is_number(reward) and math.isfinite(reward) for reward in rewards) or len(rewards) != count:
-        todo = "Give one number for each source answer, or leave the field out."
+    # An integer may be too large for a float, so it is compared before it is converted; NaN fails the comparison.
+    if not all(_is_number(reward) and abs(reward) <= LARGEST_NUMBER for reward in rewards) or len(rewards) != count:
+        todo = f"Give one number for each source answer, at most {LARGEST_NUMBER:g} in size, or leave the field out."
         raise DataError(f"{count} finite number{'s' * (count > 1)}", shown(value), todo, field="source_reward")
     return [float(reward) for reward in rewards]
 
@@ -234,7 +243,7 @@ def _logp(value: Any, count: int) -> list[list[float]] | None:
     if len(rows) != count or any(len(row) != models for row in rows):
         todo = "Give one list for each source, target and rejected response, in this order, or leave the field out."
         raise DataError(f"{count} lists with one number for each model", shown(value), todo, field="source_logp")
-    if not all(_is_number(logp) and -math.inf < logp <= 0 for row in rows for logp in row):
+    if not all(_is_number(logp) and -LARGEST_NUMBER <= logp <= 0 for row in rows for logp in row):
         todo = "Divide the sum over the response's tokens by their number."
         raise DataError("finite mean log-probs, at most 0", shown(value), todo, field="source_logp")
     return [[float(logp) for logp in row] for row in rows]

@@ -19,7 +19,6 @@ from wrpo_kernels.checks import (
 from wrpo_kernels.preference_loss import contract
 from wrpo_kernels.preference_loss.family import Family
 
-
 MOST_GROUPS = 1 << 31
 
 

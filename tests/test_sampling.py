@@ -29,12 +29,13 @@ def nothing_between_us_and_loopback(monkeypatch):
 def sample(tmp_path):
     """Runs `wrpo sample` on sources given as dicts and prompts given as texts or rows; returns the exit status."""
 
-    def run(sources: list[dict], prompts: list, *flags: str, output: str = "out.jsonl") -> int:
+    def run(sources: list[dict], prompts: list, *flags: str, output: str = "out.jsonl", more: str | None = None) -> int:
         settings = [{"kind": "server", "retry_wait": 0.01, "retries": 2, **source} for source in sources]
         (tmp_path / "sources.yaml").write_text(json.dumps(settings))  # JSON is YAML
         rows = [{"prompt_id": p, "prompt": p} if isinstance(p, str) else p for p in prompts]
         (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        files = [str(tmp_path / "sources.yaml"), str(tmp_path / "prompts.jsonl"), "-o", str(tmp_path / output)]
+        files = [str(tmp_path / name) for name in ("sources.yaml", "prompts.jsonl")]
+        files += [*([more] if more else []), "-o", str(tmp_path / output)]
         return cli.main(["sample", *files, *flags])
 
     return run
@@ -108,6 +109,14 @@ def test_messages_arrive_as_they_are_and_kept_fields_are_carried_on(sample, writ
     assert "other" not in answer
 
 
+@pytest.mark.parametrize("again", ["{}/prompts.jsonl", "{}/./prompts.jsonl", "{}/p*s.jsonl", "{}/linked.jsonl"])
+def test_a_prompts_file_named_twice_is_asked_once(again, sample, written, tmp_path):
+    (tmp_path / "linked.jsonl").symlink_to("prompts.jsonl")
+    with serving() as server:
+        assert sample([{"model": "a", "base_url": server.url, "samples": 1}], ["p"], more=again.format(tmp_path)) == 0
+    assert keys(written()) == [("p", "a", 0)]
+
+
 def test_a_prompt_without_an_id_has_one_that_its_text_decides(sample, written):
     with serving() as server:
         for name in ("one.jsonl", "two.jsonl"):
@@ -152,6 +161,8 @@ TEMPORARY = {
     "a null": (200, completion(None)),
     "half a surrogate pair": (200, completion("\ud83d")),
     "a number for a text": (200, completion(5)),
+    "brackets in brackets": (200, '{"choices": ' + "[" * 200_000),
+    "thousands of digits": (200, '{"created": ' + "9" * 5000 + "}"),
 }
 
 
@@ -231,6 +242,17 @@ def test_a_dead_server_is_given_up_after_so_many_failures_in_a_row(sample, writt
     assert "not asked 12: dead: 3 requests failed in a row" in shown
 
 
+def test_a_continued_run_gets_past_the_requests_that_were_refused(sample, written):
+    def script(body, attempt):
+        bad = (400, {"error": {"message": "too long"}}) if int(said(body)) % 2 else completion("")
+        return bad if int(said(body)) < 8 else echo(body, attempt)
+
+    with serving(script) as server:
+        source = {"model": "a", "base_url": server.url, "samples": 1, "give_up_after": 3, "concurrency": 1}
+        assert sample([source], [f"{n}" for n in range(10)]) == 3
+    assert keys(written()) == [("8", "a", 0), ("9", "a", 0)]
+
+
 # -- how fast ---------------------------------------------------------------------------------------------------------
 
 
@@ -293,6 +315,29 @@ def test_waits_double_up_to_a_minute_and_up_to_half_of_each_is_chance():
 # -- keys -------------------------------------------------------------------------------------------------------------
 
 
+def test_a_key_that_an_answer_repeats_is_not_written_nor_its_percent_encoding_said(
+    sample, written, monkeypatch, capsys
+):
+    monkeypatch.setenv("BIG_KEY", "sk-a/b+c=0123456789")
+
+    def script(body, attempt):
+        fault = (400, {"error": {"message": "at /v1?key=sk-a%2fb%2Bc%3D0123456789"}})
+        return completion("your key is sk-a/b+c=0123456789.") if said(body) == "p" else fault
+
+    with serving(script) as server:
+        source = {"model": "a", "base_url": server.url, "samples": 1, "api_key_env": "BIG_KEY"}
+        assert sample([source], ["p", "q"]) == 3
+    assert [row["response"] for row in written()] == ["your key is ***."]
+    assert "0123456789" not in "".join(capsys.readouterr())
+
+
+def test_a_placeholder_for_a_key_is_a_word_like_any_other(sample, written, monkeypatch):
+    monkeypatch.setenv("NO_KEY", "EMPTY")
+    with serving(lambda body, attempt: completion("The set is EMPTY.")) as server:
+        assert sample([{"model": "a", "base_url": server.url, "samples": 1, "api_key_env": "NO_KEY"}], ["p"]) == 0
+    assert written()[0]["response"] == "The set is EMPTY."
+
+
 @pytest.mark.parametrize("status", [200, 400, 401, 500])
 def test_a_key_is_sent_and_appears_nowhere_else(status, sample, tmp_path, capsys, monkeypatch, caplog):
     monkeypatch.setenv("BIG_KEY", KEY)
@@ -328,6 +373,9 @@ def test_a_server_without_a_key_is_not_sent_that_of_another(sample, monkeypatch)
         ({"api_key_env": "NOT_SET_KEY"}, "api_key_env: NOT_SET_KEY is not set"),
         ({"base_url": f"http://user:{KEY}@127.0.0.1/v1"}, "base_url: must hold no user name and no password"),
         ({"base_url": f"http://127.0.0.1/v1?key={KEY}"}, "base_url: must hold no '?...'"),
+        ({"base_url": f"http://127.0.0.1/v1#{KEY}"}, "base_url: must hold no '#...'"),
+        ({"timeout": KEY}, "entry 1: argument --timeout: invalid float value"),
+        ({"concurrency": KEY}, "entry 1: argument --concurrency: invalid int value"),
     ],
 )
 def test_a_key_in_the_wrong_place_is_refused_without_repeating_it(entry, words, sample, capsys):
@@ -412,6 +460,32 @@ def test_an_output_that_another_process_writes_is_refused(sample, tmp_path, caps
     assert "another process is writing it" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["a pipe", "a link to a device"])
+def test_an_output_that_is_no_file_is_refused_before_it_is_opened(kind, sample, tmp_path, capsys):
+    path = tmp_path / "out.jsonl"
+    os.mkfifo(path) if kind == "a pipe" else path.symlink_to("/dev/full")
+    assert sample([{"model": "a", "base_url": "http://127.0.0.1:1/v1"}], ["p"]) == 2
+    assert "out.jsonl: expected a regular file, got a pipe, socket or device" in capsys.readouterr().err
+
+
+def test_a_file_system_without_locks_is_one_line_and_the_file_is_closed(tmp_path, monkeypatch):
+    def no_locks(file, how):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("wrpo.data.appending.fcntl.flock", no_locks)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(UserError, match="its file system has no locks: Operation not supported"):
+        AppendedRows(tmp_path / "out.jsonl")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_last_line_of_brackets_in_brackets_is_torn_and_cut_off(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_text('{"prompt_id": ' + "[" * 200_000)
+    with AppendedRows(path):
+        assert path.read_text() == ""
+
+
 def test_answers_drawn_in_two_ways_do_not_share_a_file(sample, capsys):
     with serving() as server:
         source = {"model": "a", "base_url": server.url}
@@ -419,6 +493,17 @@ def test_answers_drawn_in_two_ways_do_not_share_a_file(sample, capsys):
         assert sample([source], ["p", "q"], "--temperature", "1.0") == 2
         assert len(server.bodies) == 5
     assert "drawn with 1, as now, got 0.8" in capsys.readouterr().err
+
+
+def test_a_prompt_that_has_changed_under_its_id_is_refused(sample, capsys):
+    with serving() as server:
+        source = {"model": "a", "base_url": server.url, "samples": 1}
+        assert sample([source], [{"prompt_id": "x", "prompt": "old"}]) == 0
+        assert sample([source], [{"prompt_id": "x", "prompt": [{"role": "user", "content": "old"}]}]) == 0
+        assert sample([source], [{"prompt_id": "x", "prompt": "new"}]) == 2
+        assert len(server.bodies) == 1
+    shown = capsys.readouterr().err.splitlines()[-1]
+    assert "out.jsonl, row 1, field 'prompt': expected the prompt that is now 'x', got 'old'" in shown
 
 
 def test_a_full_disk_is_one_line_and_loses_no_answer(sample, tmp_path, written, monkeypatch, capsys):
@@ -476,6 +561,16 @@ MISTAKES = {
     "no kind": ([{**FINE, "kind": None}], ["p"], [], "kind: expected one of server, transformers, vllm, got None"),
     "no address": ([{"model": "a"}], ["p"], [], "base_url: expected an address such as"),
     "no scheme": ([{**FINE, "base_url": "localhost:8000"}], ["p"], [], "base_url: expected an address such as"),
+    **{
+        f"an address {url!r}": ([{**FINE, "base_url": url}], ["p"], [], "base_url: expected an address such as")
+        for url in ("http://x:99999/v1", "http://x:abc/v1", "http://x/\nv1", "http://[::1", "http://a..b/v1")
+    },
+    "a list of kinds": (
+        [{**FINE, "kind": ["a"]}],
+        ["p"],
+        [],
+        "entry 1: kind: expected one of server, transformers, vllm",
+    ),
     "one name twice": ([FINE, FINE], ["p"], [], "two models are named 'a'"),
     "no sources": ([], ["p"], [], "expected a list of models"),
     "a settled field": ([{**FINE, "extra_body": {"n": 2}}], ["p"], [], "extra_body: 'n' is settled elsewhere"),
@@ -506,6 +601,18 @@ def test_a_mistake_is_one_line_before_anything_is_asked(sources, prompts, flags,
     assert words.lower() in shown.lower()
     assert shown.count("\n") == 1
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("text", ["[" * 3000, "- " + "9" * 5000, "- 2024-13-01", "- !!bool perhaps", "- model: [a"])
+def test_a_sources_file_that_cannot_be_read_is_one_line(text, sample, tmp_path, capsys):
+    sample([FINE], ["p"], "--samples", "0")  # writes the files
+    (tmp_path / "sources.yaml").write_text(text)
+    capsys.readouterr()
+    arguments = [str(tmp_path / name) for name in ("sources.yaml", "prompts.jsonl")]
+    assert cli.main(["sample", *arguments, "-o", str(tmp_path / "out.jsonl")]) == 2
+    shown = capsys.readouterr().err
+    assert "sources.yaml: " in shown
+    assert shown.count("\n") == 1
 
 
 def test_bad_prompts_are_left_out_where_asked_and_repeated_ones_are_asked_once(sample, written, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -138,6 +139,13 @@ def test_a_prompt_that_the_template_refuses_or_that_is_too_long_costs_itself(sam
     assert f"and the model takes {CONTEXT}" in shown
 
 
+def test_any_number_of_prompts_that_are_too_long_do_not_end_asking_the_model(sample, written, tmp_path):
+    save_model(tmp_path / "model")
+    prompts = [*["long " * CONTEXT] * 20, "five"]
+    assert sample(prompts, "--samples", "1", batch_size=1) == 3  # a window is 16 requests
+    assert written().keys() == {("20", 0)}
+
+
 def test_a_batch_that_does_not_fit_into_memory_is_halved(sample, written, tmp_path, monkeypatch):
     model, tokenizer = save_model(tmp_path / "model")
     generate = LlamaForCausalLM.generate
@@ -175,11 +183,13 @@ def test_a_model_that_cannot_answer_is_one_line(template, source, words, sample,
 
 def test_vllm_is_asked_with_its_own_arguments_and_its_answers_keep_their_places(sample, written, monkeypatch):
     """An object with vLLM's interface stands in for it: what is tested is what we hand over and what we read."""
-    asked = []
+    asked, engines = [], []
 
     class LLM:
         def __init__(self, **arguments):
             assert arguments == {"model": "org/m", "tensor_parallel_size": 2}
+            self.itself = self
+            engines.append(weakref.ref(self))
 
         def chat(self, messages, how, use_tqdm):
             if any(m[0]["content"] == "too long" for m in messages):
@@ -192,6 +202,7 @@ def test_vllm_is_asked_with_its_own_arguments_and_its_answers_keep_their_places(
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     engine = {"path": "org/m", "engine": {"tensor_parallel_size": 2}, "batch_size": 4}
     assert sample(["two", "too long", "five"], kind="vllm", **engine) == 3
+    assert [engine() for engine in engines] == [None], "the engine's memory is given back"
     rows = written()
     assert rows.keys() == {(prompt, n) for prompt in "02" for n in range(5)}
     assert {(how.temperature, how.top_p, how.max_tokens) for how in asked} == {(0.8, 0.95, 8)}

@@ -131,6 +131,14 @@ def test_a_verifier_that_always_fails_is_given_up(score, verifier, capsys):
     assert "not asked 50" in capsys.readouterr().out
 
 
+def test_a_continued_run_gets_past_the_answers_that_the_verifier_fails_on(score, verifier, rewards):
+    name = verifier("def reward(prompt, response): return {'good': 1.0}[response]")
+    bad = [row(f"{n}", "bad") for n in range(150)]
+    assert score([row("first", "good"), *bad], "--verifier", name) == 3
+    assert score([*bad, row("last", "good")], "--verifier", name) == 3
+    assert rewards() == {("first", 0): 1, ("last", 0): 1}
+
+
 # -- going on ---------------------------------------------------------------------------------------------------------
 
 
@@ -151,6 +159,13 @@ def test_a_second_run_scores_what_is_missing_and_what_was_drawn_again(score, ver
     assert (tmp_path / "calls").read_text().splitlines()[-1] == "drawn again"
 
 
+def test_a_file_of_answers_named_twice_is_scored_once(verifier, rewards, tmp_path):
+    (tmp_path / "answers.jsonl").write_text(json.dumps(row("a", "r")))
+    flags = ["-o", "scored.jsonl", "--verifier", verifier(LENGTH)]
+    assert cli.main(["score", "answers.jsonl", str(tmp_path / "answers.jsonl"), "a*s.jsonl", *flags]) == 0
+    assert rewards() == {("a", 0): 1}
+
+
 def test_shards_score_every_answer_of_their_prompts(score, verifier, rewards):
     rows = [row(f"p{n}", "r", sample=s) for n in range(30) for s in range(2)]
     for shard in "01":
@@ -166,6 +181,15 @@ def test_shards_score_every_answer_of_their_prompts(score, verifier, rewards):
 FINE = [row("a", "r")]
 MISTAKES = {
     "no scorer": (FINE, [], "one of the arguments --reward-model --judge --verifier is required"),
+    "an empty verifier": (FINE, ["--verifier", ""], "--verifier: expected a name, got ''"),
+    "an empty judge": (FINE, ["--judge", ""], "--judge: expected a name, got ''"),
+    "half a surrogate pair": ([row("\ud800", "r")], ["--verifier", "a:b", "--shard", "0/2"], "expected UTF-8 text"),
+    "a negative sample": ([row("a", "r", sample=-1)], ["--verifier", "a:b"], "expected a whole number from 0"),
+    "an answered prompt": (
+        [row("a", "r", prompt=[{"role": "assistant", "content": "p"}])],
+        ["--verifier", "a:b"],
+        "End the prompt with the user's turn",
+    ),
     "two scorers": (FINE, ["--verifier", "a:b", "--judge", "c"], "not allowed with argument"),
     "a misspelt flag": (FINE, ["--verifer", "a:b"], "no flag --verifer; did you mean --verifier?"),
     "no colon": (FINE, ["--verifier", "my_rewards.exact"], "expected module:function"),
@@ -262,7 +286,7 @@ def test_a_reply_without_a_score_is_asked_for_again_and_then_costs_its_row(score
         assert len({body["seed"] for body in server.bodies}) == len(server.bodies)
     assert rewards() == {(f"{n}", 0): 4 for n in range(1, 5)}
     shown = capsys.readouterr().out
-    assert "failed 1: judge:j: the judge's reply holds no score (3 tries); first: " in shown
+    assert ": the judge's reply holds no score (3 tries); first: " in shown
     assert "row 1" in shown
 
 
@@ -271,6 +295,18 @@ def test_the_judges_pattern_and_scale_may_be_ones_own(score, judge, rewards):
         flags = judge(base_url=server.url, pattern="rating ([0-9.]+)", lowest=0, highest=1)
         assert score(FINE, *flags) == 0
     assert rewards() == {("a", 0): 0.25}
+
+
+@pytest.mark.parametrize(
+    "changed", [{"template": "{response}?"}, {"pattern": "(.)"}, {"lowest": 0}, {"highest": 9}, {"temperature": 1}]
+)
+def test_a_judge_of_other_settings_does_not_continue_the_file(changed, score, judge, capsys):
+    with serving(lambda body, attempt: completion("5")) as server:
+        assert score(FINE, *judge(base_url=server.url)) == 0
+        assert score(FINE, *judge(base_url=server.url, concurrency=2)) == 0
+        assert score(FINE, *judge(base_url=server.url, **changed)) == 2
+        assert len(server.bodies) == 1
+    assert "One file holds one scorer's rewards, with one template" in capsys.readouterr().err
 
 
 def test_a_judges_key_appears_nowhere(score, judge, tmp_path, monkeypatch, capsys):
@@ -378,6 +414,10 @@ def test_several_labels_need_a_choice(score, rewards, tmp_path, capsys):
     assert "gives 3 numbers an answer; choose one with --label, 0 to 2" in capsys.readouterr().err
     assert score(ANSWERS, *flags, "--label", "3") == 2
     assert score(ANSWERS, *flags, "--label", "2") == 0
+    assert score(ANSWERS, *flags, "--label", "1") == 2, "another label's rewards are not these"
+    (tmp_path / "template.jinja").write_text("{{ messages[-1].content }}")
+    template = ["--chat-template-file", str(tmp_path / "template.jinja")]
+    assert score(ANSWERS, *flags, "--label", "2", *template) == 2, "nor are those of another chat template"
     truth = alone(model, tokenizer, ANSWERS, label=2)
     assert rewards() == {key: pytest.approx(value, **CLOSE) for key, value in truth.items()}
 
@@ -390,6 +430,13 @@ def test_a_conversation_that_is_too_long_is_refused_not_cut(score, rewards, tmp_
     shown = capsys.readouterr().out
     assert "the conversation has more than 128 tokens" in shown
     assert "row 2" in shown
+
+
+def test_any_number_of_conversations_that_are_too_long_do_not_end_the_scoring(score, rewards, tmp_path):
+    save_model(tmp_path / "rm")
+    rows = [*(row(f"{n}", "word " * 200) for n in range(120)), *(row(f"fine {n}", "fine") for n in range(20))]
+    assert score(rows, "--reward-model", str(tmp_path / "rm")) == 3
+    assert len(rewards()) == 20
 
 
 def test_a_model_whose_reward_head_was_never_trained_is_refused(score, tmp_path, capsys):

@@ -11,6 +11,7 @@ import fcntl
 import json
 import logging
 import os
+import stat
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -39,7 +40,8 @@ class AppendedRows:
             anything else is somebody's text.
 
     Raises:
-        UserError: another ending, a file that another process appends to, or one that cannot be opened.
+        UserError: another ending, a file that another process appends to, one that cannot be opened or locked, or
+            something that is no file, such as a pipe or a device.
     """
 
     def __init__(self, path: str | Path, first_field: str = "prompt_id"):
@@ -47,18 +49,16 @@ class AppendedRows:
         self._begins = b'{"' + first_field.encode() + b'"'
         if self.path.suffix != ".jsonl":
             raise UserError(f"{self.path}: expected a file name ending in .jsonl, got {self.path.name!r}")
+        self._file = _open(self.path)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock()
             self._mend_end()
-        except BlockingIOError:
+        except OSError as error:
             os.close(self._file)
-            todo = "Wait for it, or write to another file (with --shard a part of the prompts)."
-            raise UserError(f"{self.path}: another process is writing it. {todo}") from None
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
+        except UserError:
+            os.close(self._file)
+            raise
 
     def __enter__(self) -> AppendedRows:
         return self
@@ -92,6 +92,16 @@ class AppendedRows:
             todo = "What was written before is safe; the same command continues."
             raise UserError(f"{self.path}: cannot be written: {error.strerror}. {todo}") from error
 
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            todo = "Wait for it, or write to another file (with --shard a part of the prompts)."
+            raise UserError(f"{self.path}: another process is writing it. {todo}") from None
+        except OSError as error:
+            todo = "Name a file on another file system."
+            raise UserError(f"{self.path}: its file system has no locks: {error.strerror}. {todo}") from error
+
     def _mend_end(self) -> None:
         """End the last line, or cut off one that a kill has torn."""
         end = os.fstat(self._file).st_size
@@ -116,10 +126,22 @@ class AppendedRows:
         return 0
 
 
+def _open(path: Path) -> int:
+    """The file for reading and appending; it is looked at before it is opened, for a device may act on that."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+            got = "a folder" if path.is_dir() else "a pipe, socket or device"
+            raise UserError(f"{path}: expected a regular file, got {got}. Name another output file.")
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+
+
 def _is_object(line: bytes) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

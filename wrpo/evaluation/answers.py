@@ -7,7 +7,7 @@ A row without a reward is an answer that nobody has scored yet.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,10 @@ class Answer:
         return prompt_messages(self.prompt)
 
 
-def read_answers(paths: list[str | Path]) -> list[Answer]:
-    """Every answer of the files, in order.
+def read_answers(
+    paths: Sequence[str | Path], belongs: Callable[[str, dict], bool] = lambda file, row: True
+) -> list[Answer]:
+    """Every answer of the files, in order, without the rows that `belongs(file, row)` leaves out.
 
     Raises:
         DataError: a row that is none, two answers under one model, prompt and sample number, two prompts under one id,
@@ -52,6 +54,8 @@ def read_answers(paths: list[str | Path]) -> list[Answer]:
         try:
             if isinstance(row, DataError):
                 raise row
+            if not belongs(file, row):
+                continue
             answer = _checked(row)
             key = (answer.model, answer.prompt_id, answer.sample)
             if key in answers:

@@ -7,8 +7,8 @@
     --export    the answers in the files that AlpacaEval 2 and Arena-Hard read
 
 Any of them alone, or together; tables on the screen, eval.json and eval.png in FOLDER. Shares have Wilson intervals and
-score gains paired bootstrap intervals over the prompts, both at 95 %. Answers that are in FOLDER already are not asked
-for again: take another FOLDER, or empty it, when a model has changed.
+score gains over ten prompts or more paired bootstrap intervals over the prompts, both at 95 %. Answers that are in
+FOLDER already are not asked for again: take another FOLDER, or empty it, when a model has changed.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wrpo.flags import Flags, number, whole_number
+from wrpo.scoring.command import SCORERS, refuse_empty
 from wrpo.user_error import UserError
 
-from .asking import SCORERS, ask, score
+from .asking import ask, asked_here, score, scored_here
 
 if TYPE_CHECKING:
     from .answers import Answer
@@ -80,6 +81,7 @@ def parse(arguments: list[str]) -> Namespace:
         UserError: an unknown flag, one without its value, or flags that do not go together.
     """
     options = flags().read(arguments)
+    refuse_empty(options)
     asks = options.sources is not None
     if asks != bool(options.prompts):
         raise UserError("--sources and --prompts go together: which models, and what they are asked")
@@ -101,7 +103,7 @@ def parse(arguments: list[str]) -> Namespace:
 def run(arguments: list[str]) -> None:
     """Evaluate, print the tables, write the files, say where they are."""
     options = parse(arguments)
-    options.output.mkdir(parents=True, exist_ok=True)
+    _make_folder(options.output)
     from .report import answers_table, triples_table, write_json
 
     written = {"numbers": options.output / "eval.json"}
@@ -128,6 +130,15 @@ def run(arguments: list[str]) -> None:
         print(f"{what:<11} {path}")
 
 
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"-o {path}: expected a folder, got a file. Name another.") from None
+    except OSError as error:
+        raise UserError(f"-o {path}: the folder cannot be made: {error.strerror}. Name another.") from error
+
+
 def _settings(options: Namespace) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
 
@@ -141,10 +152,14 @@ def gather(options: Namespace) -> list[Answer]:
     """The answers of the files and of the models that are asked here, with the rewards of the scorer named here."""
     from .answers import read_answers
 
-    paths = [*options.answers, *([ask(options)] if options.sources else [])]
-    if any(getattr(options, name) for name in SCORERS):
-        paths = [score(paths, options)]
-    return read_answers(paths)
+    paths, belongs = [*options.answers], lambda file, row: True
+    if options.sources is not None:
+        paths.append(ask(options))
+        belongs = asked_here(paths[-1], options)
+    if any(getattr(options, name) is not None for name in SCORERS):
+        scored = score(paths, options, belongs)
+        paths, belongs = [scored], scored_here(paths, options, belongs)
+    return read_answers(paths, belongs)
 
 
 def export(answers: list[Answer], options: Namespace) -> dict[str, Path]:

@@ -40,7 +40,8 @@ class Wins:
     """One model against a baseline on the same prompts.
 
     win_rate: mean over prompts, ties half, with its Wilson interval; better, worse: prompts whose share of wins is
-    above and below 1/2; score_gain: mean over prompts of its score minus the baseline's, with its bootstrap interval.
+    above and below 1/2; score_gain: mean over prompts of its score minus the baseline's, with its bootstrap interval,
+    None where the prompts are too few for one.
     """
 
     prompts: int
@@ -49,7 +50,7 @@ class Wins:
     better: int
     worse: int
     score_gain: float
-    gain_interval: Interval
+    gain_interval: Interval | None
 
 
 @dataclass(frozen=True)

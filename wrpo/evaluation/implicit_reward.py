@@ -24,6 +24,7 @@ from wrpo.head_trainer import pad_token
 from wrpo.metrics import preference_metrics
 from wrpo.pretrained import load_model, load_tokenizer
 from wrpo.reference import sequence_logp
+from wrpo.sampling.memory import free_unused
 from wrpo.settings import ModelSettings
 from wrpo.user_error import UserError
 
@@ -109,7 +110,10 @@ def accuracy_of_models(options: Namespace) -> dict[str, Accuracy]:
 
     def logps(name: str, title: str) -> list[Tensor]:
         model = load_model(settings(name)).to(device)
-        return response_logps(model, rows, tokenizer, batch_size=options.batch_size, title=title)
+        found = response_logps(model, rows, tokenizer, batch_size=options.batch_size, title=title)
+        del model
+        free_unused()  # before the other model is loaded
+        return found
 
     policy, reference = logps(options.policy, "policy"), logps(options.reference, "reference")
     return implicit_reward_accuracy(policy, reference, rows, alpha=options.alpha, beta=options.beta)

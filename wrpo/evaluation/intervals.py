@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 CONFIDENCE = 0.95
+FEWEST = 10  # prompts that a bootstrap interval needs
 RESAMPLES = 2000  # the ends of a 95 % interval then rest on 50 draws each
 
 
@@ -40,14 +41,16 @@ def wilson_interval(share: float, trials: int, confidence: float = CONFIDENCE) -
     return Interval(max(0.0, centre - half), min(1.0, centre + half))
 
 
-def bootstrap_interval(values: Sequence[float], confidence: float = CONFIDENCE, seed: int = 0) -> Interval:
+def bootstrap_interval(values: Sequence[float], confidence: float = CONFIDENCE, seed: int = 0) -> Interval | None:
     """Percentile interval of the mean of `values`, one a prompt, each drawn again `RESAMPLES` times with replacement.
 
-    Given the differences of two models on the same prompts it is the paired bootstrap. Below about 10 prompts it is too
-    narrow. The same `seed` gives the same interval.
+    Given the differences of two models on the same prompts it is the paired bootstrap. Of fewer than `FEWEST` prompts
+    there is none: it would be too narrow, and of one prompt a point. The same `seed` gives the same interval.
 
     Source: B. Efron and R. J. Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
     """
+    if len(values) < FEWEST:
+        return None
     drawn = np.asarray(values, dtype=np.float64)
     generator = np.random.default_rng(seed)
     means = [drawn[generator.integers(len(drawn), size=len(drawn))].mean() for _ in range(RESAMPLES)]

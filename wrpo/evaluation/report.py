@@ -38,7 +38,9 @@ def _line(comparison: Comparison, model: str, group: str) -> list[str]:
         return [*line, "", "", ""]
     if comparison.wins:
         won = comparison.wins[model][group]
-        gain = f"{won.score_gain:+.3f} [{won.gain_interval.low:+.3f}, {won.gain_interval.high:+.3f}]"
+        gain = f"{won.score_gain:+.3f}"
+        if won.gain_interval is not None:
+            gain += f" [{won.gain_interval.low:+.3f}, {won.gain_interval.high:+.3f}]"
         line += [percent(won.win_rate, won.win_interval), f"{won.better} / {won.worse}", gain]
     return line
 

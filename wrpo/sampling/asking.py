@@ -21,6 +21,7 @@ from typing import Any
 from wrpo.data.appending import AppendedRows, KeySet
 from wrpo.data.errors import DataError, shown
 
+from .halving import Refusal
 from .prompts import Prompts, Request
 from .sources import LocalSource, Sampling, ServerSource, Source, VllmSource
 from .tally import Tally
@@ -32,11 +33,12 @@ def sample(prompts: Prompts, sources: list[Source], output: str | Path, sampling
     """Ask every source every prompt, without what `output` already holds.
 
     Raises:
-        UserError: an output file in use or drawn differently, a local model that cannot be loaded, a full disk.
+        UserError: an output file in use, drawn differently or to other prompts of the same ids, a local model that
+            cannot be loaded, a full disk.
     """
     settings = {source.model: source.sampling(sampling) for source in sources}
     with AppendedRows(output) as rows:
-        there, counts = _read(rows, settings)
+        there, counts = _read(rows, settings, prompts)
         run = _Run(prompts, settings, rows, there)
         local = [(source, _model(source)) for source in sources if not isinstance(source, ServerSource)]
         wanted = {source.model: len(prompts) * settings[source.model].samples for source in sources}
@@ -87,7 +89,7 @@ class _Run:
         self.tally.add(request.model, cut=finish_reason == "length")
 
 
-def _read(rows: AppendedRows, settings: dict[str, Sampling]) -> tuple[KeySet, int]:
+def _read(rows: AppendedRows, settings: dict[str, Sampling], prompts: Prompts) -> tuple[KeySet, int]:
     """(keys of the answers that are there, their number)."""
     there = KeySet()
     for number, row in rows:
@@ -101,6 +103,11 @@ def _read(rows: AppendedRows, settings: dict[str, Sampling]) -> tuple[KeySet, in
                 todo = f"Go on with {shown(row[name])}, or name another output file."
                 expected = f"answers of {model!r} drawn with {getattr(settings[model], name):g}, as now"
                 raise DataError(expected, shown(row[name]), todo, file=str(rows.path), row=number, field=name)
+        try:
+            if "prompt" in row:
+                prompts.refuse_changed(row["prompt_id"], row["prompt"])
+        except DataError as error:
+            raise error.at(str(rows.path), number) from None
         there.add((row["prompt_id"], row["model"], row["sample"]))
     return there, len(there)
 
@@ -169,7 +176,7 @@ def _ask_local(run: _Run, source: Source, model: Any) -> None:
         for request, result, seed in model.answers(window, drawn):
             if isinstance(result, str):
                 run.tally.fail(source.model, result, request.place)
-                in_a_row += 1
+                in_a_row += not isinstance(result, Refusal)
             else:
                 run.write(request, result.text, result.finish_reason, seed)
                 in_a_row = 0

@@ -11,16 +11,21 @@ Result = TypeVar("Result")
 LONGEST_REASON = 200  # characters of an error that are repeated
 
 
+class Refusal(str):
+    """Why one row has no result, where that says nothing about the next row."""
+
+
 def halving(batch: list[Item], compute: Callable[[list[Item]], list[Result]]) -> Iterator[tuple[Item, Result | str]]:
     """Every item with its result, or with the reason why there is none.
 
     `compute` gives one result an item. A RuntimeError (torch's, also of memory), ValueError or IndexError halves the
-    batch; anything else is raised.
+    batch; anything else is raised. A reason is a `Refusal`, unless it is an error of torch's other than memory.
     """
     try:
         results = compute(batch)
     except (RuntimeError, ValueError, IndexError) as error:
-        reason = one_line(error)
+        is_torchs = isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError"
+        reason = one_line(error) if is_torchs else Refusal(one_line(error))
     else:
         yield from zip(batch, results, strict=True)
         return

@@ -7,7 +7,6 @@ alone. Whatever the model says is an answer, also nothing: at a temperature the 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +15,8 @@ import torch
 from wrpo.pretrained import load_model, load_tokenizer
 from wrpo.settings import ModelSettings, SettingsError
 
-from .halving import halving, one_line
+from .halving import Refusal, halving, one_line
+from .memory import free_unused
 from .prompts import Reply, Request
 from .sources import LocalSource, Sampling
 
@@ -55,7 +55,7 @@ class LocalModel:
             try:
                 rendered.append((self._ids(request), request))
             except Exception as error:  # a template raises what it likes
-                yield request, f"the chat template refuses the prompt: {one_line(error)}", 0
+                yield request, Refusal(f"the chat template refuses the prompt: {one_line(error)}"), 0
         rendered.sort(key=lambda pair: len(pair[0]))
         for start in range(0, len(rendered), self._batch_size):
             batch = rendered[start : start + self._batch_size]
@@ -65,9 +65,7 @@ class LocalModel:
     def close(self) -> None:
         """Free the weights."""
         self._model = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_unused()
 
     def _load(self) -> None:
         if self._model is None:

@@ -21,6 +21,8 @@ from wrpo.data.errors import BadRows, DataError, shown
 from wrpo.data.reading import read_rows
 from wrpo.data.triple import Message, prompt_messages
 
+from .files import files_once
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -69,7 +71,7 @@ class Prompts:
     """The prompts of a shard, each once: `len`, and iterate as often as you like.
 
     Args:
-        paths: files or globs that `wrpo.data.reading` reads.
+        paths: files or globs that `wrpo.data.reading` reads; a file named twice is read once.
         keep: fields of the rows that the answers' rows carry on, e.g. what a verifier compares with.
         in_shard: which prompt ids are asked. Default: all.
         skip_bad_rows: leave bad prompts out and count them, instead of raising.
@@ -86,9 +88,10 @@ class Prompts:
         in_shard: Callable[[str], bool] = lambda prompt_id: True,
         skip_bad_rows: bool = False,
     ):
-        self._paths, self._keep, self._in_shard = paths, keep, in_shard
+        self._paths, self._keep, self._in_shard = files_once(paths), keep, in_shard
         self.bad = BadRows(skip_bad_rows)
         self._left_out: set[tuple[str, int]] = set()  # bad, and repeated
+        self._contents: dict[int, int] = {}  # hash of the id -> hash of the prompt
         self.repeated = 0
         self._count = self._check()
 
@@ -102,9 +105,14 @@ class Prompts:
                 if self._in_shard(prompt.prompt_id):
                     yield prompt
 
+    def refuse_changed(self, prompt_id: str, prompt: Any) -> None:
+        """Raises DataError where `prompt` is not what the files hold under that id."""
+        if self._contents.get(hash_of((prompt_id,)), _content(prompt)) != _content(prompt):
+            todo = "Give the changed prompt another id, or name another output file."
+            raise DataError(f"the prompt that is now {prompt_id!r}", shown(prompt), todo, field="prompt")
+
     def _check(self) -> int:
         """How many there are; what is to be left out is noted on the way."""
-        seen: dict[int, int] = {}  # hash of the id -> hash of the prompt
         rows = 0
         for file, number, row in read_rows(self._paths):
             rows += 1
@@ -113,20 +121,20 @@ class Prompts:
                     raise row
                 prompt = self._read(row)
                 if self._in_shard(prompt.prompt_id):
-                    self._note(prompt, seen, (file, number))
+                    self._note(prompt, (file, number))
             except DataError as error:
                 self._left_out.add((file, number))
                 self.bad.add(error.at(file, number))
         if rows == self.bad.count:
             got = self.bad.report() if rows else "an empty file"
             raise DataError("at least one prompt", got, "Check the files.", file=", ".join(map(str, self._paths)))
-        return len(seen)
+        return len(self._contents)
 
-    def _note(self, prompt: Prompt, seen: dict[int, int], where: tuple[str, int]) -> None:
-        identity, content = hash_of((prompt.prompt_id,)), hash_of((_canonical(prompt.prompt),))
-        if identity not in seen:
-            seen[identity] = content
-        elif seen[identity] == content:
+    def _note(self, prompt: Prompt, where: tuple[str, int]) -> None:
+        identity, content = hash_of((prompt.prompt_id,)), _content(prompt.prompt)
+        if identity not in self._contents:
+            self._contents[identity] = content
+        elif self._contents[identity] == content:
             self.repeated += 1
             self._left_out.add(where)
         else:
@@ -154,6 +162,11 @@ def _id(row: dict) -> str:
     if not isinstance(value, str) or not value.strip() or not value.isprintable():
         raise DataError("printable text", shown(value), "Fill it in, or leave the field out.", field="prompt_id")
     return value
+
+
+def _content(prompt: Any) -> int:
+    """The same for all ways to write the same messages."""
+    return hash_of((_canonical(prompt_messages(prompt)),))
 
 
 def _canonical(prompt: Any) -> str:

@@ -3,16 +3,18 @@
 What fails is tried again when trying again can help: time-outs, lost connections, 408, 409, 429 and 5xx, and replies
 that cannot be used. Wait number k is drawn from [1/2, 1] * min(longest_retry_wait, retry_wait * 2^k), or is what the
 server's Retry-After asks for, up to five minutes. Other 4xx cost their request; 401, 403 and 404 mean the settings, and
-end asking this model, as do `give_up_after` failures in a row.
+end asking this model. So do `give_up_after` requests in a row that the server left unanswered; a request that it
+refuses or answers badly says nothing about the next one, and is met again first when a run is continued.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import random
+import re
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
+from urllib.parse import quote
 
 import openai
 
@@ -22,9 +24,11 @@ from .prompts import Reply
 from .sources import ServerSource
 
 T = TypeVar("T")
+Fault = Literal["server", "request", "reply"]
 
 LONGEST_RETRY_AFTER = 300.0  # s
 LONGEST_REASON = 200  # characters of a server's message that are repeated
+SHORTEST_KEY = 8  # characters; servers that want none are sent a placeholder
 WRONG_SETTINGS = (401, 403, 404)
 TEMPORARY = (408, 409, 429)
 
@@ -34,7 +38,15 @@ class UnusableReply(Exception):
 
 
 class Failed(Exception):
-    """A request that got no answer, after all its tries; the words hold no key."""
+    """A request that got no answer, after all its tries; the words hold no key.
+
+    Attributes:
+        fault: whose it is: the "server" left it unanswered, the "request" was refused, the "reply" could not be used.
+    """
+
+    def __init__(self, words: str, fault: Fault):
+        super().__init__(words)
+        self.fault = fault
 
 
 class Server:
@@ -50,7 +62,7 @@ class Server:
     def __init__(self, source: ServerSource, on_retry: Callable[[], None] = lambda: None):
         self.source, self._on_retry = source, on_retry
         self.given_up: str | None = None
-        self._failed_in_a_row = 0
+        self._unanswered_in_a_row = 0
         self._key = source.key()
         # A key is sent where the settings say so, and nowhere else: without one the client would take OPENAI_API_KEY.
         self._client = openai.AsyncOpenAI(
@@ -81,22 +93,23 @@ class Server:
         try:
             result = await self._tries(messages, options, read)
         except Failed as failure:
-            self._failed_in_a_row += 1
-            if self._failed_in_a_row >= self.source.give_up_after:
-                self.given_up = self.given_up or f"{self._failed_in_a_row} requests failed in a row"
+            self._unanswered_in_a_row = self._unanswered_in_a_row + 1 if failure.fault == "server" else 0
+            if self._unanswered_in_a_row >= self.source.give_up_after:
+                self.given_up = self.given_up or f"{self._unanswered_in_a_row} requests failed in a row"
             raise failure from None
-        self._failed_in_a_row = 0
+        self._unanswered_in_a_row = 0
         return result
 
     async def _tries(self, messages: list[Message], options: Callable, read: Callable[[Reply], T]) -> T:
         unusable = 0
+        fault: Fault
         for attempt in range(self.source.retries + 1):
-            wait = None
+            wait, fault = None, "server"
             try:
                 await self._pace.turn()
                 return read(await self._request(messages, options(unusable)))
             except UnusableReply as error:
-                reason = str(error)
+                reason, fault = self._hidden(str(error))[:LONGEST_REASON], "reply"
                 unusable += 1
             except (asyncio.TimeoutError, openai.APITimeoutError):
                 reason = f"no answer within {self.source.timeout:g} s"
@@ -112,7 +125,7 @@ class Server:
             else:
                 break
         tries = attempt + 1
-        raise Failed(f"{reason} ({tries} {'tries' if tries > 1 else 'try'})")
+        raise Failed(f"{reason} ({tries} {'tries' if tries > 1 else 'try'})", fault)
 
     async def _request(self, messages: list[Message], options: dict[str, Any]) -> Reply:
         left_out = self.source.leave_out or ()
@@ -126,16 +139,18 @@ class Server:
                 ),
                 self.source.timeout,
             )
-        except (json.JSONDecodeError, UnicodeDecodeError, openai.APIResponseValidationError):
+        except (ValueError, RecursionError, openai.APIResponseValidationError):
+            # No JSON, brackets in thousands of brackets, or a number of thousands of digits.
             raise UnusableReply("the reply is not the JSON of a chat completion") from None
-        return _reply(completion)
+        reply = _reply(completion)
+        return Reply(self._hidden(reply.text), reply.finish_reason and self._hidden(reply.finish_reason))
 
     def _refuse_for_good(self, error: openai.APIStatusError, reason: str) -> None:
         """Raises where trying again cannot help."""
         if error.status_code in WRONG_SETTINGS:
             self.given_up = self.given_up or reason
         if error.status_code < 500 and error.status_code not in TEMPORARY:
-            raise Failed(reason) from None
+            raise Failed(reason, "request") from None
 
     def _wait(self, attempt: int) -> float:
         longest = min(self.source.longest_retry_wait, self.source.retry_wait * 2.0 ** min(attempt, 60))
@@ -148,7 +163,14 @@ class Server:
         words = " ".join((str(getattr(error, "message", "")) or str(error) or type(error).__name__).split())
         if self._key:
             words = words.replace(self._key, "***")
-        return prefix + words[:LONGEST_REASON]
+        return prefix + self._hidden(words)[:LONGEST_REASON]
+
+    def _hidden(self, text: str) -> str:
+        """The text without the key, percent-encoded or not; a placeholder such as `EMPTY` is a word like any other."""
+        if self._key is None or len(self._key) < SHORTEST_KEY:
+            return text
+        forms = {self._key, quote(self._key), quote(self._key, safe="")}
+        return re.sub("|".join(map(re.escape, forms)), "***", text, flags=re.IGNORECASE)
 
 
 class Pace:
@@ -181,7 +203,8 @@ def _reply(completion: Any) -> Reply:
         raise UnusableReply("the reply is not the JSON of a chat completion")
     text, finish_reason = getattr(message, "content", None), getattr(choice, "finish_reason", None)
     if not isinstance(text, str) or not text.strip():
-        raise UnusableReply(f"an empty answer (finish_reason {finish_reason!r})")
+        why = f" (finish_reason {finish_reason!r})" if isinstance(finish_reason, str) else ""
+        raise UnusableReply(f"an empty answer{why}")
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise UnusableReply("half a surrogate pair in the answer")
     return Reply(text, finish_reason if isinstance(finish_reason, str) else None)

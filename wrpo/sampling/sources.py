@@ -15,7 +15,8 @@
       engine: {tensor_parallel_size: 4}
 
 `samples`, `temperature`, `top_p` and `max_tokens` of an entry win over the command's. A key never stands in the file:
-what it holds is written into no row, log or message either.
+what it holds is written into no row, log or message either, also where a server's answer repeats it. What has fewer
+than 8 characters is taken for a placeholder (`EMPTY`), and answers may hold it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from wrpo.data.errors import shown
 from wrpo.settings import SettingsError, settings_from
 
 SETTLED = ("model", "messages", "stream", "n")  # fields of a request that no setting may touch
@@ -93,7 +95,9 @@ class ServerSource(Source):
         1.0, "Seconds before the first further try; doubled each time, less up to half of it by chance."
     )
     longest_retry_wait: float = _knob(60.0, "Seconds at which that doubling ends.")
-    give_up_after: int = _knob(20, "Requests failed in a row, after all their tries, that end asking this model.")
+    give_up_after: int = _knob(
+        20, "Requests in a row that the server left unanswered, after all tries, that end asking this model."
+    )
     extra_body: str | None = _knob(
         None, "Further fields of each request, a mapping, e.g. {chat_template_kwargs: {enable_thinking: false}}."
     )
@@ -104,13 +108,7 @@ class ServerSource(Source):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        address = urlsplit(self.base_url)
-        if address.scheme not in ("http", "https") or not address.hostname:
-            raise ValueError("base_url: expected an address such as http://localhost:8000/v1")
-        if address.username is not None or address.password is not None:
-            raise ValueError("base_url: must hold no user name and no password; api_key_env names where a key is.")
-        if address.query:
-            raise ValueError("base_url: must hold no '?...'; api_key_env names where a key is.")
+        _check_address(self.base_url)
         for name, least in (
             ("concurrency", 1),
             ("timeout", 0),
@@ -187,6 +185,23 @@ class VllmSource(Source):
 KINDS: dict[str, type[Source]] = {"server": ServerSource, "transformers": LocalSource, "vllm": VllmSource}
 
 
+def _check_address(url: str) -> None:
+    """Refuses what is no plain address; the words do not repeat it, for it may hold a key."""
+    try:
+        address = urlsplit(url)
+        is_address = address.scheme in ("http", "https") and bool(address.hostname) and address.port != 0
+        (address.hostname or "").encode("idna")  # refuses `a..b`, and labels of more than 63 letters
+    except ValueError:
+        is_address = False
+    if not is_address or not url.isprintable() or any(character.isspace() for character in url):
+        raise ValueError("base_url: expected an address such as http://localhost:8000/v1, with a port from 1 to 65535")
+    if address.username is not None or address.password is not None:
+        raise ValueError("base_url: must hold no user name and no password; api_key_env names where a key is.")
+    for mark in "?#":
+        if mark in url:
+            raise ValueError(f"base_url: must hold no '{mark}...'; api_key_env names where a key is.")
+
+
 def read_sources(path: str | Path) -> list[Source]:
     """The models of a sources file, in its order.
 
@@ -216,18 +231,36 @@ def read_yaml(path: str | Path) -> Any:
         raise SettingsError(f"{path}: not a YAML file{where}") from None  # its own message quotes the line
     except (UnicodeDecodeError, IsADirectoryError) as error:
         raise SettingsError(f"{path}: not a YAML file: {error}") from error
+    except (ValueError, LookupError, AttributeError, TypeError) as error:  # as yaml's own readers of values raise them
+        raise SettingsError(f"{path}: holds a number, date or tag that cannot be read; put text in quotes") from error
+    except RecursionError as error:
+        raise SettingsError(f"{path}: holds brackets in brackets too deep to read") from error
 
 
 def _source(entry: Any, place: str) -> Source:
     if not isinstance(entry, dict):
         raise SettingsError(f"{place}: expected 'field: value' lines, got {type(entry).__name__}")
     kind = entry.get("kind")
-    if kind not in KINDS:
-        got = f"{kind!r}" if "kind" in entry else "none"
+    if not isinstance(kind, str) or kind not in KINDS:
+        got = shown(kind) if "kind" in entry else "none"
         raise SettingsError(f"{place}: kind: expected one of {', '.join(KINDS)}, got {got}")
-    source = settings_from(KINDS[kind], without_key({k: v for k, v in entry.items() if k != "kind"}, place), place)
+    source = source_from(KINDS[kind], {k: v for k, v in entry.items() if k != "kind"}, place)
     assert isinstance(source, Source)
     return source
+
+
+def source_from(cls: type, entry: dict, place: str) -> Any:
+    """`settings_from` for what may hold a key by mistake: a value that is no number is not repeated."""
+    without_key(entry, place)
+    try:
+        return settings_from(cls, entry, place)
+    except SettingsError as error:
+        words = re.sub(
+            r"(invalid \w+ value|invalid choice|Truthy value expected): .*", r"\1", str(error), flags=re.DOTALL
+        )
+        raise SettingsError(words) from None
+    except (ValueError, TypeError, RecursionError) as error:  # a mapping that JSON cannot hold: a date, or itself
+        raise SettingsError(f"{place}: holds a mapping that JSON cannot hold; put dates in quotes") from error
 
 
 def without_key(entry: dict, place: str) -> dict:
@@ -251,7 +284,7 @@ def _mapping(name: str, text: str | None, settled: tuple[str, ...]) -> None:
         return
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise ValueError(f"{name}: expected a mapping, such as {{a: 1}}.")

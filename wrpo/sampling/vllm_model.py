@@ -13,6 +13,7 @@ from wrpo.user_error import UserError
 
 from .halving import halving
 from .local_model import Result
+from .memory import free_unused
 from .prompts import Reply, Request
 from .sources import Sampling, VllmSource
 
@@ -43,7 +44,9 @@ class VllmModel:
             yield request, result, request.seed(drawn.seed)
 
     def close(self) -> None:
+        """Free the weights."""
         self._engine = None
+        free_unused()
 
     def _chat(self, requests: list[Request], drawn: Sampling) -> list[Reply]:
         """Raises ValueError where one of the prompts is too long, or refused by the chat template."""

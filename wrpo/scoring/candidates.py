@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wrpo.data.errors import BadRows, DataError, shown
+from wrpo.building.candidate import checked_candidate, checked_text
+from wrpo.data.errors import BadRows, DataError
 from wrpo.data.reading import read_rows
 from wrpo.data.triple import Message, prompt_messages
+from wrpo.sampling.files import files_once
 from wrpo.user_error import UserError
 
 
@@ -39,9 +41,11 @@ class Candidates:
     """The candidates of some files: `len`, and iterate as often as you like.
 
     Args:
-        paths: files or globs of rows {"prompt_id", "prompt", "model", "sample", "response", ...}.
+        paths: files or globs of rows {"prompt_id", "prompt", "model", "sample", "response", ...}; a file named twice
+            is read once.
         output: the file that is going to be written; no candidates are read from it.
         in_shard: which prompt ids are scored. Default: all.
+        belongs: which rows of which files are read at all. Default: all.
         skip_bad_rows: leave bad rows out and count them, instead of raising.
 
     Raises:
@@ -54,9 +58,11 @@ class Candidates:
         output: str | Path,
         *,
         in_shard: Callable[[str], bool] = lambda prompt_id: True,
+        belongs: Callable[[str, dict], bool] = lambda file, row: True,
         skip_bad_rows: bool = False,
     ):
-        self._paths, self._in_shard, self._output = paths, in_shard, Path(output).resolve()
+        self._paths, self._in_shard, self._output = files_once(paths), in_shard, Path(output).resolve()
+        self._belongs = belongs
         self.bad = BadRows(skip_bad_rows)
         self._count, rows = 0, 0
         for candidate in self._read():
@@ -86,6 +92,8 @@ class Candidates:
             try:
                 if isinstance(row, DataError):
                     raise row
+                if not self._belongs(file, row):
+                    continue
                 yield Candidate(checked(row), f"{file}, row {number}")
             except DataError as error:
                 yield error.at(file, number)
@@ -96,23 +104,13 @@ class Candidates:
 
 
 def checked(row: dict) -> dict:
-    """The row with a `sample`, 0 where it has none.
+    """The row with a `sample`, 0 where it has none; what `wrpo build` would refuse is refused here.
 
     Raises:
         DataError: with the field, without file and row.
     """
-    for name in ("prompt_id", "model", "response"):
-        value = row.get(name)
-        if not isinstance(value, str) or not (value.strip() or name == "response"):
-            expected = "text" if name == "response" else "text that is not empty"
-            got = shown(value) if name in row else "no such field"
-            raise DataError(expected, got, "Fill it in, or drop the row.", field=name)
-    prompt_messages(row.get("prompt"))
-    sample = row.get("sample", 0)
-    if isinstance(sample, float) and sample.is_integer():
-        sample = int(sample)  # a column of whole numbers that passed through pandas
-    if isinstance(sample, bool) or not isinstance(sample, int):
-        raise DataError("a whole number", shown(sample), "Number a model's answers to one prompt.", field="sample")
+    checked_text(row, "prompt_id")
+    *_, sample, _ = checked_candidate(row | {"reward": 0})
     return row | {"sample": sample}
 
 

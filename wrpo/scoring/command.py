@@ -17,12 +17,16 @@ to put right first; 130 stopped by Ctrl-C.
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from wrpo.flags import Flags, describe_fields, whole_number
+from wrpo.user_error import UserError
 
 if TYPE_CHECKING:
     from .scoring import Scorer
+
+SCORERS = ("verifier", "reward_model", "judge")
 
 
 def flags() -> Flags:
@@ -48,14 +52,15 @@ def flags() -> Flags:
     return parser
 
 
-def run(arguments: list[str]) -> int:
-    """Score, print what became of it, and return the exit status."""
+def run(arguments: list[str], belongs: Callable[[str, dict], bool] = lambda file, row: True) -> int:
+    """Score the rows that `belongs(file, row)` lets through, print what became of it, and return the exit status."""
     parser = flags()
     if {"-h", "--help"} & set(arguments):
         from .judge import JudgeSource  # seconds of imports that only this help needs
 
         parser.epilog = f"fields of JUDGE.yaml\n{describe_fields(JudgeSource)}"
     options = parser.read(arguments)
+    refuse_empty(options)
     from wrpo.sampling.shards import in_shard
 
     from .candidates import Candidates
@@ -65,6 +70,7 @@ def run(arguments: list[str]) -> int:
         options.candidates,
         options.output,
         in_shard=in_shard(options.shard),
+        belongs=belongs,
         skip_bad_rows=options.skip_bad_rows,
     )
     print(f"{len(candidates):,} answers; {candidates.bad.report()}")
@@ -74,12 +80,20 @@ def run(arguments: list[str]) -> int:
     return tally.status
 
 
+def refuse_empty(options: Namespace) -> None:
+    """Raises UserError for a scorer without a name, as an unset variable of the shell leaves it."""
+    for name in SCORERS:
+        value = getattr(options, name)
+        if value is not None and not value.strip():
+            raise UserError(f"--{name.replace('_', '-')}: expected a name, got {value!r}")
+
+
 def _scorer(options: Namespace) -> Scorer:
-    if options.verifier:
+    if options.verifier is not None:
         from .verifier import Verifier
 
         return Verifier(options.verifier)
-    if options.judge:
+    if options.judge is not None:
         from .judge import Judge, read_judge
 
         return Judge(read_judge(options.judge))

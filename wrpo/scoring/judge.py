@@ -24,11 +24,11 @@ from typing import Any
 
 from wrpo.data.appending import hash_of
 from wrpo.sampling.prompts import Reply
-from wrpo.sampling.sources import Sampling, ServerSource, read_yaml, without_key
-from wrpo.settings import SettingsError, settings_from
+from wrpo.sampling.sources import Sampling, ServerSource, read_yaml, source_from
+from wrpo.settings import SettingsError
 
 from .candidates import Candidate, prompt_text
-from .scoring import Rewards
+from .scoring import Rewards, named_with
 
 TEMPLATE = """\
 Rate how good the answer below is: correct, helpful, and in the form that was asked for.
@@ -83,16 +83,17 @@ def read_judge(path: str | Path) -> JudgeSource:
     if content.get("kind", "server") != "server":
         raise SettingsError(f"{path}: kind: a judge is a server, got {content['kind']!r}")
     fields = {name: value for name, value in content.items() if name != "kind"}
-    return settings_from(JudgeSource, without_key(fields, str(path)), str(path))
+    return source_from(JudgeSource, fields, str(path))
 
 
 class Judge:
     """Scores by asking; `source.concurrency` candidates at a time."""
 
     def __init__(self, source: JudgeSource):
-        self.name = f"judge:{source.model}"
         self._source = source
         self._drawn = source.sampling(Sampling(max_tokens=1024))
+        scale = (source.lowest, source.highest, self._drawn.temperature)
+        self.name = named_with(f"judge:{source.model}", source.template, source.pattern, *map(repr, scale))
 
     def score(self, candidates: Iterator[Candidate], rewards: Rewards) -> None:
         asyncio.run(self._score(candidates, rewards))
@@ -113,9 +114,11 @@ class Judge:
                 reward = await server.ask([message], lambda n, key=candidate.key: self._options(n, key), self.number)
                 rewards.add(candidate, reward)
             except Failed as failure:
-                rewards.fail(candidate, str(failure))
+                misread = failure.fault == "reply" and not rewards.has_any  # by a pattern that fits no reply
+                rewards.fail(candidate, str(failure), is_scorers=misread)
             if server.given_up:
                 rewards.give_up(server.given_up)
+            if rewards.given_up:
                 return
 
     def question(self, candidate: Candidate) -> str:

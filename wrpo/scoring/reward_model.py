@@ -16,12 +16,12 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from wrpo.pretrained import load_tokenizer
-from wrpo.sampling.halving import halving, one_line
+from wrpo.sampling.halving import Refusal, halving, one_line
 from wrpo.settings import ModelSettings
 from wrpo.user_error import UserError
 
 from .candidates import Candidate
-from .scoring import Rewards
+from .scoring import Rewards, named_with
 
 logger = logging.getLogger("wrpo")
 
@@ -48,18 +48,19 @@ class RewardModel:
     def __init__(
         self, settings: ModelSettings, *, batch_size: int = 8, max_length: int | None = None, label: int | None = None
     ):
-        self.name = settings.model_name_or_path
+        path = settings.model_name_or_path
         self._tokenizer: Any = load_tokenizer(settings)
         if not self._tokenizer.chat_template:
-            raise UserError(f"{self.name}: its tokenizer has no chat template; name one with --chat-template-file")
+            raise UserError(f"{path}: its tokenizer has no chat template; name one with --chat-template-file")
         self._model = _load(settings)
         config = self._model.config.get_text_config()
         self._max_length = max_length or getattr(config, "max_position_embeddings", None) or 1 << 30
-        self._label = _label(self._model, label, self.name)
+        self._label = _label(self._model, label, path)
+        self.name = named_with(path, str(self._label), str(self._tokenizer.chat_template))
         self._pad = self._model.config.pad_token_id
         self._batch_size = batch_size
         if self._pad is None and batch_size > 1:
-            logger.warning("%s has no padding token, so answers are scored one at a time", self.name)
+            logger.warning("%s has no padding token, so answers are scored one at a time", path)
             self._batch_size = 1
 
     def score(self, candidates: Iterator[Candidate], rewards: Rewards) -> None:
@@ -69,12 +70,13 @@ class RewardModel:
                 try:
                     rendered.append((self._ids(candidate), candidate))
                 except Exception as error:  # a template raises what it likes
-                    rewards.fail(candidate, f"the chat template refuses the conversation: {one_line(error)}")
+                    reason = f"the chat template refuses the conversation: {one_line(error)}"
+                    rewards.fail(candidate, reason, is_scorers=False)
             rendered.sort(key=lambda pair: len(pair[0]))
             for start in range(0, len(rendered), self._batch_size):
                 for (_, candidate), reward in halving(rendered[start : start + self._batch_size], self._rewards):
                     if isinstance(reward, str):
-                        rewards.fail(candidate, reward)
+                        rewards.fail(candidate, reward, is_scorers=not isinstance(reward, Refusal))
                     else:
                         rewards.add(candidate, reward)
 

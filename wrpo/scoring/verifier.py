@@ -44,7 +44,7 @@ class Verifier:
             try:
                 reward = self(candidate)
             except (Exception, SystemExit) as error:  # somebody's code raises what it likes
-                rewards.fail(candidate, f"raised {one_line(error)}")
+                rewards.fail(candidate, f"raised {one_line(error)}", is_scorers=not rewards.has_any)
             else:
                 rewards.add(candidate, reward)
 

@@ -10,6 +10,11 @@ from benchmarks.contestants import FLOOR, FUSED
 from benchmarks.results import Figure, Row
 
 FIRST, LAST = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+READING = (
+    "Times of others are multiples of the fused step, memory is MiB beside inputs and gradients.",
+    "The floor is torch's own products in the same dtype; a CPU without AVX-512 multiplies 16-bit matrices slowly, so",
+    "the fused step, which widens them, can be far below 1 there.",
+)
 IN_README = ("everyone", "heads", "kinds", "layouts", "precision", "softcap", "prompt", "toy")  # the others are curves
 
 
@@ -75,7 +80,7 @@ def summary(facts: dict[str, str], rows: list[Row], table: str, *pictures: str) 
         found = {row.figure.contestant: row.figure for row in some if row.figure.p50_ms is not None}
         if scenario in IN_README and FUSED.name in found:
             lines.append(summary_line(point, some[0], found))
-    lines += ["", "Times of others are multiples of the fused step, memory is MiB beside inputs and gradients.", ""]
+    lines += ["", *READING, ""]
     lines += [f"![time and memory: {Path(picture).stem.rsplit('_', 1)[1]}]({picture})\n" for picture in pictures]
     return [*lines, f"[Every contestant on every problem]({table}), with errors against float64 and more pictures."]
 

@@ -158,7 +158,7 @@ def _or_none(parse: Any) -> Any:
     return parse_or_none
 
 
-class _Loader(yaml.SafeLoader):
+class UniqueFields(yaml.SafeLoader):
     """YAML takes the last of two fields with one name in silence."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -175,7 +175,7 @@ class _Loader(yaml.SafeLoader):
 def _from_yaml(path: Path, hints: dict[str, Any]) -> tuple[list[str], dict[str, None]]:
     """(command-line flags, fields set to null)."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = yaml.load(path.read_text(encoding="utf-8"), UniqueFields)
     except SettingsError as error:
         raise SettingsError(f"{path}: {error}") from error
     except IsADirectoryError:

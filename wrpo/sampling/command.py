@@ -55,9 +55,10 @@ def run(arguments: list[str]) -> int:
         kinds = (f"fields of an entry with kind: {kind}\n{describe_fields(cls)}" for kind, cls in KINDS.items())
         parser.epilog = "\n\n".join(kinds)
     options = parser.read(arguments)
+    from wrpo.shards import in_shard
+
     from .asking import sample
     from .prompts import Prompts
-    from .shards import in_shard
     from .sources import Sampling, read_sources
 
     try:

@@ -32,7 +32,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from wrpo.data.errors import shown
-from wrpo.settings import SettingsError, settings_from
+from wrpo.settings import SettingsError, UniqueFields, settings_from
 
 SETTLED = ("model", "messages", "stream", "n")  # fields of a request that no setting may touch
 OPTIONAL = ("temperature", "top_p", "max_tokens", "seed")  # and those that some servers refuse
@@ -224,13 +224,15 @@ def read_sources(path: str | Path) -> list[Source]:
 
 def read_yaml(path: str | Path) -> Any:
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.load(Path(path).read_text(encoding="utf-8"), UniqueFields)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark else ""
         raise SettingsError(f"{path}: not a YAML file{where}") from None  # its own message quotes the line
     except (UnicodeDecodeError, IsADirectoryError) as error:
         raise SettingsError(f"{path}: not a YAML file: {error}") from error
+    except SettingsError as error:
+        raise SettingsError(f"{path}: {error}") from error
     except (ValueError, LookupError, AttributeError, TypeError) as error:  # as yaml's own readers of values raise them
         raise SettingsError(f"{path}: holds a number, date or tag that cannot be read; put text in quotes") from error
     except RecursionError as error:
@@ -259,7 +261,7 @@ def source_from(cls: type, entry: dict, place: str) -> Any:
             r"(invalid \w+ value|invalid choice|Truthy value expected): .*", r"\1", str(error), flags=re.DOTALL
         )
         raise SettingsError(words) from None
-    except (ValueError, TypeError, RecursionError) as error:  # a mapping that JSON cannot hold: a date, or itself
+    except (ValueError, TypeError) as error:  # a mapping that JSON cannot hold: a date, or itself
         raise SettingsError(f"{place}: holds a mapping that JSON cannot hold; put dates in quotes") from error
 
 

@@ -111,8 +111,8 @@ def test_a_second_build_compiles_only_what_a_change_reaches(native_wheel, built_
 
     assert compiled() == set()
     (built_source / "csrc/preference_terms.h").touch()
-    (built_source / "csrc/cpu/huge_pages.cpp").touch()
-    assert compiled() == {"preference_loss.cpp", "bindings.cpp", "huge_pages.cpp"}
+    (built_source / "csrc/cpu/transpose.cpp").touch()
+    assert compiled() == {"preference_loss.cpp", "bindings.cpp", "transpose.cpp"}
 
 
 def test_a_wheel_with_cuda_kernels_computes_on_the_cpu_and_says_what_the_gpu_lacks(cuda_wheel):

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import gc
+from collections import deque
 
 import pytest
 import torch
 
 from wrpo_kernels import linear_token_logp
+from wrpo_kernels import scratch as scratch_module
 from wrpo_kernels.scratch import LARGE, scratch
 
 CPU, SIDE = torch.device("cpu"), 2 * LARGE // 4 // 1024  # [SIDE, 1024] float32 is twice the size from which it matters
+
+
+@pytest.fixture(autouse=True)
+def no_buffers_of_other_tests(monkeypatch):
+    monkeypatch.setattr(scratch_module, "_kept", deque(maxlen=2))
 
 
 def large() -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Registers the kernel of an op with its derivative, and gives the way by which Python calls it.
 
-`torch.library.register_autograd` does the same, and re-reads the whole schema for every argument of every call: 60 us
+`register_autograd` of torch does the same, and re-reads the whole schema for every argument of every call: 60 us
 for our 14 arguments, as much as everything else at toy sizes (torch 2.13, 2026-11-23). Our schemas have no default
 values and no keyword-only arguments, so nothing of that is needed.
 

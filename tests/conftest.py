@@ -9,6 +9,10 @@ import played
 import pytest
 import torch
 
+# cuBLAS multiplies the same way on every run only with a workspace that is settled before its first call; torch raises
+# under deterministic algorithms without it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 # Triton reads this when it is imported, so it is settled here, before anything can: without a GPU its kernels are
 # played by the interpreter, on the CPU.
 if not torch.cuda.is_available():

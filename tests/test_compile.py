@@ -11,6 +11,7 @@ import torch
 from cost import budget_of
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wrpo_kernels import (
@@ -148,6 +149,25 @@ def test_a_compiled_door_is_one_graph_with_the_bits_of_the_eager_one(door, large
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for got, expected in zip(value_and_gradients(compiled, given), value_and_gradients(function, given), strict=True):
         oracle.assert_same_bits(door, got, expected)
+
+
+class PackedLoss(torch.nn.Module):
+    def forward(self, hidden, weight, labels, bounds, alpha):
+        return linear_wrpo_loss(hidden, weight, labels, alpha=alpha, cu_seqlens=bounds, backend="cuda").loss
+
+
+@pytest.mark.parametrize("kind", ["number", "tensor"])
+def test_what_the_host_hands_to_a_gpu_is_traced_too(kind):
+    """`alpha` and the bounds of the sequences, which eager code pins. A compiler sees shapes and devices alone, so
+    tensors that only pretend to be on a GPU will do."""
+    with FakeTensorMode():
+        floats = torch.empty(S * T, D, device="cuda"), torch.empty(V, D, device="cuda")
+        labels = torch.empty(S * T, dtype=torch.int64, device="cuda")
+        alpha = 0.3 if kind == "number" else torch.empty(S // 3)
+        given = (*floats, labels, torch.empty(S + 1, dtype=torch.int64), alpha)
+    program = torch.export.export(PackedLoss(), given, strict=True)
+    (output,) = program.graph.output_node().args[0]
+    assert output.meta["val"].device.type == "cuda"
 
 
 @pytest.mark.parametrize("door", ["token_logp", "linear_token_logp", "linear_wrpo_loss"])

@@ -12,4 +12,6 @@ def sent(values: list | Tensor, dtype: torch.dtype, device: torch.device) -> Ten
     on_host = torch.as_tensor(values, dtype=dtype, device=at)
     if device.type == "cpu" or on_host.device.type != "cpu":
         return on_host.to(device)
-    return (on_host.pin_memory() if device.type == "cuda" else on_host).to(device, non_blocking=True)
+    if device.type == "cuda" and not torch.compiler.is_compiling():  # a compiler has no fake of pin_memory to trace
+        on_host = on_host.pin_memory()
+    return on_host.to(device, non_blocking=True)

@@ -24,7 +24,9 @@ PRODUCTS = {
 
 def product_flops(call: Callable[[], object]) -> int:
     """2 * n * k * m, summed over all products that `call` runs, in whatever op they hide."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+    # The host's side alone: an op is recorded where it is called, wherever it then runs.
+    host = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=host, record_shapes=True, acc_events=True) as profile:
         call()
     total = 0
     for event in profile.events():

@@ -508,18 +508,21 @@ def test_each_gradient_has_the_dtype_of_its_tensor(rows, head, backend, device):
 STEPS, COUNTED = 12, 8  # positions of a sequence, and those that count
 
 
-def cost(head: tuple[int, int], rows: int | None, wanted: set[str], backend: str, **options) -> float:
+def cost(head: tuple[int, int], rows: int | None, wanted: set[str], backend: str, device: torch.device) -> float:
     """Flops of a training step of four groups of three sequences, in products of the rows that count."""
     vocabulary, width = head
-    tensors = {"hidden": torch.randn(12, STEPS, width), "weight": torch.randn(vocabulary, width)}
-    labels = torch.randint(0, vocabulary, (12, STEPS))
+    tensors = {
+        "hidden": torch.randn(12, STEPS, width, device=device),
+        "weight": torch.randn(vocabulary, width, device=device),
+    }
+    labels = torch.randint(0, vocabulary, (12, STEPS), device=device)
     labels[:, : STEPS - COUNTED] = -100
     for name in wanted:
         tensors[name].requires_grad_()
     budget = None if rows is None else budget_of(rows, *head, torch.float32)
 
     def call():
-        out = linear_wrpo_loss(labels=labels, alpha=0.1, budget_bytes=budget, backend=backend, **tensors, **options)
+        out = linear_wrpo_loss(labels=labels, alpha=0.1, budget_bytes=budget, backend=backend, **tensors)
         if out.loss.requires_grad:
             out.loss.backward()
 
@@ -531,40 +534,40 @@ GROUP = 3 * COUNTED  # rows
 
 @heads
 @pytest.mark.parametrize("rows", [None, GROUP, 4])
-def test_the_forward_alone_is_one_product_whatever_the_budget(rows, head, backend):
-    assert cost(head, rows, set(), backend) == 1
+def test_the_forward_alone_is_one_product_whatever_the_budget(rows, head, backend, device):
+    assert cost(head, rows, set(), backend, device) == 1
     with torch.no_grad():
-        assert cost(head, rows, {"hidden", "weight"}, backend) == 1
+        assert cost(head, rows, {"hidden", "weight"}, backend, device) == 1
 
 
 @heads
 @pytest.mark.parametrize("rows", [None, GROUP, 4])
-def test_a_frozen_head_is_two_products_whatever_the_budget(rows, head, backend):
-    assert cost(head, rows, {"hidden"}, backend) == 2
+def test_a_frozen_head_is_two_products_whatever_the_budget(rows, head, backend, device):
+    assert cost(head, rows, {"hidden"}, backend, device) == 2
 
 
 @heads
 @pytest.mark.parametrize("rows", [None, 2 * GROUP, GROUP])
-def test_a_trained_head_is_three_products_while_one_group_fits(rows, head, backend):
-    assert cost(head, rows, {"hidden", "weight"}, backend) == 3
-    assert cost(head, rows, {"weight"}, backend) == 2
+def test_a_trained_head_is_three_products_while_one_group_fits(rows, head, backend, device):
+    assert cost(head, rows, {"hidden", "weight"}, backend, device) == 3
+    assert cost(head, rows, {"weight"}, backend, device) == 2
 
 
 @heads
-def test_rows_of_a_group_that_do_not_fit_are_computed_once_more(head, backend):
-    costs = [cost(head, rows, {"hidden", "weight"}, backend) for rows in (GROUP, GROUP - 1, GROUP // 2, 4)]
+def test_rows_of_a_group_that_do_not_fit_are_computed_once_more(head, backend, device):
+    costs = [cost(head, rows, {"hidden", "weight"}, backend, device) for rows in (GROUP, GROUP - 1, GROUP // 2, 4)]
     assert costs[0] == 3
     assert costs == sorted(costs)
     assert costs[-1] <= 4
 
 
 @heads
-def test_without_reduction_a_trained_head_costs_four_products_at_most(head, backend):
+def test_without_reduction_a_trained_head_costs_four_products_at_most(head, backend, device):
     options = {"reduction": "none"}
     vocabulary, width = head
-    hidden = torch.randn(12, STEPS, width, requires_grad=True)
-    weight = torch.randn(vocabulary, width, requires_grad=True)
-    labels = torch.randint(0, vocabulary, (12, STEPS))
+    hidden = torch.randn(12, STEPS, width, device=device, requires_grad=True)
+    weight = torch.randn(vocabulary, width, device=device, requires_grad=True)
+    labels = torch.randint(0, vocabulary, (12, STEPS), device=device)
     for rows, most in ((None, 3), (GROUP, 4)):
         budget = None if rows is None else budget_of(rows, *head, torch.float32)
 

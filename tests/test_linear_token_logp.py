@@ -358,12 +358,12 @@ UNIT = 2 * N * D * V  # flops of one product
 BUDGET_ROWS = (32, 31, 24, 16, 4, 1)
 
 
-def cost(budget: int | None, wanted: set[str], backend: str, backward: bool = True) -> float:
+def cost(budget: int | None, wanted: set[str], backend: str, device: torch.device, backward: bool = True) -> float:
     """Flops of a forward, and of its backward where anything is wanted, in products of the rows that count."""
-    hidden, weight = torch.randn(3 * N, D), torch.randn(V, D)
-    target = torch.randint(0, V, (3 * N,))
+    hidden, weight = torch.randn(3 * N, D, device=device), torch.randn(V, D, device=device)
+    target = torch.randint(0, V, (3 * N,), device=device)
     target[: 2 * N] = -100
-    tensors = {"hidden": hidden, "weight": weight, "bias": torch.zeros(V)}
+    tensors = {"hidden": hidden, "weight": weight, "bias": torch.zeros(V, device=device)}
     for name in wanted:
         tensors[name].requires_grad_()
 
@@ -377,35 +377,35 @@ def cost(budget: int | None, wanted: set[str], backend: str, backward: bool = Tr
 
 
 @budgets
-def test_the_forward_alone_is_one_product(budget, backend):
-    assert cost(budget, set(), backend) == 1
+def test_the_forward_alone_is_one_product(budget, backend, device):
+    assert cost(budget, set(), backend, device) == 1
 
 
 @budgets
-def test_no_grad_computes_no_gradient_even_of_tensors_that_require_it(budget, backend):
+def test_no_grad_computes_no_gradient_even_of_tensors_that_require_it(budget, backend, device):
     with torch.no_grad():
-        assert cost(budget, {"hidden", "weight"}, backend, backward=False) == 1
+        assert cost(budget, {"hidden", "weight"}, backend, device, backward=False) == 1
 
 
 @budgets
-def test_a_frozen_head_is_two_products_whatever_the_budget(budget, backend):
-    assert cost(budget, {"hidden"}, backend) == 2
+def test_a_frozen_head_is_two_products_whatever_the_budget(budget, backend, device):
+    assert cost(budget, {"hidden"}, backend, device) == 2
 
 
-def test_a_trained_head_is_three_products_while_the_rows_fit(backend):
-    assert cost(None, {"hidden", "weight"}, backend) == 3
-    assert cost(None, {"weight"}, backend) == 2
+def test_a_trained_head_is_three_products_while_the_rows_fit(backend, device):
+    assert cost(None, {"hidden", "weight"}, backend, device) == 3
+    assert cost(None, {"weight"}, backend, device) == 2
 
 
-def test_a_bias_costs_a_vector_product_at_most(backend):
-    assert cost(None, {"hidden", "weight", "bias"}, backend) <= 3 + 1 / D
-    assert cost(None, {"bias"}, backend) <= 1 + 1 / D
+def test_a_bias_costs_a_vector_product_at_most(backend, device):
+    assert cost(None, {"hidden", "weight", "bias"}, backend, device) <= 3 + 1 / D
+    assert cost(None, {"bias"}, backend, device) <= 1 + 1 / D
 
 
-def test_the_cost_grows_smoothly_as_the_budget_shrinks(backend):
+def test_the_cost_grows_smoothly_as_the_budget_shrinks(backend, device):
     """Rows that do not fit are computed once more; never more than that."""
     budgets = [budget_of(rows, V, D, torch.float32) for rows in BUDGET_ROWS]
-    costs = [cost(budget, {"hidden", "weight"}, backend) for budget in budgets]
+    costs = [cost(budget, {"hidden", "weight"}, backend, device) for budget in budgets]
     assert costs[0] == 3
     assert costs == sorted(costs)
     assert costs[-1] <= 4

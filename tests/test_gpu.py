@@ -11,7 +11,7 @@ import torch
 from conftest import HERE
 from torch import Tensor
 
-from wrpo_kernels import linear_token_logp, preference_loss, token_logp
+from wrpo_kernels import linear_preference_loss, linear_token_logp, preference_loss, token_logp
 
 PLACES = tuple(place for place in HERE if place[1] == "cuda")
 pytestmark = pytest.mark.gpu
@@ -119,6 +119,30 @@ def test_a_wrong_target_leaves_the_device_usable(kernels, device):
     assert logp[3].isnan()
     assert logp[others].isfinite().all()
     assert grad[others].isfinite().all()
+
+
+@pytest.mark.parametrize("vocabulary", [301, 9001], ids=["small head", "larger head"])
+@pytest.mark.parametrize("budget", [None, 1], ids=["all rows fit", "one row at a time"])
+def test_a_wrong_label_makes_nan_of_what_it_enters_and_of_nothing_else(budget, vocabulary, kernels, device):
+    """Its row, its sequence, its group and their gradients: a clamped label would be a silent wrong loss."""
+    hidden = torch.randn(4, 9, 32, device=device).requires_grad_()
+    weight = torch.randn(vocabulary, 32, device=device).requires_grad_()
+    labels = torch.randint(0, vocabulary, (4, 9), device=device)
+    labels[:, 0], labels[2, 5] = -100, vocabulary
+    rest = {"budget_bytes": budget, "backend": kernels}
+    tokens = linear_token_logp(hidden, weight, labels, **rest)
+    assert tokens.isnan().nonzero().tolist() == [[2, 5]]
+    (grad,) = torch.autograd.grad(tokens.sum(), hidden)
+    assert grad.isnan().any(2).nonzero().tolist() == [[2, 5]]
+
+    group = torch.tensor([0, 1, 0, 1], device=device)
+    pairs = {"seq_weight": torch.tensor([1.0, 1.0, -1.0, -1.0], device=device), "group": group, "num_groups": 2}
+    out = linear_preference_loss(hidden, weight, labels, beta=0.1, **pairs, **rest)
+    (grad,) = torch.autograd.grad(out.loss, hidden)
+    assert out.loss.isnan()
+    for values, wrong in ((out.logp, [2]), (out.reward, [2]), (out.margin, [0])):
+        assert values.isnan().nonzero().flatten().tolist() == wrong
+    assert torch.equal(grad.isnan().flatten(1).any(1), group == 0)
 
 
 def test_the_fused_head_stays_within_its_budget_of_bytes(backend, device):

@@ -225,8 +225,12 @@ def test_an_empty_response_is_an_error_that_names_the_sequence(length_normalize,
     logp, options = problem("sigmoid", device)
     length = LENGTH.clone().to(device)
     length[5] = 0
-    with pytest.raises(ValueError, match="sequence 5 has no counted token"):
-        preference_loss(logp, **options, length=length, length_normalize=length_normalize, backend=backend)
+    rest = {"length": length, "length_normalize": length_normalize, "backend": backend}
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match="sequence 5 has no counted token"):
+            preference_loss(logp, **options, **rest)
+    else:  # reading the lengths would wait for the device
+        assert all(value.isfinite().all() for value in preference_loss(logp, **options, **rest))
 
 
 @pytest.mark.parametrize("length_normalize", [False, True])

@@ -384,14 +384,27 @@ def test_the_graph_can_be_walked_twice_and_inputs_stay(wanted, rows, head, backe
 @heads
 @budgets
 def test_policy_equal_to_the_reference_gives_log_2_exactly(rows, head, backend, device):
-    """Step 0: the reference's log-probs are made by the forward alone, the policy's by the training pass."""
+    """Step 0: the reference's log-probs are made by the forward alone, the policy's by the training pass. Exactly on
+    the CPU, and on a GPU where both take the same rows at a time."""
     batch = Batch(head, torch.bfloat16, device)
     rest = batch.options | {"beta": 0.1, "budget_bytes": batch.budget(rows), "backend": backend}
     with torch.no_grad():
         reference, _ = run(batch, batch.tensors(False), set(), ref_logp=None, **rest)
     out, _ = run(batch, batch.tensors(False), {"hidden", "weight"}, ref_logp=reference.logp, **rest)
-    oracle.assert_same_bits("logp", out.logp, reference.logp)
-    assert float(out.loss) == float(torch.tensor(math.log(2.0)))
+    if device.type == "cpu" or rows in (None, 1):
+        oracle.assert_same_bits("logp", out.logp, reference.logp)
+        assert float(out.loss.detach()) == float(torch.tensor(math.log(2.0)))
+        return
+    # The passes cut the rows differently, and cuBLAS adds up in another order for another number of rows: the logits
+    # carry their error twice. The loss of a margin moves no faster than the margin.
+    hidden = batch.hidden.where(batch.counts[..., None], 0.0)
+    ones = torch.ones(batch.labels.shape, device=device)
+    slack = oracle.linear_truth(hidden, batch.weight, batch.labels, ones, PLAIN).slack["logp"].sum(1)
+    slack = 2 * slack + oracle.ulp(reference.logp, torch.float32)
+    oracle.assert_rule("logp", out.logp, reference.logp.double(), reference.logp, slack)
+    log_2 = torch.full_like(out.loss.double(), math.log(2.0))
+    allowed = out.margin.double().abs().max() + oracle.ulp(log_2, torch.float32)
+    oracle.assert_rule("loss", out.loss, log_2, log_2, allowed)
 
 
 @heads
@@ -455,7 +468,7 @@ def test_a_batch_without_any_counted_token_gives_zero_not_nan(sequences, rows, h
         **given,
     )
     out.loss.backward()
-    assert float(out.loss) == 0
+    assert float(out.loss.detach()) == 0
     assert not any(tensor.grad.any() for tensor in given.values())
 
 

@@ -133,12 +133,14 @@ def cut_cross_entropy(problem: Problem) -> Loss:
     cross_entropy = import_module("cut_cross_entropy").linear_cross_entropy
     forget_compiled()
     impl = "cce" if problem.device.type == "cuda" else "torch_compile"
+    counts = problem.labels != IGNORED
     options = {"ignore_index": IGNORED, "softcap": problem.softcap, "reduction": "none", "impl": impl}
 
     def loss() -> Tensor:
         hidden, weight = scaled_operands(problem)
         nll = cross_entropy(hidden, weight, problem.labels, **options)
-        return problem.loss_of(-nll.float().sum(-1))
+        # Its kernels refuse the expanded gradient that a bare sum would hand back to them.
+        return problem.loss_of(-nll.float().where(counts, 0.0).sum(-1))
 
     return loss
 

@@ -20,11 +20,9 @@ template <bool overwrite>
 void play_token_logp(const TokenLogp& a, float* logp, float* lse) {
   dispatch(a, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
-    std::vector<Sum> partial(kRowThreads);
     std::vector<Pack<typename S::T>> kept(overwrite ? kKeptBytes / 16 : 0);
     for (int64_t n = 0; n < a.n; ++n)
-      token_logp_body<overwrite, S>(RowBlock{}, n, rows_of(a), logp, lse, partial.data(), kept.data(),
-                                    int(kept.size()));
+      token_logp_body<overwrite, S>(RowBlock{}, n, rows_of(a), logp, lse, nullptr, kept.data(), int(kept.size()));
   });
 }
 
@@ -39,9 +37,8 @@ void token_logp_grad(const TokenLogp& a, const float* lse, const float* grad_log
   dispatch(a, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     auto* out = static_cast<typename S::T*>(grad_logits);
-    std::vector<Sum> partial(kRowThreads);
     for (int64_t n = 0; n < a.n; ++n)
-      token_logp_grad_body<S>(RowBlock{}, n, rows_of(a), lse, grad_logp, out + n * grad_row_stride, partial.data());
+      token_logp_grad_body<S>(RowBlock{}, n, rows_of(a), lse, grad_logp, out + n * grad_row_stride, nullptr);
   });
 }
 
@@ -51,14 +48,11 @@ void preference_loss(const PreferenceLoss& a, int, Stream) {
 }
 
 void sequence_sum(const RowsOfSequences& a, const float* rows, float* sums, int, Stream) {
-  std::vector<int64_t> counts(kSequenceThreads);
-  std::vector<double> partial(kSequenceThreads);
-  for (int64_t s = 0; s < a.S; ++s) sequence_sum_body(SequenceBlock{}, s, a, rows, sums, counts.data(), partial.data());
+  for (int64_t s = 0; s < a.S; ++s) sequence_sum_body(SequenceBlock{}, s, a, rows, sums, nullptr, nullptr);
 }
 
 void over_rows(const RowsOfSequences& a, const float* values, float* rows, int, Stream) {
-  std::vector<int64_t> counts(kSequenceThreads);
-  for (int64_t s = 0; s < a.S; ++s) over_rows_body(SequenceBlock{}, s, a, values, rows, counts.data());
+  for (int64_t s = 0; s < a.S; ++s) over_rows_body(SequenceBlock{}, s, a, values, rows, nullptr);
 }
 
 int device_count() { return 1; }

@@ -87,7 +87,5 @@ def _refuses_device(index: int) -> str | None:
 
 
 @cache
-def device_facts(index: int) -> tuple[int, int]:
-    """Multiprocessors, and bytes of the second-level cache."""
-    properties = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count, getattr(properties, "L2_cache_size", 0)
+def multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count

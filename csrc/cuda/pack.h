@@ -47,6 +47,26 @@ struct alignas(16) Pack {
   uint32_t words[4];
 };
 
+// A pack that no thread will want again: it leaves L2 before those that one will.
+template <class T>
+WRPO_BODY Pack<T> read_last(const Pack<T>* from) {
+#if defined(__CUDA_ARCH__)
+  const uint4 four = __ldcs(reinterpret_cast<const uint4*>(from));
+  return {four.x, four.y, four.z, four.w};
+#else
+  return *from;
+#endif
+}
+
+template <class T>
+WRPO_BODY void write_last(Pack<T>* to, const Pack<T>& pack) {
+#if defined(__CUDA_ARCH__)
+  __stcs(reinterpret_cast<uint4*>(to), make_uint4(pack.words[0], pack.words[1], pack.words[2], pack.words[3]));
+#else
+  *to = pack;
+#endif
+}
+
 template <int size>
 struct Floats {
   float of[size];

@@ -6,14 +6,14 @@ namespace {
 
 __global__ void __launch_bounds__(kSequenceThreads)
     sequence_sum_kernel(const RowsOfSequences a, const float* rows, float* sums) {
-  __shared__ int64_t counts[kSequenceThreads];
-  __shared__ double partial[kSequenceThreads];
+  __shared__ int64_t counts[kSequenceThreads / 32];
+  __shared__ double partial[kSequenceThreads / 32];
   sequence_sum_body(CudaBlock<kSequenceThreads>{}, blockIdx.x, a, rows, sums, counts, partial);
 }
 
 __global__ void __launch_bounds__(kSequenceThreads)
     over_rows_kernel(const RowsOfSequences a, const float* values, float* rows) {
-  __shared__ int64_t counts[kSequenceThreads];
+  __shared__ int64_t counts[kSequenceThreads / 32];
   over_rows_body(CudaBlock<kSequenceThreads>{}, blockIdx.x, a, values, rows, counts);
 }
 

@@ -18,11 +18,11 @@ struct Add {
 
 template <class Block>
 WRPO_BODY Range rows_of_sequence(Block block, int64_t s, const RowsOfSequences& a, int64_t* counts) {
-  block.each([&](int t) {
-    counts[t] = 0;
-    for (int64_t i = t; i < s; i += Block::kThreads) counts[t] += a.length[i] > 0 ? a.length[i] : 0;
+  const int64_t first = block.reduced(counts, Add<int64_t>{}, [&](int t) {
+    int64_t count = 0;
+    for (int64_t i = t; i < s; i += Block::kThreads) count += a.length[i] > 0 ? a.length[i] : 0;
+    return count;
   });
-  const int64_t first = tree(block, counts, Add<int64_t>{});
   const int64_t length = a.length[s] > 0 ? a.length[s] : 0;
   return {first < a.N ? first : a.N, length < a.N - first ? first + length : a.N};
 }
@@ -31,12 +31,11 @@ template <class Block>
 WRPO_BODY void sequence_sum_body(Block block, int64_t s, const RowsOfSequences& a, const float* rows, float* sums,
                                  int64_t* counts, double* partial) {
   const Range of = rows_of_sequence(block, s, a, counts);
-  block.each([&](int t) {
-    double sum = 0;
-    for (int64_t n = of.first + t; n < of.last; n += Block::kThreads) sum += double(rows[n]);
-    partial[t] = sum;
+  const double sum = block.reduced(partial, Add<double>{}, [&](int t) {
+    double part = 0;
+    for (int64_t n = of.first + t; n < of.last; n += Block::kThreads) part += double(rows[n]);
+    return part;
   });
-  const double sum = tree(block, partial, Add<double>{});
   block.one([&] { sums[s] = float(sum); });
 }
 

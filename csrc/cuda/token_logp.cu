@@ -5,20 +5,20 @@ namespace wrpo::cuda {
 namespace {
 
 template <bool overwrite, class S>
-__global__ void __launch_bounds__(kRowThreads, 2)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     token_logp_kernel(const __grid_constant__ Rows a, float* logp, float* lse, int num_kept) {
-  __shared__ Sum partial[kRowThreads];
+  __shared__ Sum partial[kRowThreads / 32];
   extern __shared__ Pack<float> dynamic[];
   Pack<typename S::T>* kept = reinterpret_cast<Pack<typename S::T>*>(dynamic);
   token_logp_body<overwrite, S>(CudaBlock<kRowThreads>{}, blockIdx.x, a, logp, lse, partial, kept, num_kept);
 }
 
 template <class S>
-__global__ void __launch_bounds__(kRowThreads, 2)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     token_logp_grad_kernel(const __grid_constant__ Rows a, const float* lse, const float* grad_logp, void* grad_logits,
                            int64_t grad_row_stride) {
   typename S::T* out = static_cast<typename S::T*>(grad_logits) + int64_t(blockIdx.x) * grad_row_stride;
-  __shared__ Sum partial[kRowThreads];
+  __shared__ Sum partial[kRowThreads / 32];
   token_logp_grad_body<S>(CudaBlock<kRowThreads>{}, blockIdx.x, a, lse, grad_logp, out, partial);
 }
 
@@ -28,7 +28,7 @@ template <class Kernel>
 int bytes_to_keep(Kernel* kernel, int64_t row_bytes, int device) {
   const int on_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   const int of_system = attribute(cudaDevAttrReservedSharedMemoryPerBlock, device);
-  const int most = on_sm / 2 - of_system - int(sizeof(Sum)) * kRowThreads;
+  const int most = on_sm / kRowBlocks - of_system - int(sizeof(Sum)) * kRowThreads / 32;
   // The same for every row, so that threads of the host which launch side by side do not undo each other's setting.
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
   return int(row_bytes < most ? row_bytes : most) / 16 * 16;

@@ -1,14 +1,19 @@
 // The bodies of the row kernels: one block a row, 16 bytes a thread at a time.
 //
-// delta reads its row once from device memory: what fits stays in shared memory, the rest is read again from L2.
+// delta reads its row once from device memory: what fits stays in shared memory, the rest is read again, last pack
+// first, from L2. Nothing else is left standing there: what is read or written for the last time says so.
 #pragma once
 #include "pack.h"
 #include "token_logp.h"
 
 namespace wrpo::cuda {
 
+// The same for the forward and delta, so that both add up a row in one order: a policy has the bits of its reference.
+// 256 threads make the forward 0.95 times a copy at V = 32000 too, where 512 take 1.14, and delta slower (H200,
+// 2026-11-26).
 constexpr int kRowThreads = 512;
-constexpr int kAhead = 4;  // packs of a thread under way at a time: 64 KB on an SM with two blocks
+constexpr int kRowBlocks = 2;  // on a multiprocessor: one reads while the other finishes its row
+constexpr int kAhead = 4;  // packs of a thread under way at a time: 64 KB on an SM with 1024 threads
 
 // A pack is summed against a past reference unless it holds a score more than 2^kStale times above it.
 constexpr float kStale = 8.f;
@@ -24,13 +29,13 @@ struct Rows {
   const int64_t* target;
   int64_t ignore_index;
   const float* bias;
-  float inner;       // scale / softcap, or the sign of scale
+  float inner;       // scale / softcap, where there is one
   float multiplier;  // >= 0: log2 e * inv_temperature * (softcap or |scale|)
   float slope;       // scale * inv_temperature: d z / d x where the cap is not felt
 };
 
 inline Rows rows_of(const TokenLogp& a) {
-  const double inner = a.softcap != 0 ? a.scale / a.softcap : a.scale < 0 ? -1.0 : 1.0;
+  const double inner = a.softcap != 0 ? a.scale / a.softcap : 1.0;
   const double multiplier = kLog2E * a.inv_temperature *
                             (a.softcap != 0 ? a.softcap
                              : a.scale < 0  ? -a.scale
@@ -67,8 +72,11 @@ struct Merge {
   }
 };
 
+// What happens to a linear score before the multiplier, settled when a kernel is chosen: most rows pay nothing.
+enum class Cap { none, negated, tanh };
+
 // The scores of one row: z log2 e = multiplier * capped(x + bias).
-template <class Element, bool has_softcap>
+template <class Element, Cap cap>
 struct Scores {
   using T = Element;
   static constexpr int kSize = Pack<T>::kSize;
@@ -91,8 +99,8 @@ struct Scores {
   }
 
   WRPO_BODY Tanh capped(float linear) const {
-    if constexpr (has_softcap) return tanh_with_slope(linear * inner);
-    return Tanh{linear * inner, 1.f};
+    if constexpr (cap == Cap::tanh) return tanh_with_slope(linear * inner);
+    return Tanh{cap == Cap::negated ? -linear : linear, 1.f};
   }
 
   WRPO_BODY float relative(float capped, float top) const { return (capped - top) * multiplier; }
@@ -128,26 +136,26 @@ struct Scores {
   }
 };
 
-// Calls f(pack, i) for the packs of thread t, i = t, t + threads, ..., reading kAhead of them at a time by `read(i)`.
-template <class T, class Read, class F>
+// Calls f(pack, i) for the packs of thread t, i = t, t + threads, ..., reading kAhead of them at a time by `read(i)`;
+// backwards, the last of these come first.
+template <class T, bool backwards, class Read, class F>
 WRPO_BODY void each_pack(int t, int threads, int packs, Read read, F f) {
-  for (int first = t; first < packs; first += kAhead * threads) {
+  const int step = kAhead * threads, steps = packs > t ? (packs - t - 1) / step + 1 : 0;
+  for (int k = 0; k < steps; ++k) {
+    const int first = t + (backwards ? steps - 1 - k : k) * step;
     Pack<T> ahead[kAhead];
     WRPO_UNROLL
-    for (int k = 0; k < kAhead; ++k)
-      if (first + k * threads < packs) ahead[k] = read(first + k * threads);
+    for (int j = 0; j < kAhead; ++j)
+      if (first + j * threads < packs) ahead[j] = read(first + j * threads);
     WRPO_UNROLL
-    for (int k = 0; k < kAhead; ++k)
-      if (first + k * threads < packs) f(ahead[k], first + k * threads);
+    for (int j = 0; j < kAhead; ++j)
+      if (first + j * threads < packs) f(ahead[j], first + j * threads);
   }
 }
 
 template <class T>
 WRPO_BODY void write(T* out, const Pack<T>& pack, bool aligned) {
-  if (aligned) {
-    *reinterpret_cast<Pack<T>*>(out) = pack;
-    return;
-  }
+  if (aligned) return write_last(reinterpret_cast<Pack<T>*>(out), pack);
   const Floats<Pack<T>::kSize> x = unpack<T>(pack);
   for (int j = 0; j < Pack<T>::kSize; ++j) out[j] = store<T>(x.of[j]);
 }
@@ -169,18 +177,17 @@ WRPO_BODY Sum row_logsumexp(Block block, S row, Cut<typename S::T> cut, Sum* par
                             int num_kept) {
   using T = typename S::T;
   const Pack<T>* packs = reinterpret_cast<const Pack<T>*>(row.x + cut.head);
-  block.each([&](int t) {
+  return block.reduced(partial, Merge{row.multiplier}, [&](int t) {
     Sum sum{0.f, 0.f};
     if (t < cut.edges()) row.add(sum, row.linear(cut.edge(t)));
-    each_pack<T>(
-        t, Block::kThreads, cut.packs, [&](int i) { return packs[i]; },
+    each_pack<T, false>(
+        t, Block::kThreads, cut.packs, [&](int i) { return i < num_kept ? read_last(packs + i) : packs[i]; },
         [&](const Pack<T>& pack, int i) {
           if (i < num_kept) kept[i] = pack;
           row.add(sum, row.linear(pack, cut.first_of(i)));
         });
-    partial[t] = sum;
+    return sum;
   });
-  return tree(block, partial, Merge{row.multiplier});
 }
 
 // out[v] = coef * d z/dx * (1[v = target] - 2^(relative to top) / sum); out may be the row itself. `linear_target` was
@@ -197,8 +204,8 @@ WRPO_BODY void row_delta(Block block, S row, Cut<typename S::T> cut, Sum total, 
       const int v = cut.edge(t);
       out[v] = store<T>(row.softmax_part(row.linear(v), factor, top).of[0]);
     }
-    each_pack<T>(
-        t, Block::kThreads, cut.packs, [&](int i) { return i < num_kept ? kept[i] : packs[i]; },
+    each_pack<T, true>(
+        t, Block::kThreads, cut.packs, [&](int i) { return i < num_kept ? kept[i] : read_last(packs + i); },
         [&](const Pack<T>& pack, int i) {
           const int first = cut.first_of(i);
           write(out + first, packed<T>(row.softmax_part(row.linear(pack, first), factor, top)), aligned);
@@ -270,8 +277,9 @@ template <class F>
 void dispatch(const TokenLogp& a, F f) {
   auto of_type = [&](auto zero) {
     using T = decltype(zero);
-    if (a.softcap != 0) return f(static_cast<Scores<T, true>*>(nullptr));
-    return f(static_cast<Scores<T, false>*>(nullptr));
+    if (a.softcap != 0) return f(static_cast<Scores<T, Cap::tanh>*>(nullptr));
+    if (a.scale < 0) return f(static_cast<Scores<T, Cap::negated>*>(nullptr));
+    return f(static_cast<Scores<T, Cap::none>*>(nullptr));
   };
   if (a.dtype == Dtype::float32) return of_type(float{});
   if (a.dtype == Dtype::bfloat16) return of_type(BFloat16{});

@@ -85,6 +85,8 @@ def _linear_preference_loss(hidden, weight, target, bias, *arguments):
 def _scaled_to(total, factor, dtype):
     """factor * total, rounded to `dtype` a stripe at a time: no float32 copy of the whole."""
     out = torch.empty_like(total, dtype=dtype)
+    if out.is_cuda:  # one kernel rounds what it multiplies; on the CPU `out` of another type costs a float32 copy
+        return torch.mul(total, factor, out=out)
     step = max(1, STRIPE_BYTES // (4 * max(total[:1].numel(), 1)))
     for first in range(0, len(total), step):
         out[first : first + step] = total[first : first + step] * factor

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from wrpo_kernels.logit_transform import LogitTransform
 from wrpo_kernels.token_logp import triton_kernel as row_kernels
-from wrpo_kernels.triton_backend import device_facts
+from wrpo_kernels.triton_backend import multiprocessors
 from wrpo_kernels.triton_math import LOWEST, transformed
 
 delta_, forward = row_kernels.delta_, row_kernels.forward  # the chunked passes, for gradients
@@ -162,5 +162,5 @@ def has_large_memory(tensor: Tensor) -> bool:
 
 
 def ranges(hidden: Tensor, num_tiles: int) -> int:
-    multiprocessors = device_facts(hidden.device.index)[0] if hidden.is_cuda else 2
-    return max(1, min(num_tiles, triton.cdiv(PROGRAMS * multiprocessors, triton.cdiv(len(hidden), BLOCK_N))))
+    number = multiprocessors(hidden.device.index) if hidden.is_cuda else 2
+    return max(1, min(num_tiles, triton.cdiv(PROGRAMS * number, triton.cdiv(len(hidden), BLOCK_N))))

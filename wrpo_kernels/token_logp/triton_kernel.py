@@ -1,7 +1,10 @@
 """`token_logp` by Triton kernels: a row of logits is read once, and its delta written in place in the same launch.
 
     pass 1   tile after tile of a row -> running log-sum-exp of each lane, merged once at the end
-    pass 2   (delta only) the same tiles, last one first: what was read last is still in the second-level cache
+    pass 2   (delta only) the same tiles, last one first: what was read last is still in the second-level cache; the
+             label's own element last
+
+Whole tiles are read without a mask: a comparison and a choice for each score would take a fifth of the time.
 
 A label outside [0, V) that is not `ignore_index` cannot raise without waiting for the device: its row is NaN in logp,
 lse and delta. Under anomaly detection, and on the CPU, the labels are read first and a wrong one raises.
@@ -16,24 +19,41 @@ from torch import Tensor
 
 from wrpo_kernels.checks import check_labels
 from wrpo_kernels.logit_transform import LogitTransform
-from wrpo_kernels.triton_backend import device_facts
+from wrpo_kernels.triton_backend import multiprocessors
 from wrpo_kernels.triton_math import LOWEST, merged, take_in, tile_columns, transformed
 
-# 16 warps with four loads of 16 bytes a thread under way: 32 KiB a program, what a multiprocessor must have in flight
-# to fill the memory of an H100 (bandwidth * latency / 132). Chosen by that count; no GPU has measured it.
-UNROLL, NUM_WARPS = 4, 16
+# 8 warps with two loads of 16 bytes a thread under way. Beside a copy of the same bytes the forward takes 0.99 to 1.13
+# times as long and the delta 1.4 to 1.65; with 16 warps and four loads, 1.1 to 1.6 and 2.0 to 3.0 (H200, V = 32000 to
+# 262144, see docs/log.md, 2026-11-26).
+UNROLL, NUM_WARPS = 2, 8
 BLOCK = 4096  # of a row, in the out-of-place gradient
-MOST_PROGRAMS = 4  # a multiprocessor; 64 warps is all it holds
+PROGRAMS = 4  # a multiprocessor, each with a row of delta under way; with two of them it takes 1.3 times as long
 
 
 @triton.jit
-def _load_scores(row, bias, cols, in_row, scale, cap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """Scores of a row at `cols`, -inf beyond its end, and the bend of the softcap there."""
+def _load_scores(row, bias, cols, scale, cap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """Scores of a row at `cols`, all of which it has, and the bend of the softcap there."""
+    x = tl.load(row + cols).to(tl.float32)
+    if HAS_BIAS:
+        x += tl.load(bias + cols).to(tl.float32)
+    return transformed(x, scale, cap, HAS_SOFTCAP)
+
+
+@triton.jit
+def _load_scores_within(row, bias, cols, in_row, scale, cap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """The same, -inf where `cols` are not `in_row`."""
     x = tl.load(row + cols, mask=in_row, other=0.0).to(tl.float32)
     if HAS_BIAS:
         x += tl.load(bias + cols, mask=in_row, other=0.0).to(tl.float32)
     z, bend = transformed(x, scale, cap, HAS_SOFTCAP)
     return tl.where(in_row, z, float("-inf")), bend
+
+
+@triton.jit
+def _fill_zero(row, V, within, TILE: tl.constexpr):
+    for tile in range(tl.cdiv(V, TILE)):
+        cols = tile * TILE + within
+        tl.store(row + cols, tl.zeros_like(within).to(row.dtype.element_ty), mask=cols < V)
 
 
 @triton.jit(do_not_specialize=["num_rows", "ignore_index"])
@@ -59,7 +79,8 @@ def _token_logp_fwd(
 ):
     TILE: tl.constexpr = UNROLL * LANES * VECTOR
     within = tile_columns(LANES, UNROLL, VECTOR)  # [UNROLL, LANES, VECTOR]
-    num_tiles = tl.cdiv(V, TILE)
+    whole_tiles = V // TILE
+    rest = whole_tiles * TILE + within
     for n in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         row = logits + tl.cast(n, tl.int64) * stride_n
         label = tl.load(target + n)
@@ -67,32 +88,36 @@ def _token_logp_fwd(
             tl.store(logp + n, 0.0)
             tl.store(lse + n, 0.0)
             if WRITES_DELTA:
-                for tile in range(num_tiles):
-                    cols = tile * TILE + within
-                    tl.store(row + cols, tl.zeros([UNROLL, LANES, VECTOR], row.dtype.element_ty), mask=cols < V)
+                _fill_zero(row, V, within, TILE)
         else:
             is_token = (label >= 0) & (label < V)
             token = tl.where(is_token, label, 0).to(tl.int32)
-            chosen, _chosen_bend = _load_scores(row, bias, token, is_token, scale, cap, HAS_BIAS, HAS_SOFTCAP)
+            chosen, chosen_bend = _load_scores_within(row, bias, token, is_token, scale, cap, HAS_BIAS, HAS_SOFTCAP)
             top = tl.full([LANES], LOWEST, tl.float32)
             total = tl.zeros([LANES], tl.float32)
-            for tile in range(num_tiles):
-                cols = tile * TILE + within
-                z, bend = _load_scores(row, bias, cols, cols < V, scale, cap, HAS_BIAS, HAS_SOFTCAP)
+            for tile in range(whole_tiles):
+                z, bend = _load_scores(row, bias, tile * TILE + within, scale, cap, HAS_BIAS, HAS_SOFTCAP)
                 top, total = take_in(top, total, z)
+            z, bend = _load_scores_within(row, bias, rest, rest < V, scale, cap, HAS_BIAS, HAS_SOFTCAP)
+            top, total = take_in(top, total, z)
             highest, whole = merged(top, total)
             whole = tl.where(is_token, whole, float("nan"))
             log_whole = tl.log(whole)
             tl.store(logp + n, (chosen - highest) - log_whole)
             tl.store(lse + n, highest + log_whole)
             if WRITES_DELTA:
-                share = 1.0 / whole
-                for step in range(num_tiles):
-                    cols = (num_tiles - 1 - step) * TILE + within
-                    z, bend = _load_scores(row, bias, cols, cols < V, scale, cap, HAS_BIAS, HAS_SOFTCAP)
-                    delta = tl.where(cols == token, 1.0, 0.0) - tl.exp(z - highest) * share
-                    delta *= slope * bend
-                    tl.store(row + cols, delta.to(row.dtype.element_ty), mask=cols < V)
+                share = -slope / whole
+                z, bend = _load_scores_within(row, bias, rest, rest < V, scale, cap, HAS_BIAS, HAS_SOFTCAP)
+                delta = tl.exp(z - highest) * (share * bend)
+                tl.store(row + rest, delta.to(row.dtype.element_ty), mask=rest < V)
+                for step in range(whole_tiles):
+                    cols = (whole_tiles - 1 - step) * TILE + within
+                    z, bend = _load_scores(row, bias, cols, scale, cap, HAS_BIAS, HAS_SOFTCAP)
+                    delta = tl.exp(z - highest) * (share * bend)
+                    tl.store(row + cols, delta.to(row.dtype.element_ty))
+                tl.debug_barrier()  # the label's element was written by another thread
+                delta = (slope + tl.exp(chosen - highest) * share) * chosen_bend
+                tl.store(row + token, delta.to(row.dtype.element_ty), mask=is_token)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -122,7 +147,7 @@ def _token_logp_bwd(
         tl.store(out + cols, tl.zeros([BLOCK], out.dtype.element_ty), mask=cols < V)
     else:
         row = logits + n * stride_n
-        z, bend = _load_scores(row, bias, cols, cols < V, scale, cap, HAS_BIAS, HAS_SOFTCAP)
+        z, bend = _load_scores_within(row, bias, cols, cols < V, scale, cap, HAS_BIAS, HAS_SOFTCAP)
         delta = tl.where(cols == label, 1.0, 0.0) - tl.exp(z - tl.load(lse + n))
         delta *= tl.load(grad_logp + n) * slope * bend
         tl.store(out + cols, delta.to(out.dtype.element_ty), mask=cols < V)
@@ -210,23 +235,20 @@ def grad(
 
 
 def tile(logits: Tensor) -> dict[str, int]:
-    """Shape of a tile, 16384 values where loads of 16 bytes can be aligned and 4096 elsewhere; less for a short row."""
+    """Shape of a tile: loads of 16 bytes where they can be aligned, of one value elsewhere; less for a short row."""
     vocabulary, stride = logits.shape[1], logits.stride(0)
     aligned = vocabulary % 16 == 0 and stride % 16 == 0 and logits.data_ptr() % 16 == 0
     vector = 16 // logits.element_size() if aligned else 1
-    lanes = 4096 // vector if aligned else 1024  # with 2048 ptxas spills for sm_80 and sm_100
+    lanes = 32 * NUM_WARPS if aligned else 1024
     needed = triton.next_power_of_2(triton.cdiv(vocabulary, UNROLL * vector))
     return {"LANES": max(32, min(lanes, needed)), "UNROLL": UNROLL, "VECTOR": vector}
 
 
 def programs(logits: Tensor, writes_delta: bool) -> int:
-    """Rows under way at a time. The delta reads its row twice, so no more than half the second-level cache holds."""
-    rows, vocabulary = logits.shape
+    """Rows under way at a time. The delta reads its row twice, so the cache should still hold the start of the row."""
     if not writes_delta or not logits.is_cuda:
-        return rows
-    multiprocessors, cache_bytes = device_facts(logits.device.index)
-    fit = cache_bytes // (2 * multiprocessors * vocabulary * logits.element_size())
-    return min(rows, multiprocessors * max(1, min(fit, MOST_PROGRAMS)))
+        return len(logits)
+    return min(len(logits), PROGRAMS * multiprocessors(logits.device.index))
 
 
 def _bias(transform: LogitTransform, logits: Tensor) -> tuple[Tensor]:

@@ -513,8 +513,9 @@ def test_each_gradient_has_the_dtype_of_its_tensor(rows, head, backend, device):
     """bfloat16 hidden states under a float32 head: the mixed precision of sharded training."""
     batch = Batch(head, torch.bfloat16, device)
     rest = batch.options | {"beta": 0.1, "budget_bytes": batch.budget(rows), "backend": backend}
+    batch.bias = batch.bias.float()  # in both: a kernel compiled for another type of bias may round a delta otherwise
     _, expected = run(batch, batch.tensors(), set(NAMES), **rest)
-    batch.weight, batch.bias = batch.weight.float(), batch.bias.float()  # exactly: they were rounded before
+    batch.weight = batch.weight.float()  # exactly: it was rounded before
     _, grads = run(batch, batch.tensors(), set(NAMES), **rest)
     assert [grads[name].dtype for name in NAMES] == [torch.bfloat16, torch.float32, torch.float32]
     for name in NAMES:

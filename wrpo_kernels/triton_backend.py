@@ -43,12 +43,12 @@ class TritonBackend:
 
 
 class FusedTritonBackend(TritonBackend):
-    """The matrix product that writes no logits; it has yet to be measured, so it waits for its name."""
+    """The matrix product that writes no logits: slower than the chunked passes, so it waits for its name."""
 
     NAME = "triton_fused"
 
     def waits_to_be_named(self, tensor: Tensor) -> str | None:
-        return "no GPU has measured it against the chunked passes; backend='triton_fused' asks for it"
+        return "the chunked passes are faster; backend='triton_fused' asks for it"
 
 
 def refuses(tensor: Tensor) -> str | None:

@@ -21,7 +21,7 @@ from wrpo_kernels import (
     wrpo_loss,
 )
 
-ROW_KERNELS = ("token_logp", "token_logp_delta_", "token_logp_grad", "preference_loss")
+ROW_KERNELS = ("token_logp", "token_logp_delta_", "token_logp_grad", "preference_loss", "preference_loss_of_rows")
 GENERAL = {"seq_weight": torch.tensor([0.3, 0.7, -1.0]), "group": torch.zeros(3, dtype=torch.int64), "beta": 0.1}
 
 
@@ -77,7 +77,7 @@ def test_the_backend_that_was_named_is_the_one_that_runs_forward_and_backward(do
         "preference_loss": {"preference_loss"},
         "wrpo_loss": {"preference_loss"},
     }
-    assert set(native_calls) >= needed.get(door, {"token_logp_delta_", "preference_loss"})
+    assert set(native_calls) >= needed.get(door, {"token_logp_delta_", "preference_loss_of_rows"})
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -383,6 +383,26 @@ def test_the_graph_can_be_walked_twice_and_inputs_stay(wanted, rows, head, backe
 
 @heads
 @budgets
+@pytest.mark.parametrize("factor", [1.0, -0.75])
+def test_the_gradients_of_a_kept_graph_are_the_callers_own(factor, rows, head, backend, device):
+    """What the caller does to them is not in those of the next walk, nor are those of the last one scaled twice."""
+    batch = Batch(head, torch.float32, device)
+    rest = batch.options | {"ref_logp": batch.ref_logp, "beta": 0.1, "budget_bytes": batch.budget(rows)}
+    given = {name: tensor.detach().requires_grad_() for name, tensor in batch.tensors().items()}
+    loss = factor * linear_preference_loss(labels=batch.labels, backend=backend, **rest, **given).loss
+    walks = []
+    for keep in (True, True, False):
+        grads = torch.autograd.grad(loss, list(given.values()), retain_graph=keep)
+        walks.append([grad.clone() for grad in grads])
+        for grad in grads:
+            grad.zero_()
+    for again in walks[1:]:
+        for name, got, expected in zip(given, again, walks[0], strict=True):
+            oracle.assert_same_bits(name, got, expected)
+
+
+@heads
+@budgets
 def test_policy_equal_to_the_reference_gives_log_2_exactly(rows, head, backend, device):
     """Step 0: the reference's log-probs are made by the forward alone, the policy's by the training pass. Exactly on
     the CPU, and on a GPU where both take the same rows at a time."""

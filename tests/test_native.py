@@ -473,20 +473,36 @@ class Preference:
         } | options
 
     def run(self) -> dict[str, Tensor]:
-        o, groups = self.options, 3
+        sizes = {"loss": 3, "reward": len(self.logp), "margin": 3, "coef": len(self.logp)}
+        return self._into(sizes, _cpu.preference_loss, self.logp.data_ptr())
+
+    def run_of_rows(self, rows: Tensor, divisor: float) -> dict[str, Tensor]:
+        """From rows [N], `options["length"]` of them a sequence; `coef` is that of the rows."""
+        sizes = {
+            "total": 1,
+            "loss": 3,
+            "logp": len(self.logp),
+            "reward": len(self.logp),
+            "margin": 3,
+            "coef": len(rows),
+        }
+        return self._into(sizes, _cpu.preference_loss_of_rows, rows.data_ptr(), len(rows), after=(divisor,))
+
+    def _into(self, sizes: dict[str, int], kernel: Callable, *front: int, after: tuple = ()) -> dict[str, Tensor]:
+        o = self.options
         tensors = [o[name] for name in ("ref_logp", "seq_weight", "group", "length", "nll_weight", "group_weight")]
-        sizes = {"loss": groups, "reward": len(self.logp), "margin": groups, "coef": len(self.logp)}
         out = {name: torch.full((size + 2,), 77.0) for name, size in sizes.items()}
-        _cpu.preference_loss(
-            self.logp.data_ptr(),
+        kernel(
+            *front,
             *(0 if x is None else x.data_ptr() for x in tensors),
             len(self.logp),
-            groups,
+            3,
             o["beta"],
             o["gamma"],
             LOSS_KINDS.index(self.kind),
             o["label_smoothing"],
             o["length_normalize"],
+            *after,
             *(x[1:].data_ptr() for x in out.values()),
         )
         assert all((x[[0, -1]] == 77.0).all() for x in out.values()), "the kernel wrote outside its results"
@@ -572,21 +588,46 @@ def test_a_group_that_does_not_exist_is_refused(wrong):
 
 # sequences and their rows
 
-
-def test_rows_are_summed_by_sequence_and_values_spread_over_rows():
-    length = torch.tensor([3, 0, 1, 70000])
-    rows, values = torch.randn(int(length.sum())), torch.randn(4)
-    sums, spread = torch.full((4,), torch.nan), torch.full_like(rows, torch.nan)
-    _cpu.sequence_sum(rows.data_ptr(), length.data_ptr(), 4, len(rows), sums.data_ptr())
-    _cpu.over_rows(values.data_ptr(), length.data_ptr(), 4, len(rows), spread.data_ptr())
-    truth = torch.stack([part.double().sum() for part in rows.split(length.tolist())])
-    assert_within("sum", sums, truth, 0.5001 * ulp(truth, torch.float32))  # summed in double, rounded once
-    assert torch.equal(spread, values.repeat_interleave(length))
+LENGTHS = torch.tensor([3, 0, 1, 70000, 2, 5])
 
 
-@pytest.mark.parametrize(("length", "message"), [([3, -1, 3], "length: .* got -1"), ([3, 0, 3], "length: .* got 6")])
+@pytest.mark.parametrize("kind", LOSS_KINDS)
+def test_rows_give_the_losses_of_their_sums_and_take_the_coefficients_of_their_sequences(kind):
+    rows = -0.001 * torch.rand(int(LENGTHS.sum()))
+    got = Preference(kind, length=LENGTHS).run_of_rows(rows, 3.0)
+    truth = torch.stack([part.double().sum() for part in rows.split(LENGTHS.tolist())])
+    assert_within("sum", got["logp"], truth, 0.5001 * ulp(truth, torch.float32))  # summed in double, rounded once
+    expected = Preference(kind, got["logp"], length=LENGTHS).run()
+    assert all(torch.equal(got[name], expected[name]) for name in ("loss", "reward", "margin"))
+    assert torch.equal(got["coef"], (expected["coef"] / 3).repeat_interleave(LENGTHS))
+    assert torch.equal(got["total"][0], expected["loss"].double().sum().float() / 3)
+
+
+@pytest.mark.parametrize(
+    ("length", "message"), [([3, -1, 3, 0, 0, 0], "length: .* got -1"), ([3, 0, 3, 0, 0, 0], "length: .* got 6")]
+)
 def test_lengths_that_do_not_add_up_to_the_rows_are_refused(length, message):
-    length, rows, sums = torch.tensor(length), torch.zeros(5), torch.full((3,), 77.0)
     with pytest.raises(ValueError, match=message):
-        _cpu.sequence_sum(rows.data_ptr(), length.data_ptr(), 3, 5, sums.data_ptr())
-    assert (sums == 77.0).all()
+        Preference("sigmoid", length=torch.tensor(length)).run_of_rows(torch.zeros(5), 1.0)
+
+
+def test_rows_without_a_length_are_refused():
+    with pytest.raises(ValueError, match="length: expected a pointer"):
+        Preference("sigmoid").run_of_rows(torch.zeros(5), 1.0)
+
+
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x.t(), lambda x: x[:, 3:8], lambda x: x[::2], lambda x: x[:0]])
+def test_labels_are_counted_by_sequence_whatever_their_strides(view):
+    labels = view(torch.randint(-101, -98, (9, 11)))
+    counts = torch.full((labels.shape[0] + 2,), 77)
+    _cpu.count_labels(labels.data_ptr(), *labels.shape, *labels.stride(), IGNORED, counts[1:].data_ptr())
+    assert torch.equal(counts[1:-1], (labels != IGNORED).sum(1))
+    assert counts[0] == counts[-1] == 77
+
+
+def test_sequences_without_a_position_have_no_label_to_count():
+    counts = torch.full((2,), 77)
+    _cpu.count_labels(0, 2, 0, 0, 1, IGNORED, counts.data_ptr())
+    assert counts.tolist() == [0, 0]
+    with pytest.raises(ValueError, match="labels: expected a pointer"):
+        _cpu.count_labels(0, 2, 1, 1, 1, IGNORED, counts.data_ptr())

@@ -63,10 +63,10 @@ def test_token_log_probs_and_their_gradients_read_nothing_back(keeps, num_rows, 
     logp, unscaled, kept = passes.forward(head, rows, plan, keeps == KEEPS["hidden"])
     assert rows.spread(logp).shape == (M,)
     if keeps == KEEPS["hidden"]:
-        assert rows.spread(scaled_rows(unscaled, logp)).shape == (M, D)
+        assert rows.spread(scaled_rows(unscaled, logp[:, None])).shape == (M, D)
     if keeps == KEEPS["head"]:
         gradients = Gradients(hidden, head.weight, keeps, 2)
-        passes.backward(head, rows, plan, kept, logp, gradients)
+        passes.backward(head, rows, plan, kept, logp[:, None], gradients)
         assert gradients.totals()[1].shape == (V, D)
 
 
@@ -78,7 +78,7 @@ def test_one_pass_reads_nothing_back_while_the_rows_fit(num_rows, tensors):
     sequences = one_pass.Sequences(None, size, number, number, None, None)
     family = Family(0.1, 0.0, "sigmoid", 0.0, False)
     kernel = choose("preference_loss", "triton", CANDIDATES, size)
-    result = one_pass.run(head, rows, sequences, 2, family, N + M, gradients, kernel)
+    result = one_pass.run(head, rows, sequences, 2, family, 2, N + M, gradients, kernel)
     assert result.loss.shape == (2,) and result.logp.shape == (S,)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from wrpo_kernels import cuda_launch
 from wrpo_kernels.backends import load_extension, why_not
-from wrpo_kernels.budget import DEFAULT_BUDGET
+from wrpo_kernels.budget import DEFAULT_BUDGET, DEFAULT_BUDGET_OF_ACCELERATOR
 from wrpo_kernels.preference_loss import contract as preference_contract
 from wrpo_kernels.products import multiplies, prefers_transposed
 from wrpo_kernels.token_logp import contract as token_contract
@@ -29,7 +29,8 @@ def _versions() -> list[str]:
         f"torch         {torch.__version__}, {torch.get_num_threads()} threads, {_accelerator()}",
         *(f"{name:<13} {_version_of(name)}" for name in packages),
         f"processor     {_processor()}, {os.cpu_count()} cores",
-        f"budget        {DEFAULT_BUDGET >> 20} MiB of logits at a time unless budget_bytes says otherwise",
+        f"budget        {DEFAULT_BUDGET >> 20} MiB of logits at a time, {DEFAULT_BUDGET_OF_ACCELERATOR >> 20} on an "
+        "accelerator, unless budget_bytes says otherwise",
     ]
 
 

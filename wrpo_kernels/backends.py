@@ -51,8 +51,7 @@ def choose(op: str, backend: str | None, candidates: tuple[Backend, ...], *facts
         ValueError: no candidate has that name.
         RuntimeError: the named backend refuses, or all do; the message holds each reason.
     """
-    names = [module.NAME for module in candidates]
-    if backend is not None and backend not in names:
+    if backend is not None and backend not in (names := [module.NAME for module in candidates]):
         raise ValueError(f"{op}: backend must be one of {names} or None, got {backend!r}")
     reasons = []
     for module in candidates:

@@ -6,7 +6,11 @@ from typing import NamedTuple
 
 import torch
 
-DEFAULT_BUDGET = 512 << 20  # bytes; 2048 rows of Llama-3's 128256 logits in bfloat16
+# Bytes. 1 GiB is 4096 rows of Llama-3's 128256 logits in bfloat16. An accelerator gets more: each chunk reads and
+# writes the float32 gradient of the head once, and with 512 MiB that made a step 1.33 times its products, with 1 GiB
+# 1.16 (H200, 2026-11-26, see docs/log.md).
+DEFAULT_BUDGET = 512 << 20
+DEFAULT_BUDGET_OF_ACCELERATOR = 1 << 30
 
 
 class Plan(NamedTuple):
@@ -38,9 +42,9 @@ def even_chunk(num_rows: int, most: int) -> int:
     return -(-num_rows // chunks)
 
 
-def check_budget(budget_bytes: int | None) -> int:
+def check_budget(budget_bytes: int | None, device: torch.device) -> int:
     if budget_bytes is None:
-        return DEFAULT_BUDGET
+        return DEFAULT_BUDGET if device.type == "cpu" else DEFAULT_BUDGET_OF_ACCELERATOR
     if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, int):
         raise TypeError(f"budget_bytes must be an int, got {type(budget_bytes).__name__}")
     if budget_bytes <= 0:

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-FLOAT32 = torch.finfo(torch.float32)
+TINY = torch.finfo(torch.float32).tiny
+LARGEST = torch.finfo(torch.float64).max
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -18,7 +19,7 @@ def check_tensor(name: str, value: object) -> None:
 
 def check_shape(name: str, value: Tensor, letters: str, *expected: int) -> None:
     """`letters` is the shape in the project's alphabet, e.g. "[V, D]"; `expected` its values."""
-    if tuple(value.shape) != expected:
+    if value.shape != expected:
         raise ValueError(f"{name} must be {letters} = {list(expected)}, got {list(value.shape)}")
 
 
@@ -45,16 +46,9 @@ def check_constant(name: str, value: Tensor) -> None:
 def check_number(name: str, value: float, *, above: float = -math.inf, least: float = -math.inf) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not _is_finite(value) or value <= above or value < least:
+    if not -LARGEST <= value <= LARGEST or value <= above or value < least:  # an int may be beyond float64
         bound = f" > {above:g}" if above > -math.inf else f" >= {least:g}" if least > -math.inf else ""
         raise ValueError(f"{name} must be a finite number{bound}, got {_shown(value)}")
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int beyond float64
-        return False
 
 
 def _shown(value: float) -> str:
@@ -66,7 +60,7 @@ def _shown(value: float) -> str:
 
 def check_float32(name: str, value: float) -> None:
     """A finite number that float32 holds as something else than 0 or infinity, and its reciprocal as well."""
-    if value and not FLOAT32.tiny <= abs(value) <= 1 / FLOAT32.tiny:
+    if value and not TINY <= abs(value) <= 1 / TINY:
         raise ValueError(f"{name} must be within float32, 1.2e-38 to 8.5e37 in size, got {value}")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from wrpo_kernels import column_filter
-from wrpo_kernels.products import add_grad_weight, grad_weight_into, scaled_rows, stripe_of, writes_float32
+from wrpo_kernels.products import add_grad_weight, grad_weight_into, scale_rows_, scaled_rows, stripe_of, writes_float32
 from wrpo_kernels.rows import Rows
 from wrpo_kernels.scratch import scratch
 
@@ -26,8 +26,8 @@ class Gradients:
     def __init__(
         self, hidden: Tensor, weight: Tensor, keeps: tuple[bool, bool, bool], chunks: int, grad_filter: float = 0.0
     ) -> None:
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        self.dh = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if keeps[0] else None
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.dh = hidden.new_empty(hidden.shape) if keeps[0] else None
         self.dw = self.db = None
         if keeps[1]:
             dtype = weight.dtype if chunks <= 1 else wide
@@ -39,23 +39,29 @@ class Gradients:
         self._is_empty = True
 
     def add(self, rows: Rows, first: int, delta: Tensor, coef: Tensor) -> None:
-        """The share of rows [first, first + n): delta [n, V], coef [n]."""
-        number = delta.shape[0]
-        columns = column_filter.columns_that_count(delta, rows.target[first : first + number], self._filter)
+        """The share of rows [first, first + n): delta [n, V], coef [n, 1]."""
+        last = first + delta.shape[0]
+        columns = None
+        if self._filter:
+            columns = column_filter.columns_that_count(delta, rows.target[first:last], self._filter)
         if self.dh is not None:
-            share = torch.empty(number, self._weight.shape[1], dtype=delta.dtype, device=delta.device)
+            dh = self.dh.view(-1, self.dh.shape[-1])
+            if self._is_empty and rows.index is not None:
+                dh.zero_()
+            share = rows.room_in(dh, first, last)
             column_filter.grad_hidden_into(share, delta, self._weight, columns)
-            rows.put_(self.dh.view(-1, self.dh.shape[-1]), first, scaled_rows(share, coef))
+            rows.put_(dh, first, scale_rows_(share, coef))
         if self.dw is not None:
-            self._add_weight(delta, scaled_rows(rows.hidden(first, first + number), coef), columns)
+            self._add_weight(delta, scaled_rows(rows.hidden(first, last), coef), columns)
         if self.db is not None:
             self._add_bias(delta, coef)
         self._is_empty = False
 
     def totals(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """dh, dW and db as they were accumulated."""
-        if self._is_empty and self.dw is not None:
-            self.dw.zero_()
+        for total in (self.dh, self.dw):
+            if self._is_empty and total is not None:
+                total.zero_()
         return self.dh, self.dw, self.db
 
     def _add_weight(self, delta: Tensor, scaled: Tensor, columns: Tensor | None) -> None:
@@ -86,4 +92,4 @@ class Gradients:
         step = stripe_of(len(delta), self.db.dtype)
         for first in range(0, delta.shape[1], step):
             part = delta[:, first : first + step].to(self.db.dtype)
-            self.db[first : first + step] += coef.to(part.dtype) @ part
+            self.db[first : first + step] += (coef.to(part.dtype).t() @ part)[0]

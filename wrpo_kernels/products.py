@@ -34,7 +34,7 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 
 def is_widened(operand: Tensor) -> bool:
-    return operand.device.type == "cpu" and not multiplies(operand.dtype)
+    return operand.dtype.itemsize == 2 and operand.device.type == "cpu" and not multiplies(operand.dtype)
 
 
 def _wide_stripes(vocabulary: int, *widths: int) -> Iterator[slice]:
@@ -125,5 +125,11 @@ def stripe_of(width: int, dtype: torch.dtype) -> int:
 
 
 def scaled_rows(rows: Tensor, coef: Tensor) -> Tensor:
-    """coef[n] * rows[n], rounded once: a coefficient rounded to 16 bits first would bias all rows of its sequence."""
-    return (rows * coef[:, None]).to(rows.dtype)
+    """coef [n, 1] * rows [n, D], rounded once: a coefficient rounded to 16 bits first would bias its whole sequence."""
+    scaled = rows * coef
+    return scaled if scaled.dtype == rows.dtype else scaled.to(rows.dtype)
+
+
+def scale_rows_(rows: Tensor, coef: Tensor) -> Tensor:
+    """The same in place."""
+    return rows.mul_(coef)

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
+from wrpo_kernels.autograd import is_plain
+from wrpo_kernels.backends import load_extension
 from wrpo_kernels.checks import check_int
 
 UNCOUNTED = -1
+
+
+def part_of(values: Tensor, first: int, last: int) -> Tensor:
+    """values[first:last]; the tensor itself where that is all of it, for a view costs 1 to 4 us."""
+    return values if last - first == values.shape[0] else values[first:last]
 
 
 class Rows:
@@ -55,20 +63,23 @@ class Rows:
             positions, width = self.positions()[first:last], self._hidden.shape[1]
             return self._hidden[positions // width, positions % width]
         if self.index is None:
-            return self._hidden[first:last]
+            return part_of(self._hidden, first, last)
         return self._hidden.index_select(0, self.index[first:last])
 
     def take(self, values: Tensor) -> Tensor:
         """[M, ...] -> [N, ...]"""
         return values if self.index is None else values.index_select(0, self.index)
 
-    def put_(self, out: Tensor, first: int, values: Tensor) -> None:
-        """Writes the values of rows [first, first + n) to their places in `out` [M, ...]."""
-        last = first + values.shape[0]
+    def room_in(self, out: Tensor, first: int, last: int) -> Tensor:
+        """Where values of rows [first, last) are to be written: in `out` [M, ...] itself if nothing was left out."""
         if self.index is None:
-            out[first:last] = values
-        else:
-            out.index_copy_(0, self.index[first:last], values)
+            return part_of(out, first, last)
+        return out.new_empty(last - first, *out.shape[1:])
+
+    def put_(self, out: Tensor, first: int, values: Tensor) -> None:
+        """Takes values that were written into `room_in(out, first, ...)` to their places in `out`."""
+        if self.index is not None:
+            out.index_copy_(0, self.index[first : first + values.shape[0]], values)
 
     def spread(self, values: Tensor) -> Tensor:
         """[N, ...] -> [M, ...], zero where the label does not count."""
@@ -78,8 +89,18 @@ class Rows:
         return out.index_copy_(0, self.index, values)
 
 
-def count_rows(counted: Tensor, most: int, num_rows: int | None) -> int:
-    """How many of `most` labels count: `num_rows` where the caller says so, else `counted` [], read from the device.
+def count_labels(labels: Tensor, ignore_index: int) -> Tensor:
+    """[S, T] -> [S] int64, how many labels of each sequence count."""
+    module = load_extension("_cpu")[0] if is_plain((labels,)) and labels.is_cpu else None
+    if module is None:
+        return (labels != ignore_index).sum(1)
+    counts = labels.new_empty(labels.shape[0])
+    module.count_labels(labels.data_ptr(), *labels.shape, *labels.stride(), ignore_index, counts.data_ptr())
+    return counts
+
+
+def count_rows(length: Tensor, most: int, num_rows: int | None) -> int:
+    """How many of `most` labels count: `num_rows` where the caller says so, else the sum of `length` [S], read back.
 
     UNCOUNTED where it cannot be read, while compiling.
     """
@@ -87,17 +108,19 @@ def count_rows(counted: Tensor, most: int, num_rows: int | None) -> int:
         check_int("num_rows", num_rows)
         if not 0 <= num_rows <= most:
             raise ValueError(f"num_rows must be in [0, {most}], the number of labels, got {num_rows}")
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return UNCOUNTED if num_rows is None else num_rows
-    if num_rows is not None and counted.device.type != "cpu":
+    if num_rows is not None and length.device.type != "cpu":
         return num_rows
-    if num_rows not in (None, int(counted)):
-        raise ValueError(f"num_rows must be the number of labels that count, {int(counted)}, got {num_rows}")
-    return int(counted)
+    # Small tensors are added up by Python, past the dispatcher.
+    counted = sum(length.tolist()) if length.device.type == "cpu" else int(length.sum())
+    if num_rows not in (None, counted):
+        raise ValueError(f"num_rows must be the number of labels that count, {counted}, got {num_rows}")
+    return counted
 
 
-def nan_unless_counted(values: Tensor, counted: Tensor, num_rows: int | None) -> Tensor:
+def nan_unless_counted(values: Tensor, length: Tensor, num_rows: int | None) -> Tensor:
     """A wrong `num_rows` would leave rows out in silence, and raising would wait for the device: it gives NaN."""
-    if num_rows is None or counted.device.type == "cpu":
+    if num_rows is None or length.device.type == "cpu":
         return values
-    return values * torch.where(counted == num_rows, 1.0, torch.nan).to(values.dtype)
+    return values * torch.where(length.sum() == num_rows, 1.0, torch.nan).to(values.dtype)

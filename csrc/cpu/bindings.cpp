@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "preference_loss.h"
 #include "sequence_sum.h"
@@ -91,10 +92,11 @@ void transpose(Pointer src, int itemsize, int64_t rows, int64_t cols, int64_t sr
 
 // preference_loss
 
-void preference_loss(Pointer logp, Pointer ref_logp, Pointer seq_weight, Pointer group, Pointer length,
-                     Pointer nll_weight, Pointer group_weight, int64_t S, int64_t G, double beta, double gamma,
-                     int loss_kind, double label_smoothing, bool length_normalize, Pointer loss, Pointer reward,
-                     Pointer margin, Pointer coef) {
+wrpo::PreferenceLoss preference_loss_args(Pointer logp, Pointer ref_logp, Pointer seq_weight, Pointer group,
+                                          Pointer length, Pointer nll_weight, Pointer group_weight, int64_t S,
+                                          int64_t G, double beta, double gamma, int loss_kind, double label_smoothing,
+                                          bool length_normalize, Pointer loss, Pointer reward, Pointer margin,
+                                          Pointer coef) {
   require(loss_kind >= 0 && loss_kind <= 2, "loss_kind", "0 (sigmoid), 1 (hinge) or 2 (ipo)", loss_kind);
   if (S > 0)
     require_present({{"logp", logp}, {"seq_weight", seq_weight}, {"group", group}, {"reward", reward}, {"coef", coef}});
@@ -106,18 +108,39 @@ void preference_loss(Pointer logp, Pointer ref_logp, Pointer seq_weight, Pointer
       throw std::invalid_argument("group[" + std::to_string(s) + "]: expected a value in [0, G = " + std::to_string(G) +
                                   "), got " + std::to_string(g));
   }
-  wrpo::preference_loss({as<const float>(logp), as<const float>(ref_logp), as<const float>(seq_weight),
-                         as<const int64_t>(group), as<const int64_t>(length), as<const float>(nll_weight),
-                         as<const float>(group_weight), S, G, beta, gamma, wrpo::MarginLoss(loss_kind), label_smoothing,
-                         length_normalize, as<float>(loss), as<float>(reward), as<float>(margin), as<float>(coef)});
+  return {as<const float>(logp),
+          as<const float>(ref_logp),
+          as<const float>(seq_weight),
+          as<const int64_t>(group),
+          as<const int64_t>(length),
+          as<const float>(nll_weight),
+          as<const float>(group_weight),
+          S,
+          G,
+          beta,
+          gamma,
+          wrpo::MarginLoss(loss_kind),
+          label_smoothing,
+          length_normalize,
+          as<float>(loss),
+          as<float>(reward),
+          as<float>(margin),
+          as<float>(coef)};
+}
+
+void preference_loss(Pointer logp, Pointer ref_logp, Pointer seq_weight, Pointer group, Pointer length,
+                     Pointer nll_weight, Pointer group_weight, int64_t S, int64_t G, double beta, double gamma,
+                     int loss_kind, double label_smoothing, bool length_normalize, Pointer loss, Pointer reward,
+                     Pointer margin, Pointer coef) {
+  wrpo::preference_loss(preference_loss_args(logp, ref_logp, seq_weight, group, length, nll_weight, group_weight, S, G,
+                                             beta, gamma, loss_kind, label_smoothing, length_normalize, loss, reward,
+                                             margin, coef));
 }
 
 // sequences and their rows
 
-template <void (*f)(const float*, const int64_t*, int64_t, float*)>
-void between_rows_and_sequences(Pointer in, Pointer length, int64_t S, int64_t N, Pointer out) {
-  if (S <= 0) return;
-  require_present({{"length", length}});
+void require_rows(Pointer length, int64_t S, int64_t N) {
+  if (S > 0) require_present({{"length", length}});
   int64_t rows = 0;
   for (int64_t s = 0; s < S; ++s) {
     const int64_t n = as<const int64_t>(length)[s];
@@ -125,8 +148,35 @@ void between_rows_and_sequences(Pointer in, Pointer length, int64_t S, int64_t N
     rows += n;
   }
   require(rows == N, "length", "as many rows as there are", rows);
-  if (N > 0) require_present({{"in", in}, {"out", out}});
-  f(as<const float>(in), as<const int64_t>(length), S, as<float>(out));
+}
+
+void preference_loss_of_rows(Pointer row_logp, int64_t N, Pointer ref_logp, Pointer seq_weight, Pointer group,
+                             Pointer length, Pointer nll_weight, Pointer group_weight, int64_t S, int64_t G,
+                             double beta, double gamma, int loss_kind, double label_smoothing, bool length_normalize,
+                             double divisor, Pointer total, Pointer loss, Pointer logp, Pointer reward, Pointer margin,
+                             Pointer row_coef) {
+  require_rows(length, S, N);
+  require_present({{"total", total}});
+  if (N > 0) require_present({{"row_logp", row_logp}, {"row_coef", row_coef}});
+  if (!(divisor > 0)) require(false, "divisor", "a number > 0", std::to_string(divisor));
+  std::vector<float> coef(S > 0 ? size_t(S) : 0);
+  const auto args = preference_loss_args(logp, ref_logp, seq_weight, group, length, nll_weight, group_weight, S, G,
+                                         beta, gamma, loss_kind, label_smoothing, length_normalize, loss, reward,
+                                         margin, reinterpret_cast<Pointer>(coef.data()));
+  wrpo::sequence_sum(as<const float>(row_logp), args.length, S, as<float>(logp));
+  wrpo::preference_loss(args);
+  wrpo::sequence_sum(args.loss, &G, 1, as<float>(total));
+  *as<float>(total) /= divisor;
+  for (float& c : coef) c /= divisor;
+  wrpo::over_rows(args.coef, args.length, S, as<float>(row_coef));
+}
+
+void count_labels(Pointer labels, int64_t S, int64_t T, int64_t stride_s, int64_t stride_t, int64_t ignore_index,
+                  Pointer counts) {
+  if (S <= 0) return;
+  require_present({{"counts", counts}});
+  if (T > 0) require_present({{"labels", labels}});
+  wrpo::count_labels(as<const int64_t>(labels), S, T, stride_s, stride_t, ignore_index, as<int64_t>(counts));
 }
 
 // the machine
@@ -168,8 +218,13 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("preference_loss", &preference_loss, Unlocked(), "logp"_a, "ref_logp"_a, "seq_weight"_a, "group"_a, "length"_a,
         "nll_weight"_a, "group_weight"_a, "S"_a, "G"_a, "beta"_a, "gamma"_a, "loss_kind"_a, "label_smoothing"_a,
         "length_normalize"_a, "loss"_a, "reward"_a, "margin"_a, "coef"_a, "loss [G], reward [S], margin [G], coef [S]");
-  m.def("sequence_sum", &between_rows_and_sequences<wrpo::sequence_sum>, Unlocked(), "rows"_a, "length"_a, "S"_a, "N"_a,
-        "sums"_a, "sums [S] of rows [N] that stand sequence after sequence, length [S] of them each");
-  m.def("over_rows", &between_rows_and_sequences<wrpo::over_rows>, Unlocked(), "values"_a, "length"_a, "S"_a, "N"_a,
-        "rows"_a, "rows [N], each with the value [S] of its sequence");
+  m.def("preference_loss_of_rows", &preference_loss_of_rows, Unlocked(), "row_logp"_a, "N"_a, "ref_logp"_a,
+        "seq_weight"_a, "group"_a, "length"_a, "nll_weight"_a, "group_weight"_a, "S"_a, "G"_a, "beta"_a, "gamma"_a,
+        "loss_kind"_a, "label_smoothing"_a, "length_normalize"_a, "divisor"_a, "total"_a, "loss"_a, "logp"_a,
+        "reward"_a, "margin"_a, "row_coef"_a,
+        "The same from row_logp [N], rows sequence after sequence, length [S] of them each; also the total "
+        "of all losses, logp [S], and row_coef [N], each row with the coef of its sequence; total and coef over "
+        "divisor.");
+  m.def("count_labels", &count_labels, Unlocked(), "labels"_a, "S"_a, "T"_a, "stride_s"_a, "stride_t"_a,
+        "ignore_index"_a, "counts"_a, "counts [S] of the labels [S, T] that are not ignore_index");
 }

@@ -16,4 +16,12 @@ void over_rows(const float* values, const int64_t* length, int64_t S, float* row
   for (int64_t s = 0; s < S; ++s) rows = std::fill_n(rows, length[s], values[s]);
 }
 
+void count_labels(const int64_t* labels, int64_t S, int64_t T, int64_t stride_s, int64_t stride_t, int64_t ignore_index,
+                  int64_t* counts) {
+  for (int64_t s = 0; s < S; ++s) {
+    counts[s] = 0;
+    for (int64_t t = 0; t < T; ++t) counts[s] += labels[s * stride_s + t * stride_t] != ignore_index;
+  }
+}
+
 }  // namespace wrpo

@@ -10,4 +10,8 @@ void sequence_sum(const float* rows, const int64_t* length, int64_t S, float* su
 // rows[n] = values[s] for every row n of sequence s.
 void over_rows(const float* values, const int64_t* length, int64_t S, float* rows);
 
+// counts[s] = how many of the labels [S, T], strides in elements, are not `ignore_index`.
+void count_labels(const int64_t* labels, int64_t S, int64_t T, int64_t stride_s, int64_t stride_t, int64_t ignore_index,
+                  int64_t* counts);
+
 }  // namespace wrpo

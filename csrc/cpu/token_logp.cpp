@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kBlock = 4096;  // elements; stays in L1 in case it is summed twice
 constexpr int kPiece = 256;   // elements of the gradient between two prefetches; 1024 is 10 % slower, 4096 25 %
+constexpr int kVector = 16;   // elements, of the widest vector
 constexpr int kSample = 64;   // elements that give the first reference of a row
 
 // A block is summed against a past reference, and again when it holds a score more than 2^kStale times above it.
@@ -26,6 +27,10 @@ constexpr LogSumExp<double> kTooFar{kInf, 0.0};
 struct Four {
   float a, b, c, d;
 };
+
+// What each of the four takes of `count` elements: whole vectors. The rest, a loop of its own, has one tail and not
+// four: 28 us instead of 34 for 64 rows of 1000 (AVX-512, 2026-11-26).
+WRPO_INLINE int64_t quarter_of(int64_t count) { return count / (4 * kVector) * kVector; }
 
 template <class F>
 WRPO_INLINE Four each(Four x, F f) {
@@ -97,7 +102,9 @@ WRPO_INLINE float larger(float a, float b) { return a > b ? a : b; }  // b where
 template <class S>
 float sample_max(S row, int64_t begin, int count) {
   float m = -kInf;
-  for (int i = 0; i < count && i < kSample; ++i) m = larger(row.relative(row.linear(begin + i), 0.f), m);
+  const int sample = count < kSample ? count : kSample;
+#pragma omp simd reduction(max : m)
+  for (int i = 0; i < sample; ++i) m = larger(row.relative(row.linear(begin + i), 0.f), m);
   return m > -kInf ? m : 0.f;
 }
 
@@ -109,13 +116,14 @@ struct BlockSum {
 template <class S>
 BlockSum block_sum(S row, int64_t begin, int count, float top) {
   float s0 = 0, s1 = 0, s2 = 0, s3 = 0, m0 = -kInf, m1 = -kInf, m2 = -kInf, m3 = -kInf;
-  const int quarter = count / 4;
+  const int quarter = quarter_of(count);
 #pragma omp simd reduction(+ : s0, s1, s2, s3) reduction(max : m0, m1, m2, m3)
   for (int i = 0; i < quarter; ++i) {
     const Four z = each(row.linear_four(begin, i, quarter), [&](float x) { return row.relative(x, top); });
     s0 += pow2(z.a), s1 += pow2(z.b), s2 += pow2(z.c), s3 += pow2(z.d);
     m0 = larger(z.a, m0), m1 = larger(z.b, m1), m2 = larger(z.c, m2), m3 = larger(z.d, m3);
   }
+#pragma omp simd reduction(+ : s0) reduction(max : m0)
   for (int i = 4 * quarter; i < count; ++i) {
     const float z = row.relative(row.linear(begin + i), top);
     s0 += pow2(z);
@@ -172,11 +180,12 @@ void row_delta(Scores<T, has_bias, has_softcap> row, int64_t V, LogSumExp<double
     return factor * t.slope * pow2(fused(t.value, row.multiplier, -top));
   };
   for (int64_t begin = 0; begin < V; begin += kPiece) {
-    const int64_t count = V - begin < kPiece ? V - begin : kPiece, quarter = count / 4;
+    const int64_t count = V - begin < kPiece ? V - begin : kPiece, quarter = quarter_of(count);
     if (next) prefetch_piece(next + begin, count);
 #pragma omp simd
     for (int64_t i = 0; i < quarter; ++i)
       store_four(out + begin, i, quarter, each(row.linear_four(begin, i, quarter), softmax_part));
+#pragma omp simd
     for (int64_t v = begin + 4 * quarter; v < begin + count; ++v) out[v] = store<T>(softmax_part(row.linear(v)));
   }
   out[target] = store<T>(target_factor * row.capped(linear_target).slope + softmax_part(linear_target));

@@ -12,10 +12,10 @@ from wrpo_kernels.checks import check_grad_filter
 from wrpo_kernels.linear_preference_loss import contract
 from wrpo_kernels.linear_token_logp import contract as token_contract
 from wrpo_kernels.linear_token_logp import gradients_asked, logp_of_rows
-from wrpo_kernels.linear_token_logp.head import labels_by_position
+from wrpo_kernels.linear_token_logp.head import LabelsByPosition
 from wrpo_kernels.logit_transform import LogitTransform
 from wrpo_kernels.preference_loss import PreferenceOutput, preference_loss, reduce_loss, settle
-from wrpo_kernels.rows import count_rows, nan_unless_counted
+from wrpo_kernels.rows import count_labels, count_rows, nan_unless_counted
 from wrpo_kernels.token_logp.contract import logp_dtype
 from wrpo_kernels.transfer import sent
 
@@ -69,7 +69,7 @@ def linear_preference_loss(
         cu_seqlens: [S+1] int32 | int64, bounds of the packed sequences, best on the CPU. Default: none, padded form.
         num_rows: how many labels count, where the caller knows, as in linear_token_logp. Default: counted, which waits
             for an accelerator once. A trained head whose rows exceed the budget waits once more, to plan its passes.
-        budget_bytes: what the logits that exist at a time may take. Default: 512 MiB.
+        budget_bytes: what the logits that exist at a time may take. Default: 512 MiB, on an accelerator 1 GiB.
         grad_filter: eps > 0 leaves tokens that matter nowhere out of the gradients, with the bounds of
             linear_token_logp, where c_t is d loss / d logp of the row's sequence. Default: None, exact.
         backend: "native", "cuda", "triton" or "reference". Default: the first that can.
@@ -92,11 +92,11 @@ def linear_preference_loss(
     head_options = (bias, logit_scale, softcap, temperature, ignore_index, backend)
     token_contract.check(hidden, weight, labels, *head_options, target_name="labels")
     check_sequences(labels, cu_seqlens)
-    budget_bytes, grad_filter = check_budget(budget_bytes), check_grad_filter(grad_filter)
+    budget_bytes, grad_filter = check_budget(budget_bytes, hidden.device), check_grad_filter(grad_filter)
     transform = LogitTransform(bias, float(logit_scale), float(softcap or 0.0), float(temperature))
-    length = per_sequence(labels != ignore_index, cu_seqlens)
-    counted = length.sum()
-    rows = count_rows(counted, labels.numel(), num_rows)
+    packed = cu_seqlens is not None
+    length = per_sequence(labels != ignore_index, cu_seqlens) if packed else count_labels(labels, ignore_index)
+    rows = count_rows(length, labels.numel(), num_rows)
     loss = {
         "ref_logp": ref_logp,
         "seq_weight": seq_weight,
@@ -113,16 +113,14 @@ def linear_preference_loss(
         "empty": empty,
     }
     if reduction != "none" and takes_one_pass(hidden, weight, bias, token_contract.bound(rows, labels), budget_bytes):
-        total, kept, *values = sum_in_one_pass(
-            hidden, weight, labels, transform, ignore_index, rows, budget_bytes, grad_filter, backend, loss
-        )
-        total = nan_unless_counted(total, counted, num_rows)
-        return PreferenceOutput(reduce_loss(total, reduction, normalizer, kept), *values)
+        options = (ignore_index, rows, budget_bytes, grad_filter, backend)
+        value, *detached = in_one_pass(hidden, weight, labels, transform, *options, loss, reduction, normalizer)
+        return PreferenceOutput(nan_unless_counted(value, length, num_rows), *detached)
     compiling = torch.compiler.is_compiling()
-    with nullcontext() if compiling else labels_by_position("labels", labels, ignore_index, weight.shape[0]):
+    with nullcontext() if compiling else LabelsByPosition("labels", labels, ignore_index, weight.shape[0]):
         options = (ignore_index, rows, budget_bytes, grad_filter, backend)
         token_logp = logp_of_rows(hidden, weight, labels, transform, *options)
-    logp = nan_unless_counted(per_sequence(token_logp, cu_seqlens), counted, num_rows)
+    logp = nan_unless_counted(per_sequence(token_logp, cu_seqlens), length, num_rows)
     return preference_loss(logp, **loss, reduction=reduction, normalizer=normalizer, backend=backend)
 
 
@@ -142,7 +140,7 @@ def takes_one_pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, num_rows
     return weight.numel() <= SMALL_HEAD and any(gradients_asked(hidden, weight, bias))
 
 
-def sum_in_one_pass(
+def in_one_pass(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -153,16 +151,20 @@ def sum_in_one_pass(
     grad_filter: float,
     backend: str | None,
     loss: dict,
-) -> tuple[Tensor, int | Tensor, Tensor, Tensor, Tensor]:
-    """The summed loss, the number of groups that count, and logp, reward and margin."""
-    like = hidden.new_empty(len(loss["length"]), dtype=logp_dtype(hidden.dtype))
-    arguments, kept = settle(like, **loss)
+    reduction: str,
+    normalizer: float | Tensor | None,
+) -> PreferenceOutput:
+    """The output of checked arguments, of whose labels `num_rows` count, with the gradients made beside it."""
+    arguments, kept = settle(loss["length"], logp_dtype(hidden.dtype), **loss)
     keeps = gradients_asked(hidden, weight, transform.bias)
+    # The mean over all groups is the op's own: a division outside is a node of the graph with a backward.
+    averages = reduction == "mean" and normalizer is None and not isinstance(kept, Tensor)
     head = (*transform[1:], ignore_index, budget_bytes, *keeps, num_rows, grad_filter, backend)
     total, logp, reward, margin, *_ = contract.linear_preference_loss(
-        hidden, weight, labels, transform.bias, *arguments, *head
+        hidden, weight, labels, transform.bias, *arguments, averages, *head
     )
-    return total, kept, logp, reward, margin
+    value = total if averages else reduce_loss(total, reduction, normalizer, kept)
+    return PreferenceOutput(value, logp, reward, margin)
 
 
 def check_sequences(labels: Tensor, cu_seqlens: Tensor | None) -> None:

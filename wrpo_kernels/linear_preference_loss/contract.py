@@ -1,7 +1,7 @@
 """The registered op `wrpo::linear_preference_loss`: check, schema, fake and autograd of the one-pass form.
 
-The op returns the summed loss of all groups together with the gradients of that sum, so that the backward only scales
-them. Rows that fit the budget together take another way: see the public function.
+The op returns the sum or the mean of the losses of all groups together with its gradients, so that the backward only
+scales them. Rows that fit the budget together take another way: see the public function.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from wrpo_kernels.autograd import register_differentiable, register_kernel
+from wrpo_kernels.autograd import is_last_backward, is_plain, register_differentiable, register_kernel
 from wrpo_kernels.backends import choose
 from wrpo_kernels.budget import rows_within
 from wrpo_kernels.checks import check_tensor
 from wrpo_kernels.gradients import Gradients
 from wrpo_kernels.linear_preference_loss import one_pass
-from wrpo_kernels.linear_token_logp.head import Head, labels_by_position, no_autocast
+from wrpo_kernels.linear_token_logp.head import Head, LabelsByPosition, no_autocast
 from wrpo_kernels.logit_transform import LogitTransform
 from wrpo_kernels.preference_loss import contract as preference
 from wrpo_kernels.preference_loss.family import Family
@@ -30,7 +30,7 @@ torch.library.define(
     "(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, "
     "Tensor? ref_logp, Tensor seq_weight, Tensor group, Tensor length, Tensor? nll_weight, Tensor? group_weight, "
     "SymInt num_groups, float beta, float gamma, str loss_type, float label_smoothing, bool length_normalize, "
-    "float logit_scale, float softcap, float temperature, int ignore_index, "
+    "bool averages, float logit_scale, float softcap, float temperature, int ignore_index, "
     "SymInt budget_bytes, bool keeps_hidden, bool keeps_weight, bool keeps_bias, "
     "SymInt num_rows, float grad_filter, str? backend)"
     " -> (Tensor loss, Tensor logp, Tensor reward, Tensor margin, Tensor dh, Tensor dw, Tensor db)",
@@ -65,21 +65,20 @@ def _fake_checked_cu_seqlens(cu_seqlens, num_rows):
 
 
 def _linear_preference_loss(hidden, weight, target, bias, *arguments):
-    num_groups, family, scalars = arguments[6], Family(*arguments[7:12]), arguments[12:15]
-    ignore_index, budget_bytes, *keeps, num_rows, grad_filter, backend = arguments[15:]
+    num_groups, family, averages, scalars = arguments[6], Family(*arguments[7:12]), arguments[12], arguments[13:16]
+    ignore_index, budget_bytes, *keeps, num_rows, grad_filter, backend = arguments[16:]
+    divisor = max(num_groups, 1) if averages else 1
     preference.check_groups(arguments[2], num_groups)
     sequences = one_pass.Sequences(*preference.as_constants(logp_dtype(hidden.dtype), *arguments[:6]))
     fit = rows_within(budget_bytes, weight.shape[0], weight.shape[1], hidden.dtype)
-    with no_autocast(hidden), labels_by_position("labels", target, ignore_index, weight.shape[0]):
+    with no_autocast(hidden), LabelsByPosition("labels", target, ignore_index, weight.shape[0]):
         head = Head(hidden, weight, LogitTransform(bias, *scalars), ignore_index, backend)
         rows = Rows.that_count(hidden, target, ignore_index, num_rows)
         # As if there were two chunks at least: the totals are float32 whatever the number of groups that fit.
         gradients = Gradients(hidden, head.weight, keeps, 2, grad_filter)
-        like = hidden.new_empty(0, dtype=logp_dtype(hidden.dtype))
-        kernel = choose("preference_loss", backend, preference.CANDIDATES, like)
-        result = one_pass.run(head, rows, sequences, num_groups, family, fit, gradients, kernel)
-        saved = (hidden.new_empty(0) if x is None else x for x in gradients.totals())
-        return result.loss.sum(), *result[1:], *saved
+        kernel = choose("preference_loss", backend, preference.CANDIDATES, sequences.seq_weight)
+        result = one_pass.run(head, rows, sequences, num_groups, family, divisor, fit, gradients, kernel)
+        return result.total, *result[2:], *gradients.totals()
 
 
 def _scaled_to(total, factor, dtype):
@@ -101,7 +100,7 @@ def _fake_scaled_to(total, factor, dtype):
 @torch.library.register_fake("wrpo::linear_preference_loss")
 def _fake(hidden, weight, target, bias, *arguments):
     length, num_groups = arguments[3], arguments[6]
-    keeps_hidden, keeps_weight, keeps_bias = arguments[17:20]
+    keeps_hidden, keeps_weight, keeps_bias = arguments[18:21]
     wide = logp_dtype(hidden.dtype)
     logp, margin = hidden.new_empty(length.shape[0], dtype=wide), hidden.new_empty(num_groups, dtype=wide)
     dh = hidden.new_empty(hidden.shape) if keeps_hidden else hidden.new_empty(0)
@@ -112,19 +111,25 @@ def _fake(hidden, weight, target, bias, *arguments):
 
 def _save(ctx, inputs, output):
     ctx.dtypes = [None if x is None else x.dtype for x in (inputs[0], inputs[1], inputs[3])]
-    ctx.keeps = inputs[21:24]
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.keeps = inputs[22:25]
+    ctx.mark_non_differentiable(*[x for x in output[1:] if x is not None])
     ctx.save_for_backward(*output[4:])
 
 
 def _backward(ctx, grad_loss, *_):
+    is_last = is_plain((grad_loss,)) and is_last_backward()
     grads = zip(ctx.saved_tensors, ctx.dtypes, ctx.keeps, strict=True)
-    hidden, weight, bias = (_scaled(total, grad_loss, dtype) if keep else None for total, dtype, keep in grads)
+    hidden, weight, bias = (_scaled(total, grad_loss, dtype, is_last) if keep else None for total, dtype, keep in grads)
     return (hidden, weight, None, bias) + (None,) * 6
 
 
-def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    return total * factor if total.dtype == dtype == factor.dtype else scaled_to(total, factor, dtype)
+def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype, is_last: bool) -> Tensor:
+    """factor * total in `dtype`: in the memory of the total where nobody needs it again, and nothing to do for 1."""
+    if not total.dtype == dtype == factor.dtype:
+        return scaled_to(total, factor, dtype)
+    if not is_last:
+        return total * factor
+    return total if factor.is_cpu and factor.item() == 1.0 else total.mul_(factor)
 
 
 scaled_to = register_kernel("scaled_to", _scaled_to)

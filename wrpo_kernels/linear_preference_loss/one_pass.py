@@ -23,7 +23,7 @@ from wrpo_kernels.gradients import Gradients
 from wrpo_kernels.linear_token_logp.head import Head
 from wrpo_kernels.linear_token_logp.passes import chunks
 from wrpo_kernels.preference_loss.family import Family
-from wrpo_kernels.rows import Rows
+from wrpo_kernels.rows import Rows, part_of
 from wrpo_kernels.scratch import scratch
 from wrpo_kernels.transfer import sent
 
@@ -50,6 +50,7 @@ class Sequences(NamedTuple):
 
 
 class Result(NamedTuple):
+    total: Tensor  # [], the sum of loss over the divisor
     loss: Tensor  # [G]
     logp: Tensor  # [S]
     reward: Tensor  # [S]
@@ -79,18 +80,19 @@ def run(
     sequences: Sequences,
     num_groups: int,
     family: Family,
+    divisor: int,
     fit: int,
     gradients: Gradients,
     kernel: ModuleType,
 ) -> Result:
-    """Adds the gradients of the summed loss to `gradients`; returns the values."""
+    """Adds the gradients of the summed loss over `divisor` to `gradients`; returns the values."""
     buffer = scratch(min(fit, len(rows)), *head.weight.shape[:1], head.weight.dtype, head.weight.device)
     if len(rows) <= fit:
-        return _finish(head, rows, sequences, num_groups, family, buffer, gradients, kernel)
+        return _finish(head, rows, sequences, num_groups, family, divisor, buffer, gradients, kernel)
     logp = torch.zeros(len(sequences.length), dtype=head.logp_dtype, device=buffer.device)
     # A group that no sequence belongs to has the margin -gamma, whichever way it is computed.
     loss, _, margin, _ = kernel.forward(logp[:0], *sequences.none(), num_groups, family)
-    result = Result(loss, logp, torch.zeros_like(logp), margin)
+    reward = torch.zeros_like(logp)
     # The one place that waits for an accelerator: which rows share a pass depends on the lengths.
     length, group = torch.stack([sequences.length, sequences.group]).tolist()
     of_sequence = rows.positions().split(length)
@@ -100,10 +102,10 @@ def run(
         chosen, groups = (sent(values, torch.int64, buffer.device) for values in (members, numbers))
         local = {g: number for number, g in enumerate(numbers)}
         part = sequences.of(chosen, groups, sent([local[group[s]] for s in members], torch.int64, buffer.device))
-        values = _finish(head, some, part, len(groups), family, buffer, gradients, kernel)
-        result.logp[chosen], result.reward[chosen] = values.logp, values.reward
-        result.loss[groups], result.margin[groups] = values.loss, values.margin
-    return result
+        values = _finish(head, some, part, len(groups), family, divisor, buffer, gradients, kernel)
+        logp[chosen], reward[chosen] = values.logp, values.reward
+        loss[groups], margin[groups] = values.loss, values.margin
+    return Result(loss.sum() / divisor, loss, logp, reward, margin)
 
 
 def _finish(
@@ -112,22 +114,35 @@ def _finish(
     sequences: Sequences,
     num_groups: int,
     family: Family,
+    divisor: int,
     buffer: Tensor,
     gradients: Gradients,
     kernel: ModuleType,
 ) -> Result:
     """Values and gradients of whole groups, whose rows come sequence after sequence."""
-    token_logp = torch.empty(len(rows), dtype=head.logp_dtype, device=buffer.device)
-    pieces = list(chunks(0, len(rows), even_chunk(len(rows), len(buffer)))) if len(rows) else []
+    number = len(rows)
+    token_logp = torch.empty(number, dtype=head.logp_dtype, device=buffer.device)
+    pieces = list(chunks(0, number, even_chunk(number, buffer.shape[0]))) if number else []
     for first, last in pieces[:-1]:
         head.logp_into(token_logp[first:last], rows, first, last, buffer)
     for first, last in pieces[-1:]:
-        delta = head.delta_into(token_logp[first:last], rows, first, last, buffer)
+        delta = head.delta_into(part_of(token_logp, first, last), rows, first, last, buffer)
+    result, coef = _result_of(token_logp, sequences, num_groups, family, divisor, kernel)
+    for first, last in reversed(pieces):
+        if last < number:
+            delta = head.delta_into(token_logp[first:last], rows, first, last, buffer)
+        gradients.add(rows, first, delta, part_of(coef, first, last))
+    return result
+
+
+def _result_of(
+    token_logp: Tensor, sequences: Sequences, num_groups: int, family: Family, divisor: int, kernel: ModuleType
+) -> tuple[Result, Tensor]:
+    """The values, and coef [N, 1] = d total / d token_logp; a backend may make them in one call."""
+    if hasattr(kernel, "of_rows"):
+        *values, coef = kernel.of_rows(token_logp, *sequences, num_groups, family, divisor)
+        return Result(*values), coef
     logp = kernel.sequence_sum(token_logp, sequences.length)
     loss, reward, margin, coef = kernel.forward(logp, *sequences, num_groups, family)
-    coef = kernel.over_rows(coef, sequences.length, len(rows))
-    for first, last in reversed(pieces):
-        if last < len(rows):
-            delta = head.delta_into(token_logp[first:last], rows, first, last, buffer)
-        gradients.add(rows, first, delta, coef[first:last])
-    return Result(loss, logp, reward, margin)
+    coef = kernel.over_rows(coef / divisor, sequences.length, len(token_logp))
+    return Result(loss.sum() / divisor, loss, logp, reward, margin), coef[:, None]

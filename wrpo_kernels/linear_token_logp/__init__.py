@@ -9,7 +9,7 @@ from wrpo_kernels.budget import check_budget
 from wrpo_kernels.checks import check_grad_filter
 from wrpo_kernels.linear_token_logp import contract
 from wrpo_kernels.logit_transform import LogitTransform
-from wrpo_kernels.rows import count_rows, nan_unless_counted
+from wrpo_kernels.rows import count_labels, count_rows, nan_unless_counted
 
 
 def linear_token_logp(
@@ -44,7 +44,7 @@ def linear_token_logp(
         ignore_index: such positions never reach the head: logp 0, gradient 0. Default: -100.
         num_rows: how many labels count, where the caller knows: an accelerator is then never waited for. A wrong
             number is an error on the CPU and gives NaN elsewhere. Default: counted, which waits once.
-        budget_bytes: what the logits that exist at a time may take. Default: 512 MiB.
+        budget_bytes: what the logits that exist at a time may take. Default: 512 MiB, on an accelerator 1 GiB.
         grad_filter: eps > 0 leaves out of the gradients of `hidden` and `weight` the tokens U that are the target of no
             row of a chunk and have |d logp / d logit| < eps in all of them. With c the upstream gradient,
             |error of dh_t| <= |c_t| eps sum_{v in U} |W_v| and |error of dW_v| <= eps sum_t |c_t| |h_t|, v in U; the
@@ -73,7 +73,7 @@ def linear_token_logp(
     """
     contract.check(hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index, backend)
     transform = LogitTransform(bias, float(logit_scale), float(softcap or 0.0), float(temperature))
-    budget_bytes, counted = check_budget(budget_bytes), (target != ignore_index).sum()
+    budget_bytes, counted = check_budget(budget_bytes, hidden.device), count_labels(target.reshape(1, -1), ignore_index)
     rows = count_rows(counted, target.numel(), num_rows)
     options = (ignore_index, rows, budget_bytes, check_grad_filter(grad_filter), backend)
     logp = logp_of_rows(hidden, weight, target, transform, *options)

@@ -18,7 +18,7 @@ from wrpo_kernels.checks import (
 )
 from wrpo_kernels.gradients import Gradients
 from wrpo_kernels.linear_token_logp import passes
-from wrpo_kernels.linear_token_logp.head import Head, labels_by_position, no_autocast
+from wrpo_kernels.linear_token_logp.head import Head, LabelsByPosition, no_autocast
 from wrpo_kernels.logit_transform import LogitTransform, check_transform
 from wrpo_kernels.products import scaled_rows
 from wrpo_kernels.rows import UNCOUNTED, Rows
@@ -88,7 +88,7 @@ def _open(hidden, weight, target, bias, options):
 
 def _linear_token_logp(hidden, weight, target, bias, *options):
     keeps_hidden, keeps_weight, keeps_bias = options[6:9]
-    with no_autocast(hidden), labels_by_position("target", target, options[3], weight.shape[0]):
+    with no_autocast(hidden), LabelsByPosition("target", target, options[3], weight.shape[0]):
         head, rows, plan = _open(hidden, weight, target, bias, options)
         only_hidden = keeps_hidden and not (keeps_weight or keeps_bias)
         logp, unscaled, kept = passes.forward(head, rows, plan, only_hidden, options[9])
@@ -100,12 +100,12 @@ def _linear_token_logp_backward(grad_logp, unscaled, kept, hidden, weight, targe
     with no_autocast(hidden):
         if not (keeps_weight or keeps_bias):
             rows = Rows.that_count(hidden, target, *options[3:5])
-            scaled = scaled_rows(unscaled[: len(rows)], rows.take(grad_logp.reshape(-1)))
+            scaled = scaled_rows(unscaled[: len(rows)], rows.take(grad_logp.reshape(-1, 1)))
             return rows.spread(scaled).view(hidden.shape), weight.new_empty(0), hidden.new_empty(0)
         head, rows, plan = _open(hidden, weight, target, bias, options)
         chunks = (plan.keep > 0) + -(-(len(rows) - plan.keep) // max(plan.chunk, 1))
         gradients = Gradients(hidden, head.weight, options[6:9], chunks, options[9])
-        passes.backward(head, rows, plan, kept, rows.take(grad_logp.reshape(-1)), gradients)
+        passes.backward(head, rows, plan, kept, rows.take(grad_logp.reshape(-1, 1)), gradients)
         totals = zip(gradients.totals(), (hidden, weight, bias), strict=True)
         return tuple(hidden.new_empty(0) if total is None else total.to(like.dtype) for total, like in totals)
 

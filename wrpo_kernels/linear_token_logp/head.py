@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from wrpo_kernels.backends import choose
 from wrpo_kernels.checks import check_labels
 from wrpo_kernels.logit_transform import LogitTransform
 from wrpo_kernels.products import logits_into
-from wrpo_kernels.rows import Rows
+from wrpo_kernels.rows import Rows, part_of
 from wrpo_kernels.token_logp.contract import CANDIDATES as ROW_KERNELS
 from wrpo_kernels.token_logp.contract import logp_dtype
 from wrpo_kernels.triton_backend import FusedTritonBackend
@@ -26,14 +26,19 @@ def no_autocast(like: Tensor) -> AbstractContextManager:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-@contextmanager
-def labels_by_position(name: str, target: Tensor, ignore_index: int, vocabulary: int) -> Iterator[None]:
+class LabelsByPosition:
     """A row kernel sees compacted rows; a label that it refuses is reported where the caller wrote it."""
-    try:
-        yield
-    except ValueError:
-        check_labels(name, target.reshape(-1), ignore_index, vocabulary)
-        raise
+
+    def __init__(self, name: str, target: Tensor, ignore_index: int, vocabulary: int) -> None:
+        self._labels = (name, target, ignore_index, vocabulary)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, ValueError):
+            name, target, *expected = self._labels
+            check_labels(name, target.reshape(-1), *expected)
 
 
 class Head:
@@ -42,7 +47,7 @@ class Head:
     def __init__(
         self, hidden: Tensor, weight: Tensor, transform: LogitTransform, ignore_index: int, backend: str | None
     ):
-        self.weight = weight.to(hidden.dtype)
+        self.weight = weight if weight.dtype == hidden.dtype else weight.to(hidden.dtype)
         self.transform = transform
         self.ignore_index = ignore_index
         self.kernel = choose("linear_token_logp", backend, CANDIDATES, hidden)
@@ -59,13 +64,14 @@ class Head:
 
     def logp_into(self, logp: Tensor, rows: Rows, first: int, last: int, buffer: Tensor) -> None:
         """Log-probs of rows [first, last) into `logp` [n]; the buffer [>= n, V] is left with the logits."""
-        self._run(self.kernel.forward, logp, rows.hidden(first, last), rows.target[first:last], buffer)
+        self._run(self.kernel.forward, logp, rows, first, last, buffer)
 
     def delta_into(self, logp: Tensor, rows: Rows, first: int, last: int, buffer: Tensor) -> Tensor:
         """The same, and returns the part of the buffer [n, V] that now holds d logp / d (h W^T)."""
-        self._run(self.kernel.delta_, logp, rows.hidden(first, last), rows.target[first:last], buffer)
-        return buffer[: last - first]
+        return self._run(self.kernel.delta_, logp, rows, first, last, buffer)
 
-    def _run(self, kernel, logp: Tensor, hidden: Tensor, target: Tensor, buffer: Tensor) -> None:
-        logits = logits_into(buffer[: hidden.shape[0]], hidden, self.weight)
-        kernel(logits, target, self.ignore_index, self.transform, logp, torch.empty_like(logp))
+    def _run(self, kernel: Callable, logp: Tensor, rows: Rows, first: int, last: int, buffer: Tensor) -> Tensor:
+        lse = logp.new_empty(last - first)
+        logits = logits_into(part_of(buffer, 0, last - first), rows.hidden(first, last), self.weight)
+        kernel(logits, part_of(rows.target, first, last), self.ignore_index, self.transform, logp, lse)
+        return logits

@@ -53,7 +53,7 @@ def forward(
 
 
 def backward(head: Head, rows: Rows, plan: Plan, kept: Tensor, coef: Tensor, gradients: Gradients) -> None:
-    """Adds the gradients of the rows, each scaled by its `coef` [N], from their kept or recomputed deltas."""
+    """Adds the gradients of the rows, each scaled by its `coef` [N, 1], from their kept or recomputed deltas."""
     first_chunk = min(plan.keep, len(rows))
     if first_chunk:
         gradients.add(rows, 0, kept[:first_chunk], coef[:first_chunk])

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from wrpo_kernels.checks import (
     check_backend_name,
@@ -101,10 +102,11 @@ def preference_loss(
     Memory: a few floats a sequence.
     Source: WRPO, arXiv:2412.03187; DPO 2305.18290; IPO 2310.12036; SimPO 2405.14734; hinge, SLiC-HF 2305.10425.
     """
-    check_tensor("logp", logp)
+    contract.check_logp(logp)
     check_backend_name(backend)
     arguments, kept = settle(
         logp,
+        logp.dtype,
         ref_logp=ref_logp,
         seq_weight=seq_weight,
         group=group,
@@ -124,7 +126,8 @@ def preference_loss(
 
 
 def settle(
-    logp: Tensor,
+    like: Tensor,
+    dtype: torch.dtype,
     *,
     ref_logp: Tensor | None,
     seq_weight: Tensor,
@@ -142,14 +145,14 @@ def settle(
 ) -> tuple[tuple, int | Tensor]:
     """The checked arguments of the op after `logp`, in its order, and the number of groups that count.
 
-    Of `logp` [S] only shape, type and device are read.
+    `like` [S] has the shape and the device of the log-probs, `dtype` is theirs.
     """
     check_bool("length_normalize", length_normalize)
     num_groups = count_groups(group, num_groups)
     family = Family(beta, gamma, loss_type, label_smoothing, length_normalize)
-    nll_weight = spread_nll_weight(nll_weight, logp)
-    contract.check(logp, ref_logp, seq_weight, group, length, nll_weight, group_weight, num_groups, family)
-    group_weight, nll_weight, kept = drop_empty(empty, length, group, group_weight, nll_weight, num_groups, logp)
+    nll_weight = spread_nll_weight(nll_weight, like, dtype)
+    contract.check(like, ref_logp, seq_weight, group, length, nll_weight, group_weight, num_groups, family)
+    group_weight, nll_weight, kept = drop_empty(empty, length, group, group_weight, nll_weight, num_groups, dtype)
     return (ref_logp, seq_weight, group, length, nll_weight, group_weight, num_groups, *family), kept
 
 
@@ -161,18 +164,18 @@ def count_groups(group: Tensor, num_groups: int | None) -> int:
         if largest >= MOST_GROUPS:
             raise ValueError(f"group must be in [0, G) with G <= 2^31, got {largest}")
         return largest + 1
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         check_int("num_groups", num_groups)
         if not 0 <= num_groups <= MOST_GROUPS:
             raise ValueError(f"num_groups must be in [0, 2^31], got {num_groups}")
     return num_groups
 
 
-def spread_nll_weight(nll_weight: float | Tensor, logp: Tensor) -> Tensor | None:
+def spread_nll_weight(nll_weight: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor | None:
     if isinstance(nll_weight, Tensor):
         return nll_weight
     check_number("nll_weight", nll_weight, least=0.0)
-    return torch.full_like(logp, nll_weight, requires_grad=False) if nll_weight else None
+    return torch.full_like(like, nll_weight, dtype=dtype, requires_grad=False) if nll_weight else None
 
 
 def drop_empty(
@@ -182,7 +185,7 @@ def drop_empty(
     group_weight: Tensor | None,
     nll_weight: Tensor | None,
     num_groups: int,
-    like: Tensor,
+    dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | int]:
     """Weights without the groups that hold an empty response, and the number of groups that remain."""
     if empty not in ("raise", "zero"):
@@ -193,16 +196,16 @@ def drop_empty(
         raise_on_empty(length)
         return group_weight, nll_weight, num_groups
     contract.check_groups(group, num_groups)
-    if length.device.type == "cpu" and not torch.compiler.is_compiling() and bool((length < 0).any()):
+    if length.device.type == "cpu" and not is_compiling() and bool((length < 0).any()):
         raise ValueError(f"length must be >= 0, got {int(length.min())}")
-    full = like.new_ones(num_groups, requires_grad=False)
+    full = torch.ones(num_groups, dtype=dtype, device=length.device)
     full = full.scatter_reduce(0, group, (length > 0).to(full.dtype), "amin")  # 0 where any response is empty
     weight = full if group_weight is None else group_weight * full
     return weight, None if nll_weight is None else nll_weight * full[group], full.sum().clamp(min=1)
 
 
 def raise_on_empty(length: Tensor) -> None:
-    if torch.compiler.is_compiling() or length.device.type != "cpu":
+    if is_compiling() or length.device.type != "cpu":
         return  # reading the lengths would wait for the device; an empty response then has log-prob 0, never NaN
     lengths = length.tolist()
     shortest = min(lengths, default=1)
@@ -218,7 +221,7 @@ def raise_on_empty(length: Tensor) -> None:
 
 def _checked_normalizer(normalizer: Tensor) -> Tensor:
     """[] in a type that leaves the loss its own; the value is read where that does not wait for a device."""
-    if normalizer.device.type == "cpu" and not torch.compiler.is_compiling():
+    if normalizer.device.type == "cpu" and not is_compiling():
         check_number("normalizer", normalizer.item(), above=0.0)
     check_constant("normalizer", normalizer)
     return normalizer.reshape(())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from wrpo_kernels.autograd import register_differentiable
 from wrpo_kernels.backends import choose
@@ -25,8 +26,14 @@ torch.library.define(
 )
 
 
+def check_logp(logp: Tensor) -> None:
+    check_tensor("logp", logp)
+    if logp.dim() != 1 or logp.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"logp must be [S] float32 sequence log-probs, got {list(logp.shape)} {logp.dtype}")
+
+
 def check(
-    logp: Tensor,
+    like: Tensor,
     ref_logp: Tensor | None,
     seq_weight: Tensor,
     group: Tensor,
@@ -36,29 +43,27 @@ def check(
     num_groups: int,
     family: Family,
 ) -> None:
-    check_tensor("logp", logp)
-    if logp.dim() != 1 or logp.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"logp must be [S] float32 sequence log-probs, got {list(logp.shape)} {logp.dtype}")
+    """All but the log-probs, whose shape [S] and device `like` has."""
     for name, value in (("ref_logp", ref_logp), ("seq_weight", seq_weight), ("nll_weight", nll_weight)):
         if value is not None:
-            _check_constants(name, value, "[S]", logp.shape[0], logp)
+            _check_constants(name, value, "[S]", like.shape[0], like)
     for name, value in (("group", group), ("length", length)):
         if value is not None:
             check_tensor(name, value)
             check_int64(name, value)
-            check_shape(name, value, "[S]", logp.shape[0])
-            check_device(name, value, "logp", logp.device)
+            check_shape(name, value, "[S]", like.shape[0])
+            check_device(name, value, "logp", like.device)
     if group_weight is not None:
-        _check_constants("group_weight", group_weight, "[G]", num_groups, logp)
+        _check_constants("group_weight", group_weight, "[G]", num_groups, like)
     check_family(family.beta, family.gamma, family.loss_type, family.label_smoothing)
     if family.length_normalize and length is None:
         raise ValueError("length_normalize=True needs length, the number of counted tokens of each sequence [S]")
 
 
-def _check_constants(name: str, value: Tensor, letters: str, size: int, logp: Tensor) -> None:
+def _check_constants(name: str, value: Tensor, letters: str, size: int, like: Tensor) -> None:
     check_tensor(name, value)
     check_shape(name, value, letters, size)
-    check_device(name, value, "logp", logp.device)
+    check_device(name, value, "logp", like.device)
     check_constant(name, value)
     if value.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{name} must be float32, got {value.dtype}: 16 bits round a summed log-prob by whole nats")
@@ -66,7 +71,7 @@ def _check_constants(name: str, value: Tensor, letters: str, size: int, logp: Te
 
 def check_groups(group: Tensor, num_groups: int) -> None:
     """The values of `group`; on an accelerator this would wait for the device, so only CPU tensors are read."""
-    if group.device.type == "cpu" and group.numel() and not torch.compiler.is_compiling():
+    if group.device.type == "cpu" and group.numel() and not is_compiling():
         numbers = group.tolist()
         low, high = min(numbers), max(numbers)
         if low < 0 or high >= num_groups:
@@ -83,14 +88,15 @@ def _preference_loss(logp, ref_logp, seq_weight, group, length, nll_weight, grou
 
 def as_constants(dtype: torch.dtype, ref_logp, seq_weight, group, length, nll_weight, group_weight) -> tuple:
     """The arguments after `logp`, the floating ones in its type."""
-    ref_logp, seq_weight, nll_weight, group_weight = (
-        None if x is None else x.to(dtype) for x in (ref_logp, seq_weight, nll_weight, group_weight)
-    )
+    ref_logp, seq_weight, nll_weight, group_weight = [
+        x if x is None or x.dtype == dtype else x.to(dtype) for x in (ref_logp, seq_weight, nll_weight, group_weight)
+    ]
     return ref_logp, seq_weight, group, length, nll_weight, group_weight
 
 
 @torch.library.register_fake("wrpo::preference_loss")
 def _fake(logp, ref_logp, seq_weight, group, length, nll_weight, group_weight, num_groups, *options):
+    check_logp(logp)
     check(logp, ref_logp, seq_weight, group, length, nll_weight, group_weight, num_groups, Family(*options[:-1]))
     loss, reward = logp.new_empty(num_groups), torch.empty_like(logp)
     return loss, reward, torch.empty_like(loss), torch.empty_like(reward)

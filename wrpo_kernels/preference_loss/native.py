@@ -12,7 +12,7 @@ NAME = "native"
 
 
 def refuses(logp: Tensor) -> str | None:
-    if logp.device.type != "cpu":
+    if not logp.is_cpu:
         return f"runs on cpu tensors, got {logp.device}"
     if logp.dtype != torch.float32:
         return f"takes float32 log-probs, got {logp.dtype}"
@@ -41,27 +41,47 @@ def forward(
         *(0 if x is None else x.data_ptr() for x in settled),
         logp.shape[0],
         num_groups,
-        family.beta,
-        family.gamma,
-        LOSS_TYPES.index(family.loss_type),
-        family.label_smoothing,
-        family.length_normalize,
+        *scalars(family),
         *(x.data_ptr() for x in (loss, reward, margin, coef)),
     )
     return loss, reward, margin, coef
 
 
-def sequence_sum(rows: Tensor, length: Tensor) -> Tensor:
-    """[N] -> [S]: rows stand sequence after sequence, `length` [S] of them each; summed in float64."""
+def of_rows(
+    token_logp: Tensor,
+    ref_logp: Tensor | None,
+    seq_weight: Tensor,
+    group: Tensor,
+    length: Tensor,
+    nll_weight: Tensor | None,
+    group_weight: Tensor | None,
+    num_groups: int,
+    family: Family,
+    divisor: int,
+) -> tuple[Tensor, ...]:
+    """From rows [N] that stand sequence after sequence, `length` [S] of them each, summed in float64.
+
+    Returns `total` [], the sum of the losses over `divisor`, `loss` [G], `logp` [S], `reward` [S], `margin` [G] and
+    `coef` [N, 1] = d total / d token_logp.
+    """
     module, _ = load_extension("_cpu")
-    sums = rows.new_empty(length.shape)
-    module.sequence_sum(rows.data_ptr(), length.data_ptr(), length.shape[0], rows.shape[0], sums.data_ptr())
-    return sums
+    (num_rows,), (num_sequences,) = token_logp.shape, length.shape
+    sizes = ((), num_groups, num_sequences, num_sequences, num_groups, (num_rows, 1))
+    out = tuple([token_logp.new_empty(size) for size in sizes])
+    inputs = (ref_logp, seq_weight, group, length, nll_weight, group_weight)
+    settled = [None if x is None else x.contiguous() for x in inputs]  # alive until the kernel returns
+    module.preference_loss_of_rows(
+        token_logp.data_ptr(),
+        num_rows,
+        *[0 if x is None else x.data_ptr() for x in settled],
+        num_sequences,
+        num_groups,
+        *scalars(family),
+        divisor,
+        *[x.data_ptr() for x in out],
+    )
+    return out
 
 
-def over_rows(values: Tensor, length: Tensor, num_rows: int) -> Tensor:
-    """[S] -> [N]: every row gets the value of its sequence."""
-    module, _ = load_extension("_cpu")
-    rows = values.new_empty(num_rows)
-    module.over_rows(values.data_ptr(), length.data_ptr(), length.shape[0], num_rows, rows.data_ptr())
-    return rows
+def scalars(family: Family) -> tuple:
+    return family.beta, family.gamma, LOSS_TYPES.index(family.loss_type), *family[3:]

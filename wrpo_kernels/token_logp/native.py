@@ -13,7 +13,7 @@ DTYPE_TAG = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def refuses(logits: Tensor) -> str | None:
-    if logits.device.type != "cpu":
+    if not logits.is_cpu:
         return f"runs on cpu tensors, got {logits.device}"
     if logits.dtype not in DTYPE_TAG:
         return f"takes float32, bfloat16 or float16, got {logits.dtype}"

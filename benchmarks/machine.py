@@ -23,7 +23,10 @@ from benchmarks.timing import Clock
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 TIMED = ("wrpo_kernels", "csrc", "benchmarks", ":!benchmarks/results")  # a change of these may change figures
-PROBE = Setting(16384, 576, response=32)  # a small head: enough to tell 0.5 GFLOP/s from 500
+PROBES = {
+    "cpu": Setting(16384, 576, response=32),  # a small head: enough to tell 0.5 GFLOP/s from 500
+    "cuda": Setting(65536, 4096, response=2048),  # 4 ms at 800 TFLOP/s; the small one would show its launch alone
+}
 
 
 class Speed(NamedTuple):
@@ -37,8 +40,9 @@ class Speed(NamedTuple):
 @cache
 def speed(dtype: str, device: str) -> Speed:
     kind, device = getattr(torch, dtype), torch.device(device)
-    rows, columns = PROBE.num_rows, PROBE.vocabulary
-    hidden, weight = torch.randn(rows, PROBE.width, device=device), torch.randn(columns, PROBE.width, device=device)
+    probe = PROBES[device.type]
+    rows, columns = probe.num_rows, probe.vocabulary
+    hidden, weight = torch.randn(rows, probe.width, device=device), torch.randn(columns, probe.width, device=device)
     hidden, weight = hidden.to(kind), weight.to(kind)
     logits = torch.empty(rows, columns, dtype=kind, device=device)
     forms = (
@@ -46,7 +50,7 @@ def speed(dtype: str, device: str) -> Speed:
         lambda: torch.mm(logits, weight, out=torch.empty_like(hidden)),
         lambda: torch.mm(logits.t(), hidden, out=torch.empty_like(weight)),
     )
-    flops = 2.0 * rows * PROBE.width * columns
+    flops = 2.0 * rows * probe.width * columns
     return Speed(*(flops / best_seconds(form, device) for form in forms))
 
 

@@ -10,7 +10,9 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
   __shared__ Sum partial[kRowThreads / 32];
   extern __shared__ Pack<float> dynamic[];
   Pack<typename S::T>* kept = reinterpret_cast<Pack<typename S::T>*>(dynamic);
-  token_logp_body<overwrite, S>(CudaBlock<kRowThreads>{}, blockIdx.x, a, logp, lse, partial, kept, num_kept);
+  token_logp_body<overwrite, S>(
+      CudaBlock<kRowThreads>{}, blockIdx.x, a, logp, lse, partial, kept,
+      overwrite ? num_kept : 0);  // a constant for the forward: its loop has no choice to make
 }
 
 template <class S>

@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
+# Before anything imports the hub's client. No test asks a hub: where none answers, each model that is not there would
+# be asked for over and over, 47 s until its one line comes (2 cores, 2026-11-26).
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import played
 import pytest
 import torch

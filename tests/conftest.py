@@ -6,6 +6,11 @@ import logging
 import os
 from types import ModuleType
 
+# Before torch is imported, and for every process that a test starts: workers share the cores. Two pools of threads on
+# two cores wait for each other more than they compute.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
 # Before anything imports the hub's client. No test asks a hub: where none answers, each model that is not there would
 # be asked for over and over, 47 s until its one line comes (2 cores, 2026-11-26).
 os.environ["HF_HUB_OFFLINE"] = "1"

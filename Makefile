@@ -2,6 +2,7 @@
 #   PYTHON=python3.12 make test      another interpreter (remove .venv first)
 #   WRPO_CUDA_ARCHS=90 make test-gpu   build for one generation of devices only
 #   make test ARGS="-k softcap -x"   more words for pytest, the demo or the benchmarks
+#   make test ARGS="-n 0 --pdb"    in one process
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
@@ -10,6 +11,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --quiet --constraint constraints.txt
 LINTERS := ruff mypy clang-format pre-commit pre-commit-hooks
+# A file is one worker's, so that what its tests share is made once.
+WORKERS := -n 2 --dist loadfile
 NATIVE := setup.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
 .DEFAULT_GOAL := menu
@@ -40,7 +43,7 @@ experiment: $(VENV)/installed-demo
 	$(BIN)/python -m wrpo.experiment $(ARGS)
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu" $(WORKERS) $(ARGS)
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python -m benchmarks.run $(ARGS)

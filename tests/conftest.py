@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from types import ModuleType
+
+# Before torch is imported, and for every process that a test starts: workers share the cores. Two pools of threads on
+# two cores wait for each other more than they compute.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
+# Before anything imports the hub's client. No test asks a hub: where none answers, each model that is not there would
+# be asked for over and over, 47 s until its one line comes (2 cores, 2026-11-26).
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import played
 import pytest
@@ -130,6 +140,15 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def log_as_it_was():
+    """A command sends the log to stderr and away from `caplog`: for its own test, whichever comes next."""
+    log = logging.getLogger("wrpo")
+    handlers, level, propagate = log.handlers[:], log.level, log.propagate
+    yield
+    log.handlers[:], log.level, log.propagate = handlers, level, propagate
 
 
 @pytest.fixture(autouse=True)

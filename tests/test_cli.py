@@ -236,6 +236,33 @@ def test_help_and_mistyped_commands_load_nothing_heavy():
     assert shown.stdout.splitlines()[-1] == "False"
 
 
+def test_what_only_reads_and_chooses_rows_waits_for_no_torch(tmp_path):
+    """Which takes seconds to load: `sample` and `score` ask other programs, `build` and `eval` count."""
+    rows = [("s", 0, 0.9), ("target", 0, 0.5), ("target", 1, 0.1)]
+    answers = [
+        {"prompt_id": "a", "prompt": "p", "model": model, "sample": sample, "response": f"{reward}", "reward": reward}
+        for model, sample, reward in rows
+    ]
+    (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    (tmp_path / "rewards.py").write_text("def one(prompt, response):\n    return 1.0\n")
+    (tmp_path / "sources.yaml").write_text(
+        "- {model: m, kind: server, base_url: 'http://127.0.0.1:9/v1', retries: 0}\n"
+    )
+    code = (
+        "import sys; from wrpo.cli import main\n"
+        "print([main(command.split()) for command in (\n"
+        "    'build answers.jsonl -o built --sft-share 0',\n"
+        "    'eval answers.jsonl -o evaluated --solved-at 0.5',\n"
+        "    'score answers.jsonl -o scored.jsonl --verifier rewards:one',\n"
+        "    'sample sources.yaml answers.jsonl -o sampled.jsonl')])\n"
+        "print([name for name in ('torch', 'datasets') if name in sys.modules])"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    shown = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert shown.stdout.splitlines()[-2:] == ["[0, 0, 0, 3]", "[]"], shown.stderr
+
+
 def test_the_module_passes_its_status_on():
     shown = subprocess.run(
         [sys.executable, "-m", "wrpo", "trian"], cwd=ROOT, capture_output=True, text=True, check=False

@@ -92,6 +92,14 @@ def doors(device: torch.device, backend: str, **size) -> dict[str, tuple[Callabl
 DOORS = tuple(doors(torch.device("cpu"), "reference"))
 
 
+def is_second(door: str, backend: str) -> bool:
+    """One of two variants, so that every door meets both, on one backend each, and every backend both.
+
+    For what does not depend on the backend, which is a constant of the graph and of the op's arguments.
+    """
+    return (DOORS.index(door) + ("native", "reference", "triton", "cuda").index(backend)) % 2 == 1
+
+
 def value_and_gradients(function: Callable[..., Tensor], given: tuple[Tensor, ...]) -> list[Tensor]:
     leaves = [x for x in given if x.requires_grad]
     value = function(*given)
@@ -117,9 +125,9 @@ class Recorded(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("door", DOORS)
-def test_every_op_has_a_right_schema_fake_and_derivative(door, dtype, backend, device):
+def test_every_op_has_a_right_schema_fake_and_derivative(door, backend, device):
+    dtype = torch.bfloat16 if is_second(door, backend) else torch.float32
     function, given = doors(device, backend, dtype=dtype)[door]
     with Recorded() as recorded:
         value_and_gradients(function, given)
@@ -140,10 +148,9 @@ def test_every_registered_op_is_behind_some_door():
     assert called == registered
 
 
-@pytest.mark.parametrize("large", [False, True], ids=["small head", "larger head"])
 @pytest.mark.parametrize("door", DOORS)
-def test_a_compiled_door_is_one_graph_with_the_bits_of_the_eager_one(door, large, backend, device):
-    size = {"vocabulary": LARGE, "width": 260} if large else {}
+def test_a_compiled_door_is_one_graph_with_the_bits_of_the_eager_one(door, backend, device):
+    size = {"vocabulary": LARGE, "width": 260} if is_second(door, backend) else {}
     function, given = doors(device, backend, **size)[door]
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -223,7 +230,7 @@ def test_a_second_derivative_is_refused_not_left_out(door, backend, device):
 @pytest.mark.parametrize("door", DOORS)
 def test_autocast_changes_nothing(door, backend, device):
     """The types of the arguments settle those of the products; a cast inside would not be seen from outside."""
-    function, given = doors(device, backend)[door]
+    function, given = doors(device, backend, steps=3)[door]  # few rows: a backend may be interpreted
     expected = value_and_gradients(function, given)
     with torch.autocast(device.type, torch.bfloat16):
         got = value_and_gradients(function, given)

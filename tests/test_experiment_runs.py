@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 
 from wrpo.experiment import __main__ as command
@@ -21,6 +22,8 @@ def toy(monkeypatch):
     monkeypatch.setattr(models, "BATCH", 8)
     chosen = [arm for arm in arms.all_arms(2) if arm.name in ("target", "sft-2", "dpo-2", "wrpo-0.5-2")]
     monkeypatch.setattr(command, "all_arms", lambda _: chosen)
+    yield
+    datasets.enable_caching()  # the command switches it off for its whole process
 
 
 def run(folder: Path, *more: str) -> int:

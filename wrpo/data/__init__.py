@@ -5,13 +5,39 @@
     batch = PreferenceCollator(tokenizer.pad_token_id)([tokens[0], tokens[1]])
 
 A row that cannot be used is a `DataError`, or is skipped and counted with `skip_bad_rows=True`.
+
+Names are imported when they are first used: `wrpo sample` and `wrpo score` read rows without torch or `datasets`.
 """
 
 from __future__ import annotations
 
-from .collation import PreferenceCollator, SFTCollator
-from .errors import DataError
-from .loading import load_triples
-from .tokenization import tokenize_triples
+import importlib
+from typing import TYPE_CHECKING
+
+_MODULE_OF = {
+    "DataError": "errors",
+    "PreferenceCollator": "collation",
+    "SFTCollator": "collation",
+    "load_triples": "loading",
+    "tokenize_triples": "tokenization",
+}
 
 __all__ = ["DataError", "PreferenceCollator", "SFTCollator", "load_triples", "tokenize_triples"]
+
+if TYPE_CHECKING:
+    from .collation import PreferenceCollator, SFTCollator
+    from .errors import DataError
+    from .loading import load_triples
+    from .tokenization import tokenize_triples
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'wrpo.data' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"wrpo.data.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -8,13 +8,13 @@ K sources.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .errors import DataError, shown
+from .softmax import softmax
 
 IGNORE = -100
 
@@ -100,13 +100,6 @@ def model_names(row: dict) -> list[str]:
     """The name of the model behind each source answer of a row; `source 1`, `source 2`, .. where it has none."""
     names = row.get("source_model") or [None] * len(row["source_weight"])
     return [f"source {place}" if name is None else name for place, name in enumerate(names, 1)]
-
-
-def softmax(values: list[float], temperature: float) -> list[float]:
-    """exp(value / temperature) over their sum."""
-    largest = max(values)
-    powers = [math.exp((value - largest) / temperature) for value in values]
-    return [power / math.fsum(powers) for power in powers]
 
 
 def _padded(by_row: list[list], count: int, filling: float) -> list[list]:

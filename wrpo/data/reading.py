@@ -11,15 +11,18 @@ import codecs
 import glob
 import gzip
 import json
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
-
-import datasets
+from typing import IO, TYPE_CHECKING, Any
 
 from .errors import DataError, shown
+
+# A second of imports, and files of JSON do without.
+if TYPE_CHECKING:
+    import datasets
 
 RawRow = tuple[str, int, "dict | DataError"]  # file, row counted from 1, content
 
@@ -41,10 +44,11 @@ def read_rows(source: Any, *, split: str = "train") -> Iterator[RawRow]:
     """
     if isinstance(source, (str, Path)):
         return _read_path(Path(source), split)
-    if isinstance(source, datasets.Dataset):
-        return _read_dataset("dataset", source)
-    if isinstance(source, datasets.DatasetDict):
-        return _read_dataset(f"dataset[{split!r}]", _pick_split(source, split))
+    if (loaded := sys.modules.get("datasets")) is not None:  # without it there is no data set to be given
+        if isinstance(source, loaded.Dataset):
+            return _read_dataset("dataset", source)
+        if isinstance(source, loaded.DatasetDict):
+            return _read_dataset(f"dataset[{split!r}]", _pick_split(source, split))
     if isinstance(source, (list, tuple)):
         if source and all(isinstance(part, (str, Path)) for part in source):
             return chain.from_iterable(_read_path(Path(part), split) for part in source)
@@ -70,6 +74,8 @@ def _read_found(path: Path, split: str) -> Iterator[RawRow]:
         if not any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
             todo = f"Name the files in it, for example '{path}/*.jsonl'."
             raise DataError("a folder of save_to_disk", "another folder", todo, file=str(path))
+        import datasets
+
         saved = datasets.load_from_disk(str(path))
         saved = _pick_split(saved, split) if isinstance(saved, datasets.DatasetDict) else saved
         return _read_dataset(str(path), saved)

@@ -67,10 +67,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--alpha", type=float, default=ALPHA, help=f"experts' share at the end (default: {ALPHA}; 0: DPO)"
     )
     parser.add_argument("--prompts", type=int, default=20, help="held-out prompts a skill (default: 20)")
-    parser.add_argument("--quick", action="store_true", help="only see whether it runs: 2 steps, 2 prompts a skill")
+    parser.add_argument("--quick", action="store_true", help="see whether it runs: 2 small steps, 1 prompt a skill")
     options = parser.parse_args(arguments)
+    options.batch = BATCH
     if options.quick:
-        options.steps, options.prompts = 2, 2
+        options.steps, options.batch, options.prompts = 2, 2, 1
     return options
 
 
@@ -105,8 +106,8 @@ def open_trainer(model: Any, tokenizer: Any, options: argparse.Namespace, bf16: 
         alpha=options.alpha,
         beta=BETA,
         learning_rate=LEARNING_RATE,
-        per_device_train_batch_size=BATCH,
-        per_device_eval_batch_size=BATCH,
+        per_device_train_batch_size=options.batch,
+        per_device_eval_batch_size=options.batch,
         gradient_accumulation_steps=1,
         bf16=bf16,
         use_cpu=model.device.type == "cpu",
@@ -117,7 +118,8 @@ def open_trainer(model: Any, tokenizer: Any, options: argparse.Namespace, bf16: 
         dataloader_pin_memory=False,
     )
     triples = load_triples(PATH)
-    needed = min(len(triples), options.steps * BATCH)  # the reference pass goes through every row that it is given
+    # No more than are trained on: the reference pass goes through every row that it is given.
+    needed = min(len(triples), options.steps * options.batch)
     rows = tokenize_triples(triples.select(range(needed)), tokenizer)
     trainer = WRPOTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
     trainer.remove_callback(ProgressCallback)
@@ -148,7 +150,7 @@ def write_metrics(
         "alpha": options.alpha,
         "beta": BETA,
         "learning_rate": LEARNING_RATE,
-        "batch": BATCH,
+        "batch": options.batch,
         "bf16": bf16,
         "threads": torch.get_num_threads(),
     }

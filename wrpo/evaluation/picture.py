@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .comparison import Comparison
-from .implicit_reward import Accuracy
 from .intervals import Interval
+
+if TYPE_CHECKING:
+    from .implicit_reward import Accuracy  # seconds of imports, which pictures of answers do without
 
 COLOURS = (
     "#8c8c8c",

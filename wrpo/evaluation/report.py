@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .comparison import ALL, Comparison
-from .implicit_reward import Accuracy
 from .intervals import CONFIDENCE, Interval
+
+if TYPE_CHECKING:
+    from .implicit_reward import Accuracy  # seconds of imports, which tables of answers do without
 
 Rows = list[list[str]]
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from wrpo.curves import COLOURS, series
+from wrpo.colours import COLOURS
+from wrpo.curves import series
 
 from .arms import ALPHAS
 from .results import EVERYTHING, Results

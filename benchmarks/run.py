@@ -94,7 +94,7 @@ def publish(path: Path, readme: bool) -> None:
     if readme:
         shown = [picture for picture in drawn if picture.stem.endswith(("_response", "_prompt"))]
         files = [os.path.relpath(file, machine.ROOT) for file in (table, *shown)]
-        tables.put_into_readme(machine.ROOT / "README.md", tables.summary(facts, rows, *files))
+        tables.put_into_readme(machine.ROOT / "README.md", facts["device"], tables.summary(facts, rows, *files))
         print("wrote the table between the markers of README.md")
 
 

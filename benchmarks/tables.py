@@ -9,12 +9,14 @@ from pathlib import Path
 from benchmarks.contestants import FLOOR, FUSED
 from benchmarks.results import Figure, Row
 
-FIRST, LAST = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-READING = (
-    "Times of others are multiples of the fused step, memory is MiB beside inputs and gradients.",
-    "The floor is torch's own products in the same dtype; a CPU without AVX-512 multiplies 16-bit matrices slowly, so",
-    "the fused step, which widens them, can be far below 1 there.",
-)
+READING = ("Times of others are multiples of the fused step, memory is MiB beside inputs and gradients.",)
+READING_OF = {
+    "cpu": (
+        "The floor is torch's own products in the same dtype; a CPU without AVX-512 multiplies 16-bit matrices slowly, so",
+        "the fused step, which widens them, can be far below 1 there.",
+    ),
+    "cuda": ("Each step starts on an idle device, so that what the host takes to queue it counts.",),
+}
 IN_README = ("everyone", "heads", "kinds", "layouts", "precision", "softcap", "prompt", "toy")  # the others are curves
 
 
@@ -69,8 +71,9 @@ def summary(facts: dict[str, str], rows: list[Row], table: str, *pictures: str) 
 
     table, pictures: paths of the whole table and of what is shown, from the README.
     """
+    cores = f" ({facts['cores'].split(',')[0]} cores)" if facts["device"] == "cpu" else ""
     lines = [
-        f"Forward and backward on {facts['machine']} ({facts['cores'].split(',')[0]} cores), torch {facts['torch']}, "
+        f"Forward and backward on {facts['machine']}{cores}, torch {facts['torch']}, "
         f"{facts['date']}, commit {facts['commit'].split()[0]}: `{facts['command']}`.",
         "",
         "| | fused | x floor | fastest other | plain torch | memory: fused | leanest other | plain torch |",
@@ -80,7 +83,7 @@ def summary(facts: dict[str, str], rows: list[Row], table: str, *pictures: str) 
         found = {row.figure.contestant: row.figure for row in some if row.figure.p50_ms is not None}
         if scenario in IN_README and FUSED.name in found:
             lines.append(summary_line(point, some[0], found))
-    lines += ["", *READING, ""]
+    lines += ["", *READING, *READING_OF[facts["device"]], ""]
     lines += [f"![time and memory: {Path(picture).stem.rsplit('_', 1)[1]}]({picture})\n" for picture in pictures]
     return [*lines, f"[Every contestant on every problem]({table}), with errors against float64 and more pictures."]
 
@@ -104,13 +107,14 @@ def summary_line(point: str, row: Row, found: dict[str, Figure]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def put_into_readme(readme: Path, lines: list[str]) -> None:
-    """Replaces what stands between the two markers."""
+def put_into_readme(readme: Path, device: str, lines: list[str]) -> None:
+    """Replaces what stands between the two markers of this kind of device."""
     text = readme.read_text()
-    if text.count(FIRST) != 1 or text.count(LAST) != 1:
-        raise ValueError(f"{readme} must hold one {FIRST} and one {LAST}; the table goes between them")
-    before, rest = text.split(FIRST)
-    readme.write_text("\n".join([before + FIRST, *lines, LAST]) + rest.split(LAST)[1])
+    first, last = f"<!-- benchmarks {device} -->", f"<!-- /benchmarks {device} -->"
+    if text.count(first) != 1 or text.count(last) != 1:
+        raise ValueError(f"{readme} must hold one {first} and one {last}; the table goes between them")
+    before, rest = text.split(first)
+    readme.write_text("\n".join([before + first, *lines, last]) + rest.split(last)[1])
 
 
 def short(value: float | None) -> str:

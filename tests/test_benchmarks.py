@@ -18,6 +18,7 @@ from benchmarks.timing import step_of
 
 TINY = Setting(97, 16, examples=2, sources=1, response=5, prompt=3)
 HEADS = ("trained", "frozen", "lora", "no_grad")
+FIRST, LAST = "<!-- benchmarks cpu -->", "<!-- /benchmarks cpu -->"
 FACTS = {
     "machine": "a machine",
     "device": "cpu",
@@ -195,14 +196,14 @@ def test_an_unknown_scenario_is_named_with_those_that_exist(monkeypatch):
 
 def test_the_readme_table_goes_between_its_markers_and_nowhere_else(tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{tables.FIRST}\nold\n{tables.LAST}\nafter\n")
+    readme.write_text(f"before\n{FIRST}\nold\n{LAST}\nafter\n")
     ours = Figure("heads", "SmolLM2", "fused", rounds=3, p50_ms=10.0, times_floor=1.1, times_fused=1.0, peak_mib=100.0)
     plain = ours._replace(contestant="plain torch", p50_ms=20.0, times_fused=2.0, peak_mib=900.0)
     for _ in range(2):  # the second time it replaces the first
         lines = tables.summary(FACTS, [Row(ours, TINY), Row(plain, TINY)], "results/here.md", "results/here_prompt.png")
-        tables.put_into_readme(readme, lines)
+        tables.put_into_readme(readme, "cpu", lines)
     text = readme.read_text()
-    assert text.startswith(f"before\n{tables.FIRST}\n") and text.endswith(f"{tables.LAST}\nafter\n")
+    assert text.startswith(f"before\n{FIRST}\n") and text.endswith(f"{LAST}\nafter\n")
     assert "old" not in text
     assert text.count("| SmolLM2, N = 30 | 10 ms | 1.10 | 2.00 x (plain torch) | 2.00 x | 100 MiB | 900") == 1
     assert "![time and memory: prompt](results/here_prompt.png)" in text
@@ -212,7 +213,7 @@ def test_a_readme_without_markers_is_left_alone(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("nothing here\n")
     with pytest.raises(ValueError, match="must hold one"):
-        tables.put_into_readme(readme, ["table"])
+        tables.put_into_readme(readme, "cpu", ["table"])
     assert readme.read_text() == "nothing here\n"
 
 

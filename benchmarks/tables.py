@@ -12,8 +12,8 @@ from benchmarks.results import Figure, Row
 READING = ("Times of others are multiples of the fused step, memory is MiB beside inputs and gradients.",)
 READING_OF = {
     "cpu": (
-        "The floor is torch's own products in the same dtype; a CPU without AVX-512 multiplies 16-bit matrices slowly, so",
-        "the fused step, which widens them, can be far below 1 there.",
+        "The floor is torch's own products in the same dtype; a CPU without AVX-512 multiplies 16-bit matrices slowly,",
+        "so the fused step, which widens them, can be far below 1 there.",
     ),
     "cuda": ("Each step starts on an idle device, so that what the host takes to queue it counts.",),
 }

@@ -59,8 +59,8 @@ class FusedHeadConfig(TrainingArguments):
     max_prompt_length: int | None = knob(1800, "Most tokens in the prompt; none: no limit. Default: 1800 (paper).")
     budget_bytes: int | None = knob(
         None,
-        "Bytes that the logits which exist at a time may take. Default: that of the kernels, 512 MiB, on an accelerator "
-        "1 GiB.",
+        "Bytes that the logits which exist at a time may take. Default: that of the kernels, 512 MiB, on an "
+        "accelerator 1 GiB.",
     )
     kernel_backend: str | None = knob(
         None, "Kernel by name; it runs or raises. Default: the best that runs here, see `python -m wrpo_kernels`."

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
+from torch._C._autograd import _get_current_graph_task_keep_graph
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
@@ -39,9 +40,9 @@ def is_plain(tensors: tuple) -> bool:
     return not listens and PLAIN.issuperset(map(type, tensors))
 
 
-def is_last_backward() -> bool:
-    """Whether what the running backward has saved is not needed again."""
-    return not torch._C._autograd._get_current_graph_task_keep_graph()
+def owns_saved(ctx) -> bool:
+    """Whether what a plain call has saved is needed by nobody after the running backward."""
+    return ctx.is_plain and not is_compiling() and not _get_current_graph_task_keep_graph()
 
 
 def _op(name: str) -> tuple[torch._ops.OpOverload, int]:
@@ -85,6 +86,7 @@ def register_differentiable(name: str, kernel: Callable, save: Callable, backwar
         def forward(ctx, keyset, options, *tensors):
             inputs = tensors + options
             outputs = below_autograd(keyset, *inputs)
+            ctx.is_plain = keyset is None
             # Zeros for the outputs without a gradient would cost a pass over each.
             ctx.set_materialize_grads(False)
             save(ctx, inputs, outputs)

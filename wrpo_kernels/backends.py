@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 
@@ -40,8 +41,14 @@ def load_extension(name: str) -> tuple[ModuleType | None, str]:
 
 def why_not(module: Backend, *facts: object) -> str | None:
     """Why a backend does not run when none was named; None when it can."""
-    waits = getattr(module, "waits_to_be_named", None)
+    waits = _waits_of(module)
     return module.refuses(*facts) or (waits(*facts) if waits else None)
+
+
+@cache
+def _waits_of(module: Backend) -> Callable | None:
+    """Kept, because a module takes 2 us to say that it has no such name."""
+    return getattr(module, "waits_to_be_named", None)
 
 
 def choose(op: str, backend: str | None, candidates: tuple[Backend, ...], *facts: object) -> Backend:

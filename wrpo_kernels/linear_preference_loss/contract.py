@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from wrpo_kernels.autograd import is_last_backward, is_plain, register_differentiable, register_kernel
+from wrpo_kernels.autograd import owns_saved, register_differentiable, register_kernel
 from wrpo_kernels.backends import choose
 from wrpo_kernels.budget import rows_within
 from wrpo_kernels.checks import check_tensor
@@ -117,18 +117,20 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad_loss, *_):
-    is_last = is_plain((grad_loss,)) and is_last_backward()
+    scaled = _scaled_for_good if owns_saved(ctx) else _scaled
     grads = zip(ctx.saved_tensors, ctx.dtypes, ctx.keeps, strict=True)
-    hidden, weight, bias = (_scaled(total, grad_loss, dtype, is_last) if keep else None for total, dtype, keep in grads)
+    hidden, weight, bias = [scaled(total, grad_loss, dtype) if keep else None for total, dtype, keep in grads]
     return (hidden, weight, None, bias) + (None,) * 6
 
 
-def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype, is_last: bool) -> Tensor:
-    """factor * total in `dtype`: in the memory of the total where nobody needs it again, and nothing to do for 1."""
+def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return total * factor if total.dtype == dtype == factor.dtype else scaled_to(total, factor, dtype)
+
+
+def _scaled_for_good(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same in the memory of the total; a factor of 1 that is at hand leaves nothing to do."""
     if not total.dtype == dtype == factor.dtype:
         return scaled_to(total, factor, dtype)
-    if not is_last:
-        return total * factor
     return total if factor.is_cpu and factor.item() == 1.0 else total.mul_(factor)
 
 

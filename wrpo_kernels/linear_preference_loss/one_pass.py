@@ -122,7 +122,7 @@ def _finish(
     """Values and gradients of whole groups, whose rows come sequence after sequence."""
     number = len(rows)
     token_logp = torch.empty(number, dtype=head.logp_dtype, device=buffer.device)
-    pieces = list(chunks(0, number, even_chunk(number, buffer.shape[0]))) if number else []
+    pieces = chunks(0, number, even_chunk(number, buffer.shape[0])) if number else []
     for first, last in pieces[:-1]:
         head.logp_into(token_logp[first:last], rows, first, last, buffer)
     for first, last in pieces[-1:]:

@@ -10,8 +10,6 @@ No pass needs the upstream gradient before the backward: it enters as one factor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import Tensor
 
 from wrpo_kernels.budget import Plan
@@ -22,9 +20,8 @@ from wrpo_kernels.rows import Rows
 from wrpo_kernels.scratch import scratch
 
 
-def chunks(first: int, last: int, step: int) -> Iterator[tuple[int, int]]:
-    for start in range(first, last, max(step, 1)):
-        yield start, min(start + step, last)
+def chunks(first: int, last: int, step: int) -> list[tuple[int, int]]:
+    return [(start, min(start + step, last)) for start in range(first, last, max(step, 1))]
 
 
 def forward(

@@ -157,9 +157,9 @@ def settle(
 
 
 def count_groups(group: Tensor, num_groups: int | None) -> int:
-    check_tensor("group", group)
-    check_int64("group", group)
     if num_groups is None:
+        check_tensor("group", group)
+        check_int64("group", group)
         largest = int(group.max()) if group.numel() else -1
         if largest >= MOST_GROUPS:
             raise ValueError(f"group must be in [0, G) with G <= 2^31, got {largest}")

@@ -114,7 +114,7 @@ def register_differentiable(name: str, kernel: Callable, save: Callable, backwar
     def call(*inputs):
         return differentiable(None, *inputs) if is_plain(inputs[:tensors]) else op(*inputs)
 
-    # Past the `apply` in Python, which unwraps the tensors of functorch: 8 us that a plain call has no use for.
+    # Past the `apply` in Python, which unwraps the tensors of transforms: 8 us that a plain call has no use for.
     plain_apply = super(torch.autograd.Function, Formula).apply
     Formula.__name__ = f"wrpo_{name}"
     _library.impl(name, dispatched, "Autograd", with_keyset=True)

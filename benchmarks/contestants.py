@@ -27,8 +27,8 @@ def fused(problem: Problem) -> Callable[[], Tensor]:
     }
 
     def loss() -> Tensor:
-        hidden, weight = problem.operands()
-        return linear_preference_loss(hidden, weight, problem.labels, problem.ref_logp, **options).loss
+        operands = (problem.hidden, problem.weight, problem.labels, problem.ref_logp)
+        return linear_preference_loss(*operands, adapter=problem.low_rank(), **options).loss
 
     return loss
 

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.contestants import FLOOR, FUSED
-from benchmarks.problem import Setting
+from benchmarks.problem import RANK, Setting
 from benchmarks.results import Row
 from benchmarks.scenarios import Scenario
 
@@ -127,7 +127,8 @@ def roofline(rows: list[Row], facts: dict[str, str], under: str, path: Path) -> 
 def compulsory_bytes(setting: Setting) -> float:
     """Each operand read once, each gradient written once; logits need not exist."""
     rows, head = setting.num_rows * setting.columns, setting.vocabulary * setting.columns
-    gradients = (rows if setting.num_products > 1 else 0) + (head if setting.num_products > 2 else 0)
+    trained = {"trained": head, "lora": RANK * setting.vocabulary}.get(setting.head, 0)
+    gradients = (rows if setting.num_products > 1 else 0) + trained
     return setting.itemsize * (rows + head + gradients)
 
 

@@ -55,16 +55,18 @@ class Setting(NamedTuple):
     @property
     def num_products(self) -> int:
         """Products of 2 N D V flops that the gradients need: logits; dh; dW."""
-        return {"trained": 3, "lora": 3, "frozen": 2, "no_grad": 1}[self.head]
+        return {"trained": 3, "lora": 2, "frozen": 2, "no_grad": 1}[self.head]
 
     @property
     def columns(self) -> int:
-        """D of the products; an adapter on the head makes them longer."""
+        """Of the operands of the logits: D, and the rank of an adapter."""
         return self.width + (RANK if self.head == "lora" else 0)
 
     @property
     def flops(self) -> float:
-        return 2.0 * self.num_products * self.num_rows * self.columns * self.vocabulary
+        """Of these products, and of an adapter's: its share of the logits, dlow and dup."""
+        columns = self.num_products * self.width + (3 * RANK if self.head == "lora" else 0)
+        return 2.0 * self.num_rows * columns * self.vocabulary
 
     @property
     def itemsize(self) -> int:
@@ -111,16 +113,24 @@ class Problem:
         self.seq_weight = self.seq_weight.repeat_interleave(setting.examples)
         self.group = torch.arange(setting.examples, device=device).repeat(setting.sequences // setting.examples)
 
-    def operands(self) -> tuple[Tensor, Tensor]:
-        """hidden [S, T, D'] and weight [V, D'] of the logits, for a loss to call anew in each step.
-
-        An adapter makes the product longer, h W^T + (h A^T) B^T = [h, h A^T] [W, B]^T, so that its gradients come back
-        through the same two operands as those of any other head.
-        """
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """low [S, T, r] and up [V, r] of the adapter, for a loss to call anew in each step."""
         if self.adapter is None:
-            return self.hidden, self.weight
+            return None
         down, up = self.adapter
-        return torch.cat([self.hidden, self.hidden @ down.t()], -1), torch.cat([self.weight, up], 1)
+        return self.hidden @ down.t(), up
+
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """hidden [S, T, D'] and weight [V, D'] of the logits, for contestants that know no adapter.
+
+        It makes the product longer, h W^T + low up^T = [h, low] [W, up]^T, so that its gradients come back through the
+        same two operands as those of any other head.
+        """
+        adapter = self.low_rank()
+        if adapter is None:
+            return self.hidden, self.weight
+        low, up = adapter
+        return torch.cat([self.hidden, low], -1), torch.cat([self.weight, up], 1)
 
     def leaves(self) -> dict[str, Tensor]:
         """The tensors that a step gives gradients to, by name."""
@@ -140,16 +150,23 @@ class Problem:
 
     def products(self) -> Callable[[], None]:
         """The floor: logits, dh, dW of the rows that count, as many of them as the head needs, into ready buffers."""
+        counts, weight = self.labels != IGNORED, self.weight.detach()
         with torch.no_grad():
-            hidden, weight = self.operands()
-            rows = hidden[self.labels != IGNORED]
+            rows, adapter = self.hidden[counts], self.low_rank()
         number = self.setting.num_products
         logits = torch.empty(len(rows), len(weight), dtype=rows.dtype, device=self.device)
         dh, dw = torch.empty_like(rows), torch.empty_like(weight) if number > 2 else None
+        if adapter is not None:
+            low, up = adapter[0][counts].detach(), adapter[1].detach()
+            dlow, dup = torch.empty_like(low), torch.empty_like(up)
 
         @torch.no_grad()
         def run() -> None:
             torch.mm(rows, weight.t(), out=logits)
+            if adapter is not None:
+                logits.addmm_(low, up.t())
+                torch.mm(logits, up, out=dlow)
+                torch.mm(logits.t(), low, out=dup)
             if number > 1:
                 torch.mm(logits, weight, out=dh)
             if number > 2:

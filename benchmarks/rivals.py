@@ -28,8 +28,9 @@ WhyNot = Callable[[Problem], "str | None"]
 
 def full_logits(problem: Problem) -> Tensor:
     """[S, T, V] in the dtype of the head."""
-    hidden, weight = problem.operands()
-    logits = F.linear(hidden, weight)
+    logits, adapter = F.linear(problem.hidden, problem.weight), problem.low_rank()
+    if adapter is not None:
+        logits = logits + F.linear(*adapter)  # as PEFT does
     if problem.logit_scale != 1.0:
         logits = logits * problem.logit_scale
     if problem.softcap:

@@ -144,8 +144,10 @@ def linear_truth(
     transform: Transform,
     ignore_index: int = -100,
     passes: int = 1,
+    partial: Tensor | None = None,
 ) -> Truth:
-    """The matrix products run in the dtype of `hidden`; those of dW in as many parts as there are `passes`."""
+    """The matrix products run in the dtype of `hidden`; those of dW in as many parts as there are `passes`. Where the
+    scores are added up from two products, `partial` [..., V] is the first, which is rounded before the second."""
     h, w = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
     bias = None if transform.bias is None else transform.bias.detach().double().requires_grad_()
     raw = h @ w.T
@@ -153,7 +155,9 @@ def linear_truth(
     wanted = {"hidden": h, "weight": w} | ({} if bias is None else {"bias": bias})
     grads = gradients(logp, wanted, grad_logp)
     with torch.no_grad():
-        slack = linear_slack(h, w, raw, bias, target, grad_logp, transform, ignore_index, passes, hidden.dtype, grads)
+        slack = linear_slack(
+            h, w, raw, bias, target, grad_logp, transform, ignore_index, passes, hidden.dtype, grads, partial
+        )
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", transform.bias)):
         if tensor is not None:
             slack[name] = slack[name] + 0.5 * ulp(grads[name], tensor.dtype)
@@ -161,7 +165,7 @@ def linear_truth(
 
 
 def linear_slack(
-    h, w, raw, bias, target, grad_logp, transform, ignore_index, passes, compute, grads
+    h, w, raw, bias, target, grad_logp, transform, ignore_index, passes, compute, grads, partial
 ) -> dict[str, Tensor]:
     """Rounding, in the order in which it happens on the way through a head whose products run in `compute`."""
     eps32 = torch.finfo(torch.float32).eps
@@ -172,6 +176,8 @@ def linear_slack(
     size_h = size_h.where(counts, 0.0)  # ignored rows may hold anything
     # 1. The product is summed in float32 and rounded to `compute`.
     logit_error = 0.5 * ulp(raw, compute) + DOT_ULPS * eps32 * (size_h @ size_w.T)
+    if partial is not None:
+        logit_error = logit_error + 0.5 * ulp(partial.reshape(-1, vocabulary), compute)
     z = transform(raw, bias)
     logp_slack, delta = delta_slack(z, target, row_slack(z, logit_error, transform), transform, ignore_index)
     # 2. delta is rounded to `compute` (half an ulp) before the second and third product.

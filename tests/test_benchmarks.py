@@ -11,7 +11,7 @@ from benchmarks.accuracy import Truth
 from benchmarks.contestants import CONTESTANTS, FLOOR, FUSED
 from benchmarks.measure import checked, errors_of_one_step, measured
 from benchmarks.memory import MIB, Unaffordable, peak_of
-from benchmarks.problem import Problem, Setting
+from benchmarks.problem import RANK, Problem, Setting
 from benchmarks.results import Figure, Row
 from benchmarks.scenarios import Scenario
 from benchmarks.timing import step_of
@@ -62,7 +62,9 @@ def fast_tiny_machine(monkeypatch):
 def test_the_floor_runs_the_products_that_the_gradients_need_on_the_rows_that_count(head):
     setting = TINY._replace(head=head)
     assert product_flops(Problem(setting).products()) == setting.flops
-    assert setting.flops == {"trained": 3, "lora": 3, "frozen": 2, "no_grad": 1}[head] * 2 * 30 * setting.columns * 97
+    width = setting.width
+    columns = {"trained": 3 * width, "lora": 2 * width + 3 * RANK, "frozen": 2 * width, "no_grad": width}[head]
+    assert setting.flops == 2 * 30 * columns * 97
 
 
 def test_the_same_setting_is_the_same_problem():

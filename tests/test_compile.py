@@ -56,6 +56,8 @@ def doors(device: torch.device, backend: str, **size) -> dict[str, tuple[Callabl
     logp = (ref + torch.randn(S, device=device)).requires_grad_()
     head = {"softcap": 20.0, "logit_scale": 0.7, "backend": backend}
     options = general(device)
+    adapter = (torch.randn(S, labels.shape[1], 2, device=device), torch.randn(weight.shape[0], 2, device=device))
+    low, up = (x.to(hidden.dtype).requires_grad_() for x in adapter)
     packed = (hidden.detach().flatten(0, 1).requires_grad_(), weight, bias, labels.flatten(), ref)
     bounds = torch.arange(0, (S + 1) * labels.shape[1], labels.shape[1], device=device)
 
@@ -86,6 +88,16 @@ def doors(device: torch.device, backend: str, **size) -> dict[str, tuple[Callabl
         "linear_preference_loss, each group": (partial(linear, general_door, reduction="none"), given),
         "linear_preference_loss, packed": (partial(linear, general_door, cu_seqlens=bounds), packed),
         "linear_wrpo_loss": (partial(linear, wrpo_door), given),
+        "linear_token_logp, adapter": (
+            lambda h, w, low, up, y: linear_token_logp(h, w, y, adapter=(low, up), **head),
+            (hidden, weight.detach(), low, up, labels),
+        ),
+        "linear_preference_loss, adapter, small budget": (
+            lambda h, w, low, up, b, y, r: linear(
+                general_door, h, w, b, y, r, adapter=(low, up), budget_bytes=SMALL_BUDGET
+            ),
+            (hidden, weight.detach(), low, up, bias.detach(), labels, ref),
+        ),
     }
 
 

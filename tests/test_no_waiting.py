@@ -20,7 +20,7 @@ from wrpo_kernels.preference_loss.family import Family
 from wrpo_kernels.products import scaled_rows
 from wrpo_kernels.rows import UNCOUNTED, Rows
 
-M, N, D, V, S = 12, 9, 16, 32, 6  # labels, those that count
+M, N, D, V, S, R = 12, 9, 16, 32, 6, 4  # labels, those that count, ..., rank of an adapter
 pytestmark = pytest.mark.skipif(triton_backend.missing() is not None, reason=str(triton_backend.missing()))
 
 
@@ -47,11 +47,16 @@ def without_launches(monkeypatch):
 def tensors():
     hidden = torch.empty(M, D, dtype=torch.bfloat16, device="meta")
     weight = torch.empty(V, D, dtype=torch.bfloat16, device="meta")
-    return hidden, weight, torch.empty(M, dtype=torch.int64, device="meta"), None
+    low, up = torch.empty(M, R, dtype=torch.float32, device="meta"), torch.empty(V, R, device="meta")
+    return hidden, weight, torch.empty(M, dtype=torch.int64, device="meta"), None, low, up
 
 
 BUDGETS = {"all rows fit": 1 << 20, "three rows fit": 3 * 2 * (V + 3 * D)}
-KEEPS = {"nothing": (False, False, False), "hidden": (True, False, False), "head": (True, True, False)}
+KEEPS = {
+    "nothing": (False, False, False, False, False),
+    "hidden": (True, False, False, False, False),
+    "head": (True, True, False, True, True),
+}
 
 
 @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS.keys())
@@ -59,21 +64,22 @@ KEEPS = {"nothing": (False, False, False), "hidden": (True, False, False), "head
 @pytest.mark.parametrize("keeps", KEEPS.values(), ids=KEEPS.keys())
 def test_token_log_probs_and_their_gradients_read_nothing_back(keeps, num_rows, budget, tensors):
     hidden = tensors[0]
-    head, rows, plan = _open(*tensors, (1.0, 0.0, 1.0, -100, num_rows, budget, *keeps, 0.0, "triton"))
+    head, rows, plan = _open(*tensors, (1.0, 0.0, 1.0, -100, num_rows, budget, keeps, 0.0, "triton"))
     logp, unscaled, kept = passes.forward(head, rows, plan, keeps == KEEPS["hidden"])
     assert rows.spread(logp).shape == (M,)
     if keeps == KEEPS["hidden"]:
         assert rows.spread(scaled_rows(unscaled, logp[:, None])).shape == (M, D)
     if keeps == KEEPS["head"]:
-        gradients = Gradients(hidden, head.weight, keeps, 2)
+        gradients = Gradients(hidden, head, keeps, 2)
         passes.backward(head, rows, plan, kept, logp[:, None], gradients)
-        assert gradients.totals()[1].shape == (V, D)
+        shapes = [total.shape for total in gradients.totals() if total is not None]
+        assert shapes == [(M, D), (V, D), (M, R), (V, R)]
 
 
 @pytest.mark.parametrize("num_rows", [N, M])
 def test_one_pass_reads_nothing_back_while_the_rows_fit(num_rows, tensors):
-    head, rows, _ = _open(*tensors, (1.0, 0.0, 1.0, -100, num_rows, 1 << 20, True, True, False, 0.0, "triton"))
-    gradients = Gradients(tensors[0], head.weight, KEEPS["head"], 2)
+    head, rows, _ = _open(*tensors, (1.0, 0.0, 1.0, -100, num_rows, 1 << 20, KEEPS["head"], 0.0, "triton"))
+    gradients = Gradients(tensors[0], head, KEEPS["head"], 2)
     size, number = torch.empty(S, device="meta"), torch.empty(S, dtype=torch.int64, device="meta")
     sequences = one_pass.Sequences(None, size, number, number, None, None)
     family = Family(0.1, 0.0, "sigmoid", 0.0, False)
@@ -84,7 +90,7 @@ def test_one_pass_reads_nothing_back_while_the_rows_fit(num_rows, tensors):
 
 def test_a_count_that_is_not_known_is_read_from_the_device(tensors):
     """So these tensors do catch what waits."""
-    hidden, _, target, _ = tensors
+    hidden, _, target, *_ = tensors
     with pytest.raises(NotImplementedError, match="nonzero"):
         Rows.that_count(hidden, target, -100, UNCOUNTED)
 

@@ -5,7 +5,7 @@
 
 The model runs as always until its hidden states reach its output head. There the head calls
 
-    head_fn(hidden, weight, bias=..., logit_scale=..., softcap=...)
+    head_fn(hidden, weight, bias=..., adapter=..., logit_scale=..., softcap=...)
 
 and passes the result on as if it were logits. Because this is the model's forward and the head's own call, DDP, FSDP,
 ZeRO, autocast and gradient checkpointing see what they know: their hooks gather the head's weight before and are armed
@@ -84,9 +84,10 @@ def run_in_head(model: nn.Module, head_fn: HeadFn, **inputs: Any) -> Any:
 
     Args:
         model: a model with a fused head, or a wrapper of one (DDP, FSDP, PEFT, ...).
-        head_fn: called once, as head_fn(hidden [S, T, D], weight [V, D], bias=[V] or None, logit_scale=float,
-            softcap=float or None). Returns a tensor, or a NamedTuple with a field `loss`. The tensor, or `loss`, takes
-            part in the model's forward and carries the gradient; the other fields are handed over as they are.
+        head_fn: called once, as head_fn(hidden [S, T, D], weight [V, D], bias=[V] or None,
+            adapter=(low [S, T, r], up [V, r]) or None, logit_scale=float, softcap=float or None). Returns a tensor, or
+            a NamedTuple with a field `loss`. The tensor, or `loss`, takes part in the model's forward and carries the
+            gradient; the other fields are handed over as they are.
         **inputs: of the model's forward: input_ids, attention_mask, ...
     """
     returned: list[Any] = []
@@ -167,8 +168,8 @@ def _loss_in_place_of_logits(model: nn.Module, head_fn: HeadFn) -> Iterator[Simp
     @torch.compiler.disable  # a compiled model ends its graph here; the kernels need no compiler
     def forward(hidden: Tensor) -> Tensor:
         with _decided_dtype(hidden) as hidden:
-            hidden, weight, bias = head_operands(head, hidden)
-            result = head_fn(hidden, weight, bias=bias, **model.__dict__[_SCORES]._asdict())
+            weight, bias, adapter = head_operands(head, hidden)
+            result = head_fn(hidden, weight, bias=bias, adapter=adapter, **model.__dict__[_SCORES]._asdict())
         call.shape = result.shape
         return result.reshape(1, 1, -1).clone()
 

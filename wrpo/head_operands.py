@@ -1,23 +1,37 @@
-"""What an output head multiplies: hidden states [..., D], weight [V, D] and bias [V], whatever adapter is on it.
+"""What an output head multiplies the hidden states with: weight [V, D] and bias [V], and the adapter that is on it.
 
-A LoRA of rank r on the head is a longer product, not a changed weight:
+A LoRA of rank r on the head is one more product, not a changed weight:
 
-    h W^T + s dropout(h) A^T B^T  =  [h, s dropout(h) A^T] [W, B]^T          [..., D + r] times [V, D + r]
+    h W^T + s dropout(h) A^T B^T  =  h W^T + low up^T          low = s dropout(h) A^T [..., r], up = B [V, r]
 
 In bfloat16 the sum W + s B A would round the adapter away wherever it is below 1/256 of W; side by side both keep their
-own precision, and dropout stays exact. Several active adapters are several more columns.
+own precision, and dropout stays exact. Several active adapters are several more columns of low and up.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
-def head_operands(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """hidden, weight and bias of z = hidden weight^T + bias, differentiable.
+class HeadOperands(NamedTuple):
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    adapter: tuple[Tensor, Tensor] | None = None  # low [..., r], up [V, r]
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """[..., V] in the type of the hidden states, without bias."""
+        scores = hidden @ self.weight.to(hidden.dtype).t()
+        if self.adapter is None:
+            return scores
+        low, up = (operand.to(hidden.dtype) for operand in self.adapter)
+        return scores + low @ up.t()
+
+
+def head_operands(head: nn.Module, hidden: Tensor) -> HeadOperands:
+    """Of z = hidden weight^T + low up^T + bias, differentiable.
 
     Raises:
         TypeError: a head, or an adapter on it, of a kind that is not known; the message names it.
@@ -27,7 +41,7 @@ def head_operands(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tens
         return _adapted(head, hidden)
     if not isinstance(head, nn.Linear):
         raise TypeError(f"the output head must be torch.nn.Linear, got {type(head).__name__}")
-    return hidden, _whole(head.weight), head.bias
+    return HeadOperands(_whole(head.weight), head.bias)
 
 
 def _whole(weight: Tensor) -> Tensor:
@@ -43,7 +57,7 @@ def _whole(weight: Tensor) -> Tensor:
     return weight
 
 
-def _adapted(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def _adapted(head: Any, hidden: Tensor) -> HeadOperands:
     from peft.tuners.lora.layer import Linear as LoraLinear
     from peft.utils.other import ModulesToSaveWrapper
 
@@ -56,21 +70,20 @@ def _adapted(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
                     "modules_to_save, or leave the head without an adapter")  # fmt: skip
 
 
-def _with_lora(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    plain, weight, bias = head_operands(head.get_base_layer(), hidden)
+def _with_lora(head: Any, hidden: Tensor) -> HeadOperands:
+    plain = head_operands(head.get_base_layer(), hidden)
     if head.disable_adapters and head.merged:
         head.unmerge()  # as its own forward would
     active = [] if head.disable_adapters or head.merged else [n for n in head.active_adapters if n in head.lora_A]
     if not active:
-        return plain, weight, bias
-    columns, weights = [plain], [weight.to(hidden.dtype)]
+        return plain
+    low, up = [], []
     for name in active:
         variant = getattr(head, "lora_variant", {}).get(name)
         if variant is not None or getattr(head.lora_B[name], "bias", None) is not None:
             kind = "lora_bias" if variant is None else getattr(variant, "__name__", type(variant).__name__)
             raise TypeError(f"adapter {name!r} on the output head uses {kind}; only plain LoRA is known there")
         down = head.lora_A[name]
-        low = down(head.lora_dropout[name](hidden.to(down.weight.dtype))) * head.scaling[name]  # [..., r]
-        columns.append(low.to(hidden.dtype))
-        weights.append(_whole(head.lora_B[name].weight).to(hidden.dtype))
-    return torch.cat(columns, -1), torch.cat(weights, 1), bias
+        low.append(down(head.lora_dropout[name](hidden.to(down.weight.dtype))) * head.scaling[name])
+        up.append(_whole(head.lora_B[name].weight))
+    return plain._replace(adapter=(torch.cat(low, -1), torch.cat(up, 1)))

@@ -64,9 +64,12 @@ def agreeing_transform(model: nn.Module, candidates: list[HeadScores]) -> HeadSc
         target = torch.stack([logits.argmax(-1), logits.argmin(-1), ids.roll(1, 1)])  # [3, 1, 8]
         own = logits.float().log_softmax(-1).expand(3, -1, -1, -1).gather(-1, target[..., None])[..., 0]
 
-        def fused(hidden: Tensor, weight: Tensor, *, bias: Tensor | None, **_: Any) -> Tensor:
+        def fused(hidden: Tensor, weight: Tensor, *, bias: Any, adapter: Any, **_: Any) -> Tensor:
             hidden = hidden.expand(3, -1, -1, -1)
-            rows = [linear_token_logp(hidden, weight, target, bias=bias, **c._asdict()) for c in candidates]
+            if adapter is not None:
+                adapter = (adapter[0].expand(3, -1, -1, -1), adapter[1])
+            head = {"bias": bias, "adapter": adapter}
+            rows = [linear_token_logp(hidden, weight, target, **head, **c._asdict()) for c in candidates]
             return torch.stack(rows)  # [candidates, 3, 1, 8]
 
         error = (model(**inputs, head_fn=fused) - own).abs().amax((1, 2, 3))
@@ -96,8 +99,7 @@ def magnified(head: nn.Module) -> Iterator[None]:
     """While it lasts, the head's hidden states are scaled so that its largest score, without bias, is PROBE_SCORE."""
 
     def scale(_module: nn.Module, args: tuple) -> tuple:
-        hidden, weight, _ = head_operands(head, args[0])
-        largest = (hidden @ weight.to(hidden.dtype).t()).abs().max().float()
+        largest = head_operands(head, args[0]).scores(args[0]).abs().max().float()
         return (args[0] * (PROBE_SCORE / largest.clamp(min=1e-6)).to(args[0].dtype),)
 
     handle = head.register_forward_pre_hook(scale)

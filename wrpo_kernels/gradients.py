@@ -2,10 +2,14 @@
 
     dh_t = c_t (delta_t W)          dW = sum_t delta_t^T (c_t h_t)          db = sum_t c_t delta_t
 
-`c_t` is the one number that a row knows of the loss; it scales rows of h and of dh, never the [n, V] delta.
+`c_t` is the one number that a row knows of the loss; it scales rows of h and of dh, never the [n, V] delta. The
+low [N, r] and up [V, r] of an adapter are to each other what h and W are.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,26 +19,29 @@ from wrpo_kernels.products import add_grad_weight, grad_weight_into, scale_rows_
 from wrpo_kernels.rows import Rows
 from wrpo_kernels.scratch import scratch
 
+if TYPE_CHECKING:
+    from wrpo_kernels.linear_token_logp.head import Head
+
 
 class Gradients:
-    """dh [..., D], dW [V, D] and db [V]; each None unless its flag in `keeps` is set.
+    """dh [..., D], dW [V, D], db [V], dlow [..., r] and dup [V, r]; each None unless its flag in `keeps` is set.
 
     One chunk of dW is summed in float32 inside the product and rounded once; several are added up in a float32 total.
     With a `grad_filter` dh and dW leave out what `column_filter` says.
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, keeps: tuple[bool, bool, bool], chunks: int, grad_filter: float = 0.0
+        self, hidden: Tensor, head: Head, keeps: Sequence[bool], chunks: int, grad_filter: float = 0.0
     ) -> None:
+        weight = head.weight
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        total = weight.dtype if chunks <= 1 else wide
         self.dh = hidden.new_empty(hidden.shape) if keeps[0] else None
-        self.dw = self.db = None
-        if keeps[1]:
-            dtype = weight.dtype if chunks <= 1 else wide
-            self.dw = scratch(weight.shape[0], weight.shape[1], dtype, weight.device)
-        if keeps[2]:
-            self.db = torch.zeros(weight.shape[0], dtype=wide, device=weight.device)
-        self._weight = weight
+        self.dw = scratch(weight.shape[0], weight.shape[1], total, weight.device) if keeps[1] else None
+        self.db = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if keeps[2] else None
+        self.dlow = hidden.new_empty(*hidden.shape[:-1], head.up.shape[1]) if keeps[3] else None
+        self.dup = head.up.new_empty(head.up.shape, dtype=total) if keeps[4] else None
+        self._weight, self._up = weight, head.up
         self._filter = grad_filter
         self._is_empty = True
 
@@ -45,48 +52,65 @@ class Gradients:
         if self._filter:
             columns = column_filter.columns_that_count(delta, rows.target[first:last], self._filter)
         if self.dh is not None:
-            dh = self.dh.view(-1, self.dh.shape[-1])
-            if self._is_empty and rows.index is not None:
-                dh.zero_()
-            share = rows.room_in(dh, first, last)
-            column_filter.grad_hidden_into(share, delta, self._weight, columns)
-            rows.put_(dh, first, scale_rows_(share, coef))
+            self._put_rows(self.dh, rows, first, delta, coef, self._weight, columns)
         if self.dw is not None:
-            self._add_weight(delta, scaled_rows(rows.hidden(first, last), coef), columns)
+            self._add_weight(self.dw, delta, scaled_rows(rows.hidden(first, last), coef), columns)
         if self.db is not None:
             self._add_bias(delta, coef)
+        if self.dlow is not None:
+            self._put_rows(self.dlow, rows, first, delta, coef, self._up, None)
+        if self.dup is not None:
+            self._add_weight(self.dup, delta, scaled_rows(rows.low(first, last), coef), None)
         self._is_empty = False
 
-    def totals(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """dh, dW and db as they were accumulated."""
-        for total in (self.dh, self.dw):
+    def totals(self) -> tuple[Tensor | None, ...]:
+        """dh, dW, db, dlow and dup as they were accumulated."""
+        for total in (self.dh, self.dw, self.dlow, self.dup):
             if self._is_empty and total is not None:
                 total.zero_()
-        return self.dh, self.dw, self.db
+        return self.dh, self.dw, self.db, self.dlow, self.dup
 
-    def _add_weight(self, delta: Tensor, scaled: Tensor, columns: Tensor | None) -> None:
+    def _put_rows(
+        self,
+        out: Tensor,
+        rows: Rows,
+        first: int,
+        delta: Tensor,
+        coef: Tensor,
+        operand: Tensor,
+        columns: Tensor | None,
+    ) -> None:
+        """c_t (delta_t operand) of rows [first, first + n) to their places in `out`."""
+        out = out.view(-1, out.shape[-1])
+        if self._is_empty and rows.index is not None:
+            out.zero_()
+        share = rows.room_in(out, first, first + delta.shape[0])
+        column_filter.grad_hidden_into(share, delta, operand, columns)
+        rows.put_(out, first, scale_rows_(share, coef))
+
+    def _add_weight(self, total: Tensor, delta: Tensor, scaled: Tensor, columns: Tensor | None) -> None:
         if columns is not None:
             if self._is_empty:
-                self.dw.zero_()
-            column_filter.add_grad_weight(self.dw, delta, scaled, columns)
-        elif self.dw.dtype != delta.dtype and writes_float32(delta):
-            add_grad_weight(self.dw, delta, scaled, first=self._is_empty)
-        elif self.dw.dtype != delta.dtype:
-            self._widen_in_stripes(delta, scaled)
+                total.zero_()
+            column_filter.add_grad_weight(total, delta, scaled, columns)
+        elif total.dtype != delta.dtype and writes_float32(delta):
+            add_grad_weight(total, delta, scaled, first=self._is_empty)
+        elif total.dtype != delta.dtype:
+            self._widen_in_stripes(total, delta, scaled)
         elif self._is_empty:
-            grad_weight_into(self.dw, delta, scaled)
+            grad_weight_into(total, delta, scaled)
         else:
-            self.dw.addmm_(delta.t(), scaled)
+            total.addmm_(delta.t(), scaled)
 
-    def _widen_in_stripes(self, delta: Tensor, scaled: Tensor) -> None:
+    def _widen_in_stripes(self, total: Tensor, delta: Tensor, scaled: Tensor) -> None:
         """Where a product of 16-bit matrices cannot write float32: a stripe of the vocabulary at a time is widened."""
-        vocabulary, width = self.dw.shape
+        vocabulary, width = total.shape
         step = stripe_of(width, delta.dtype)
         part = scratch(min(step, vocabulary), width, delta.dtype, delta.device)
         for first in range(0, vocabulary, step):
-            total = self.dw[first : first + step]
-            grad_weight_into(part[: len(total)], delta[:, first : first + step], scaled)
-            total.copy_(part[: len(total)]) if self._is_empty else total.add_(part[: len(total)])
+            some = total[first : first + step]
+            grad_weight_into(part[: len(some)], delta[:, first : first + step], scaled)
+            some.copy_(part[: len(some)]) if self._is_empty else some.add_(part[: len(some)])
 
     def _add_bias(self, delta: Tensor, coef: Tensor) -> None:
         step = stripe_of(len(delta), self.db.dtype)

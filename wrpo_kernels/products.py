@@ -43,13 +43,17 @@ def _wide_stripes(vocabulary: int, *widths: int) -> Iterator[slice]:
     return (slice(first, first + step) for first in range(0, vocabulary, step))
 
 
-def logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-    """out [n, V] = hidden [n, D] @ weight^T"""
+def logits_into(
+    out: Tensor, hidden: Tensor, weight: Tensor, low: Tensor | None = None, up: Tensor | None = None
+) -> Tensor:
+    """out [n, V] = hidden [n, D] @ weight^T, and of an adapter + low [n, r] @ up^T"""
     if not is_widened(hidden):
-        return torch.mm(hidden, weight.t(), out=out)
-    wide = hidden.float()
+        torch.mm(hidden, weight.t(), out=out)
+        return out if low is None else out.addmm_(low, up.t())
+    wide, wide_low = hidden.float(), None if low is None else low.float()
     for part in _wide_stripes(len(weight), *hidden.shape):
-        out[:, part] = wide @ weight[part].float().t()
+        scores = wide @ weight[part].float().t()
+        out[:, part] = scores if low is None else scores.addmm_(wide_low, up[part].float().t())
     return out
 
 

@@ -24,34 +24,40 @@ class Rows:
     Attributes:
         index: [N] int64, their positions in `hidden`; None when all M rows are taken as they stand.
         target: [N] int64, their labels.
+
+    `low` [M, r] is what an adapter on the head multiplies beside the hidden states.
     """
 
-    def __init__(self, hidden: Tensor, target: Tensor, index: Tensor | None) -> None:
-        self._hidden, self._labels = hidden, target
+    def __init__(self, hidden: Tensor, target: Tensor, index: Tensor | None, low: Tensor | None = None) -> None:
+        self._hidden, self._labels, self._low = hidden, target, low
         self.index = index
         self.target = target.contiguous() if index is None else target[index]
 
     @classmethod
-    def that_count(cls, hidden: Tensor, target: Tensor, ignore_index: int, num_rows: int = UNCOUNTED) -> Rows:
+    def that_count(
+        cls, hidden: Tensor, target: Tensor, ignore_index: int, num_rows: int = UNCOUNTED, low: Tensor | None = None
+    ) -> Rows:
         """The rows whose label is not `ignore_index`; on an accelerator `num_rows` of them, without waiting for it."""
         target = target.reshape(-1)
         if hidden.dim() != 3 or hidden.is_contiguous():  # a slice such as hidden[:, :-1] is not copied to be flattened
             hidden = hidden.reshape(-1, hidden.shape[-1])
+        if low is not None:
+            low = low.reshape(-1, low.shape[-1])
         if num_rows == target.shape[0]:
-            return cls(hidden, target, None)
+            return cls(hidden, target, None, low)
         if num_rows == UNCOUNTED or target.device.type == "cpu":
             index = (target != ignore_index).nonzero()[:, 0]
         else:
             # A count that is too large is filled with row 0; `nan_unless_counted` tells.
             index = torch.nonzero_static(target != ignore_index, size=num_rows, fill_value=0)[:, 0]
-        return cls(hidden, target, None if index.shape[0] == target.shape[0] else index)
+        return cls(hidden, target, None if index.shape[0] == target.shape[0] else index, low)
 
     def __len__(self) -> int:
         return self.target.numel()
 
     def at(self, positions: Tensor) -> Rows:
         """The rows at these positions of `hidden`, in this order."""
-        return Rows(self._hidden, self._labels, positions)
+        return Rows(self._hidden, self._labels, positions, self._low)
 
     def positions(self) -> Tensor:
         """[N] int64, where each row stands in `hidden`."""
@@ -65,6 +71,13 @@ class Rows:
         if self.index is None:
             return part_of(self._hidden, first, last)
         return self._hidden.index_select(0, self.index[first:last])
+
+    def low(self, first: int, last: int) -> Tensor | None:
+        """[last - first, r] of an adapter, in the type of the hidden states."""
+        if self._low is None:
+            return None
+        low = part_of(self._low, first, last) if self.index is None else self._low[self.index[first:last]]
+        return low.to(self._hidden.dtype)
 
     def take(self, values: Tensor) -> Tensor:
         """[M, ...] -> [N, ...]"""

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from wrpo_kernels.adapter import Adapter, checked_adapter
 from wrpo_kernels.budget import check_budget, rows_within
 from wrpo_kernels.checks import check_grad_filter
 from wrpo_kernels.linear_preference_loss import contract
@@ -42,6 +43,7 @@ def linear_preference_loss(
     normalizer: float | Tensor | None = None,
     empty: str = "raise",
     bias: Tensor | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
@@ -65,7 +67,7 @@ def linear_preference_loss(
         ref_logp: [S] float32, summed reference log-prob of each response; None is reference-free.
         seq_weight, group, beta, gamma, loss_type, label_smoothing, length_normalize, nll_weight, group_weight,
             num_groups, reduction, normalizer, empty: as preference_loss; lengths are counted from `labels`.
-        bias, logit_scale, softcap, temperature, ignore_index: as linear_token_logp.
+        bias, adapter, logit_scale, softcap, temperature, ignore_index: as linear_token_logp.
         cu_seqlens: [S+1] int32 | int64, bounds of the packed sequences, best on the CPU. Default: none, padded form.
         num_rows: how many labels count, where the caller knows, as in linear_token_logp. Default: counted, which waits
             for an accelerator once. A trained head whose rows exceed the budget waits once more, to plan its passes.
@@ -76,7 +78,7 @@ def linear_preference_loss(
 
     Returns:
         PreferenceOutput(loss, logp [S], reward [S], margin [G]), float32; only `loss` carries a gradient, to `hidden`,
-        `weight` and `bias`.
+        `weight`, `bias` and `adapter`.
 
     Raises:
         ValueError: a shape, dtype, device, option or label is wrong; the message names it.
@@ -91,6 +93,7 @@ def linear_preference_loss(
     """
     head_options = (bias, logit_scale, softcap, temperature, ignore_index, backend)
     token_contract.check(hidden, weight, labels, *head_options, target_name="labels")
+    low_rank = checked_adapter(adapter, hidden, weight)
     check_sequences(labels, cu_seqlens)
     budget_bytes, grad_filter = check_budget(budget_bytes, hidden.device), check_grad_filter(grad_filter)
     transform = LogitTransform(bias, float(logit_scale), float(softcap or 0.0), float(temperature))
@@ -112,19 +115,22 @@ def linear_preference_loss(
         "num_groups": num_groups,
         "empty": empty,
     }
-    if reduction != "none" and takes_one_pass(hidden, weight, bias, token_contract.bound(rows, labels), budget_bytes):
+    head = (weight, bias, *low_rank)
+    if reduction != "none" and takes_one_pass(hidden, head, token_contract.bound(rows, labels), budget_bytes):
         options = (ignore_index, rows, budget_bytes, grad_filter, backend)
-        value, *detached = in_one_pass(hidden, weight, labels, transform, *options, loss, reduction, normalizer)
+        value, *detached = in_one_pass(
+            hidden, weight, labels, transform, low_rank, *options, loss, reduction, normalizer
+        )
         return PreferenceOutput(nan_unless_counted(value, length, num_rows), *detached)
     compiling = torch.compiler.is_compiling()
     with nullcontext() if compiling else LabelsByPosition("labels", labels, ignore_index, weight.shape[0]):
         options = (ignore_index, rows, budget_bytes, grad_filter, backend)
-        token_logp = logp_of_rows(hidden, weight, labels, transform, *options)
+        token_logp = logp_of_rows(hidden, weight, labels, transform, low_rank, *options)
     logp = nan_unless_counted(per_sequence(token_logp, cu_seqlens), length, num_rows)
     return preference_loss(logp, **loss, reduction=reduction, normalizer=normalizer, backend=backend)
 
 
-def takes_one_pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, num_rows: int, budget_bytes: int) -> bool:
+def takes_one_pass(hidden: Tensor, head: tuple[Tensor | None, ...], num_rows: int, budget_bytes: int) -> bool:
     """Whether gradients are made together with the loss, to be scaled in the backward.
 
     Not in float16: a loss scale comes with the backward, too late for gradients that have already run out of bits.
@@ -135,9 +141,10 @@ def takes_one_pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, num_rows
     """
     if hidden.dtype == torch.float16:
         return False
-    if num_rows > rows_within(budget_bytes, weight.shape[0], weight.shape[1], hidden.dtype):
-        return any(gradients_asked(weight, bias))
-    return weight.numel() <= SMALL_HEAD and any(gradients_asked(hidden, weight, bias))
+    vocabulary, width = head[0].shape
+    if num_rows > rows_within(budget_bytes, vocabulary, width, hidden.dtype):
+        return any(gradients_asked(*head))
+    return vocabulary * width <= SMALL_HEAD and any(gradients_asked(hidden, *head))
 
 
 def in_one_pass(
@@ -145,6 +152,7 @@ def in_one_pass(
     weight: Tensor,
     labels: Tensor,
     transform: LogitTransform,
+    adapter: Adapter,
     ignore_index: int,
     num_rows: int,
     budget_bytes: int,
@@ -156,12 +164,12 @@ def in_one_pass(
 ) -> PreferenceOutput:
     """The output of checked arguments, of whose labels `num_rows` count, with the gradients made beside it."""
     arguments, kept = settle(loss["length"], logp_dtype(hidden.dtype), **loss)
-    keeps = gradients_asked(hidden, weight, transform.bias)
+    keeps = gradients_asked(hidden, weight, transform.bias, *adapter)
     # The mean over all groups is the op's own: a division outside is a node of the graph with a backward.
     averages = reduction == "mean" and normalizer is None and not isinstance(kept, Tensor)
-    head = (*transform[1:], ignore_index, budget_bytes, *keeps, num_rows, grad_filter, backend)
+    head = (*transform[1:], ignore_index, budget_bytes, keeps, num_rows, grad_filter, backend)
     total, logp, reward, margin, *_ = contract.linear_preference_loss(
-        hidden, weight, labels, transform.bias, *arguments, averages, *head
+        hidden, weight, labels, transform.bias, *adapter, *arguments, averages, *head
     )
     value = total if averages else reduce_loss(total, reduction, normalizer, kept)
     return PreferenceOutput(value, logp, reward, margin)

@@ -27,13 +27,13 @@ from wrpo_kernels.token_logp.contract import logp_dtype
 
 torch.library.define(
     "wrpo::linear_preference_loss",
-    "(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, "
+    "(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? low, Tensor? up, "
     "Tensor? ref_logp, Tensor seq_weight, Tensor group, Tensor length, Tensor? nll_weight, Tensor? group_weight, "
     "SymInt num_groups, float beta, float gamma, str loss_type, float label_smoothing, bool length_normalize, "
     "bool averages, float logit_scale, float softcap, float temperature, int ignore_index, "
-    "SymInt budget_bytes, bool keeps_hidden, bool keeps_weight, bool keeps_bias, "
-    "SymInt num_rows, float grad_filter, str? backend)"
-    " -> (Tensor loss, Tensor logp, Tensor reward, Tensor margin, Tensor dh, Tensor dw, Tensor db)",
+    "SymInt budget_bytes, bool[] keeps, SymInt num_rows, float grad_filter, str? backend) -> "
+    "(Tensor loss, Tensor logp, Tensor reward, Tensor margin, "
+    "Tensor dh, Tensor dw, Tensor db, Tensor dlow, Tensor dup)",
 )
 torch.library.define("wrpo::scaled_to", "(Tensor total, Tensor factor, ScalarType dtype) -> Tensor")
 
@@ -64,18 +64,18 @@ def _fake_checked_cu_seqlens(cu_seqlens, num_rows):
     return torch.empty_like(cu_seqlens, dtype=torch.int64)
 
 
-def _linear_preference_loss(hidden, weight, target, bias, *arguments):
+def _linear_preference_loss(hidden, weight, target, bias, low, up, *arguments):
     num_groups, family, averages, scalars = arguments[6], Family(*arguments[7:12]), arguments[12], arguments[13:16]
-    ignore_index, budget_bytes, *keeps, num_rows, grad_filter, backend = arguments[16:]
+    ignore_index, budget_bytes, keeps, num_rows, grad_filter, backend = arguments[16:]
     divisor = max(num_groups, 1) if averages else 1
     preference.check_groups(arguments[2], num_groups)
     sequences = one_pass.Sequences(*preference.as_constants(logp_dtype(hidden.dtype), *arguments[:6]))
     fit = rows_within(budget_bytes, weight.shape[0], weight.shape[1], hidden.dtype)
     with no_autocast(hidden), LabelsByPosition("labels", target, ignore_index, weight.shape[0]):
-        head = Head(hidden, weight, LogitTransform(bias, *scalars), ignore_index, backend)
-        rows = Rows.that_count(hidden, target, ignore_index, num_rows)
+        head = Head(hidden, weight, LogitTransform(bias, *scalars), ignore_index, backend, up)
+        rows = Rows.that_count(hidden, target, ignore_index, num_rows, low)
         # As if there were two chunks at least: the totals are float32 whatever the number of groups that fit.
-        gradients = Gradients(hidden, head.weight, keeps, 2, grad_filter)
+        gradients = Gradients(hidden, head, keeps, 2, grad_filter)
         kernel = choose("preference_loss", backend, preference.CANDIDATES, sequences.seq_weight)
         result = one_pass.run(head, rows, sequences, num_groups, family, divisor, fit, gradients, kernel)
         return result.total, *result[2:], *gradients.totals()
@@ -98,20 +98,18 @@ def _fake_scaled_to(total, factor, dtype):
 
 
 @torch.library.register_fake("wrpo::linear_preference_loss")
-def _fake(hidden, weight, target, bias, *arguments):
-    length, num_groups = arguments[3], arguments[6]
-    keeps_hidden, keeps_weight, keeps_bias = arguments[18:21]
+def _fake(hidden, weight, target, bias, low, up, *arguments):
+    length, num_groups, keeps = arguments[3], arguments[6], arguments[18]
     wide = logp_dtype(hidden.dtype)
     logp, margin = hidden.new_empty(length.shape[0], dtype=wide), hidden.new_empty(num_groups, dtype=wide)
-    dh = hidden.new_empty(hidden.shape) if keeps_hidden else hidden.new_empty(0)
-    dw = hidden.new_empty(weight.shape, dtype=wide) if keeps_weight else hidden.new_empty(0)
-    db = hidden.new_empty(weight.shape[0], dtype=wide) if keeps_bias else hidden.new_empty(0)
-    return logp.new_empty(()), logp, torch.empty_like(logp), margin, dh, dw, db
+    kinds = zip(keeps, (hidden, weight, bias, low, up), (hidden.dtype, wide, wide, hidden.dtype, wide), strict=True)
+    grads = [hidden.new_empty(like.shape, dtype=kind) if keep else hidden.new_empty(0) for keep, like, kind in kinds]
+    return logp.new_empty(()), logp, torch.empty_like(logp), margin, *grads
 
 
 def _save(ctx, inputs, output):
-    ctx.dtypes = [None if x is None else x.dtype for x in (inputs[0], inputs[1], inputs[3])]
-    ctx.keeps = inputs[22:25]
+    ctx.dtypes = [None if x is None else x.dtype for x in (inputs[0], inputs[1], *inputs[3:6])]
+    ctx.keeps = inputs[24]
     ctx.mark_non_differentiable(*[x for x in output[1:] if x is not None])
     ctx.save_for_backward(*output[4:])
 
@@ -119,8 +117,8 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad_loss, *_):
     scaled = _scaled_for_good if owns_saved(ctx) else _scaled
     grads = zip(ctx.saved_tensors, ctx.dtypes, ctx.keeps, strict=True)
-    hidden, weight, bias = [scaled(total, grad_loss, dtype) if keep else None for total, dtype, keep in grads]
-    return (hidden, weight, None, bias) + (None,) * 6
+    hidden, weight, *rest = [scaled(total, grad_loss, dtype) if keep else None for total, dtype, keep in grads]
+    return (hidden, weight, None, *rest) + (None,) * 6
 
 
 def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,8 +6,8 @@ allows, and each is finished before the next one starts:
     logits of the groups' rows -> log-probs and delta -> sequence sums -> margins -> one coefficient a sequence
                                -> dh = c (delta W), dW += delta^T (c h)
 
-A group that is larger than the budget is taken in pieces: all but the last are recomputed once (2DV a row) when the
-coefficients are known.
+A group that is larger than the budget is taken in pieces. The last one fills the budget and waits there for the
+coefficients; the rows of the others are recomputed once (2DV a row).
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _finish(
     """Values and gradients of whole groups, whose rows come sequence after sequence."""
     number = len(rows)
     token_logp = torch.empty(number, dtype=head.logp_dtype, device=buffer.device)
-    pieces = chunks(0, number, even_chunk(number, buffer.shape[0])) if number else []
+    pieces = _pieces(number, buffer.shape[0])
     for first, last in pieces[:-1]:
         head.logp_into(token_logp[first:last], rows, first, last, buffer)
     for first, last in pieces[-1:]:
@@ -133,6 +133,14 @@ def _finish(
             delta = head.delta_into(token_logp[first:last], rows, first, last, buffer)
         gradients.add(rows, first, delta, part_of(coef, first, last))
     return result
+
+
+def _pieces(number: int, fit: int) -> list[tuple[int, int]]:
+    """Bounds of `number` rows in pieces of at most `fit`, the last as large as possible: it alone is not recomputed."""
+    if number <= fit:
+        return [(0, number)] if number else []
+    before = number - fit
+    return [*chunks(0, before, even_chunk(before, fit)), (before, number)]
 
 
 def _result_of(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from wrpo_kernels.adapter import Adapter, checked_adapter
 from wrpo_kernels.budget import check_budget
 from wrpo_kernels.checks import check_grad_filter
 from wrpo_kernels.linear_token_logp import contract
@@ -18,6 +19,7 @@ def linear_token_logp(
     target: Tensor,
     *,
     bias: Tensor | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
@@ -38,6 +40,8 @@ def linear_token_logp(
         weight: [V, D] head, any floating type (another than `hidden`'s is converted for the products).
         target: [...] int64 in [0, V), or `ignore_index`. target[..., t] is predicted from hidden[..., t].
         bias: [V] of the head. Default: none.
+        adapter: (low [..., r], up [V, r]) of a LoRA on the head, which adds low up^T to hidden W^T: low = s A(hidden),
+            up = B. Nothing of size [V, D] is made for it. Default: none.
         logit_scale: factor on the head's output. Default: 1.
         softcap: bound of the tanh, in nats. Default: none.
         temperature: divides the scores, > 0. Default: 1.
@@ -54,8 +58,8 @@ def linear_token_logp(
             nothing needs a gradient, and is "triton" elsewhere. Default: the first that can, "triton_fused" never.
 
     Returns:
-        [...] float32, nats, <= 0; differentiable in `hidden`, `weight` and `bias` for any upstream gradient, as often
-        as the graph is kept. Each gradient has the type of its tensor. (float64 for float64 hidden states.)
+        [...] float32, nats, <= 0; differentiable in `hidden`, `weight`, `bias` and `adapter` for any upstream gradient,
+        as often as the graph is kept. Each gradient has the type of its tensor. (float64 for float64 hidden states.)
 
     Raises:
         ValueError: a shape, dtype, device, option or target out of range; the message names it.
@@ -68,15 +72,17 @@ def linear_token_logp(
         float32 dW when a 16-bit head's rows do not fit the budget at once, and a converted weight when its type is
         not that of `hidden`.
     Cost: 2NDV flops forward alone, 4NDV with a frozen head, 6NDV with a trained one, plus 2DV for each row whose
-        logits did not fit the budget; N counts only the rows that are not ignored.
+        logits did not fit the budget; N counts only the rows that are not ignored. An adapter adds 2NrV for its
+        share of the logits and for each of its gradients; on a frozen head deltas are then kept as for a trained one.
     Source: WRPO, arXiv:2412.03187; online softmax, arXiv:1805.02867.
     """
     contract.check(hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index, backend)
+    low_rank = checked_adapter(adapter, hidden, weight)
     transform = LogitTransform(bias, float(logit_scale), float(softcap or 0.0), float(temperature))
     budget_bytes, counted = check_budget(budget_bytes, hidden.device), count_labels(target.reshape(1, -1), ignore_index)
     rows = count_rows(counted, target.numel(), num_rows)
     options = (ignore_index, rows, budget_bytes, check_grad_filter(grad_filter), backend)
-    logp = logp_of_rows(hidden, weight, target, transform, *options)
+    logp = logp_of_rows(hidden, weight, target, transform, low_rank, *options)
     return nan_unless_counted(logp, counted, num_rows)
 
 
@@ -85,6 +91,7 @@ def logp_of_rows(
     weight: Tensor,
     target: Tensor,
     transform: LogitTransform,
+    adapter: Adapter,
     ignore_index: int,
     num_rows: int,
     budget_bytes: int,
@@ -92,9 +99,9 @@ def logp_of_rows(
     backend: str | None,
 ) -> Tensor:
     """`linear_token_logp` of checked arguments, of whose labels `num_rows` count (or UNCOUNTED)."""
-    keeps = gradients_asked(hidden, weight, transform.bias)
-    arguments = (*transform, ignore_index, num_rows, budget_bytes, *keeps, grad_filter, backend)
-    logp, _, _ = contract.linear_token_logp(hidden, weight, target, *arguments)
+    keeps = gradients_asked(hidden, weight, transform.bias, *adapter)
+    options = (*transform[1:], ignore_index, num_rows, budget_bytes, keeps, grad_filter, backend)
+    logp, _, _ = contract.linear_token_logp(hidden, weight, target, transform.bias, *adapter, *options)
     return logp
 
 

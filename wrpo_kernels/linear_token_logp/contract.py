@@ -24,19 +24,20 @@ from wrpo_kernels.products import scaled_rows
 from wrpo_kernels.rows import UNCOUNTED, Rows
 from wrpo_kernels.token_logp.contract import logp_dtype
 
-# num_rows is how many labels count, or UNCOUNTED; keeps_* say which gradients will be asked for. They fix the shapes of
-# what is saved, so that a tracing compiler knows them too.
-_TENSORS = "Tensor hidden, Tensor weight, Tensor target, Tensor? bias"
+# num_rows is how many labels count, or UNCOUNTED; `keeps` says which gradients will be asked for, of hidden, weight,
+# bias, low and up. They fix the shapes of what is saved, so that a tracing compiler knows them too.
+_TENSORS = "Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? low, Tensor? up"
 _OPTIONS = (
     "float logit_scale, float softcap, float temperature, int ignore_index, SymInt num_rows, SymInt budget_bytes, "
-    "bool keeps_hidden, bool keeps_weight, bool keeps_bias, float grad_filter, str? backend"
+    "bool[] keeps, float grad_filter, str? backend"
 )
+_GRADS = "Tensor dh, Tensor dw, Tensor db, Tensor dlow, Tensor dup"
 torch.library.define(
     "wrpo::linear_token_logp", f"({_TENSORS}, {_OPTIONS}) -> (Tensor logp, Tensor unscaled, Tensor kept)"
 )
 torch.library.define(
     "wrpo::linear_token_logp_backward",
-    f"(Tensor grad_logp, Tensor unscaled, Tensor kept, {_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor grad_logp, Tensor unscaled, Tensor kept, {_TENSORS}, {_OPTIONS}) -> ({_GRADS})",
 )
 
 
@@ -78,71 +79,64 @@ def _plan(hidden: Tensor, weight: Tensor, num_rows: int, budget_bytes: int, keep
     return plan_rows(num_rows, fit, keeps_head)
 
 
-def _open(hidden, weight, target, bias, options):
-    logit_scale, softcap, temperature, ignore_index, num_rows, budget_bytes = options[:6]
-    _, keeps_weight, keeps_bias, _, backend = options[6:]
-    head = Head(hidden, weight, LogitTransform(bias, logit_scale, softcap, temperature), ignore_index, backend)
-    rows = Rows.that_count(hidden, target, ignore_index, num_rows)
-    return head, rows, _plan(hidden, weight, bound(num_rows, target), budget_bytes, keeps_weight or keeps_bias)
+def _open(hidden, weight, target, bias, low, up, options):
+    *scalars, ignore_index, num_rows, budget_bytes, keeps, _, backend = options
+    head = Head(hidden, weight, LogitTransform(bias, *scalars), ignore_index, backend, up)
+    rows = Rows.that_count(hidden, target, ignore_index, num_rows, low)
+    return head, rows, _plan(hidden, weight, bound(num_rows, target), budget_bytes, any(keeps[1:]))
 
 
-def _linear_token_logp(hidden, weight, target, bias, *options):
-    keeps_hidden, keeps_weight, keeps_bias = options[6:9]
+def _linear_token_logp(hidden, weight, target, bias, low, up, *options):
+    keeps, grad_filter = options[6:8]
     with no_autocast(hidden), LabelsByPosition("target", target, options[3], weight.shape[0]):
-        head, rows, plan = _open(hidden, weight, target, bias, options)
-        only_hidden = keeps_hidden and not (keeps_weight or keeps_bias)
-        logp, unscaled, kept = passes.forward(head, rows, plan, only_hidden, options[9])
+        head, rows, plan = _open(hidden, weight, target, bias, low, up, options)
+        only_hidden = keeps[0] and not any(keeps[1:])
+        logp, unscaled, kept = passes.forward(head, rows, plan, only_hidden, grad_filter)
         return rows.spread(logp).view(target.shape), unscaled, kept
 
 
-def _linear_token_logp_backward(grad_logp, unscaled, kept, hidden, weight, target, bias, *options):
-    _, keeps_weight, keeps_bias = options[6:9]
+def _linear_token_logp_backward(grad_logp, unscaled, kept, hidden, weight, target, bias, low, up, *options):
+    keeps, grad_filter = options[6:8]
     with no_autocast(hidden):
-        if not (keeps_weight or keeps_bias):
+        if not any(keeps[1:]):
             rows = Rows.that_count(hidden, target, *options[3:5])
             scaled = scaled_rows(unscaled[: len(rows)], rows.take(grad_logp.reshape(-1, 1)))
-            return rows.spread(scaled).view(hidden.shape), weight.new_empty(0), hidden.new_empty(0)
-        head, rows, plan = _open(hidden, weight, target, bias, options)
+            return rows.spread(scaled).view(hidden.shape), *[hidden.new_empty(0) for _ in keeps[1:]]
+        head, rows, plan = _open(hidden, weight, target, bias, low, up, options)
         chunks = (plan.keep > 0) + -(-(len(rows) - plan.keep) // max(plan.chunk, 1))
-        gradients = Gradients(hidden, head.weight, options[6:9], chunks, options[9])
+        gradients = Gradients(hidden, head, keeps, chunks, grad_filter)
         passes.backward(head, rows, plan, kept, rows.take(grad_logp.reshape(-1, 1)), gradients)
-        totals = zip(gradients.totals(), (hidden, weight, bias), strict=True)
+        totals = zip(gradients.totals(), (hidden, weight, bias, low, up), strict=True)
         return tuple(hidden.new_empty(0) if total is None else total.to(like.dtype) for total, like in totals)
 
 
 @torch.library.register_fake("wrpo::linear_token_logp")
-def _fake(hidden, weight, target, bias, *options):
+def _fake(hidden, weight, target, bias, low, up, *options):
     check(hidden, weight, target, bias, *options[:4])
-    num_rows, budget_bytes, keeps_hidden, keeps_weight, keeps_bias = options[4:9]
+    num_rows, budget_bytes, keeps = options[4:7]
     num_rows = bound(num_rows, target)
-    keeps_head = keeps_weight or keeps_bias
-    plan = _plan(hidden, weight, num_rows, budget_bytes, keeps_head)
+    plan = _plan(hidden, weight, num_rows, budget_bytes, any(keeps[1:]))
     logp = hidden.new_empty(target.shape, dtype=logp_dtype(hidden.dtype))
-    unscaled = hidden.new_empty(num_rows if keeps_hidden and not keeps_head else 0, hidden.shape[-1])
+    unscaled = hidden.new_empty(num_rows if keeps[0] and not any(keeps[1:]) else 0, hidden.shape[-1])
     return logp, unscaled, hidden.new_empty(plan.keep, weight.shape[0])
 
 
 @torch.library.register_fake("wrpo::linear_token_logp_backward")
-def _fake_backward(grad_logp, unscaled, kept, hidden, weight, target, bias, *options):
-    keeps_hidden, keeps_weight, keeps_bias = options[6:9]
-    return (
-        hidden.new_empty(hidden.shape) if keeps_hidden else hidden.new_empty(0),
-        torch.empty_like(weight) if keeps_weight else weight.new_empty(0),
-        torch.empty_like(bias) if keeps_bias else hidden.new_empty(0),
-    )
+def _fake_backward(grad_logp, unscaled, kept, hidden, weight, target, bias, low, up, *options):
+    kept_of = zip(options[6], (hidden, weight, bias, low, up), strict=True)
+    return tuple(like.new_empty(like.shape) if keep else hidden.new_empty(0) for keep, like in kept_of)
 
 
 def _save(ctx, inputs, output):
-    hidden, weight, target, bias, *options = inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(output[1], output[2], hidden, weight, target, bias)
-    ctx.options = options
+    ctx.save_for_backward(output[1], output[2], *inputs[:6])
+    ctx.options = inputs[6:]
 
 
 def _backward(ctx, grad_logp, *_):
     grads = linear_token_logp_backward(grad_logp, *ctx.saved_tensors, *ctx.options)
-    hidden, weight, bias = (grad if keep else None for grad, keep in zip(grads, ctx.options[6:9], strict=True))
-    return hidden, weight, None, bias
+    hidden, weight, *rest = (grad if keep else None for grad, keep in zip(grads, ctx.options[6], strict=True))
+    return hidden, weight, None, *rest
 
 
 linear_token_logp_backward = register_kernel("linear_token_logp_backward", _linear_token_logp_backward)

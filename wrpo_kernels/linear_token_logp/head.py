@@ -42,12 +42,20 @@ class LabelsByPosition:
 
 
 class Head:
-    """`weight` [V, D] in the type of the hidden states, the transform of the logits, and the row kernel."""
+    """The transform of the logits, the row kernel, and `weight` [V, D] and an adapter's `up` [V, r] in the type of the
+    hidden states."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, transform: LogitTransform, ignore_index: int, backend: str | None
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        transform: LogitTransform,
+        ignore_index: int,
+        backend: str | None,
+        up: Tensor | None = None,
     ):
         self.weight = weight if weight.dtype == hidden.dtype else weight.to(hidden.dtype)
+        self.up = None if up is None else up.to(hidden.dtype)
         self.transform = transform
         self.ignore_index = ignore_index
         self.kernel = choose("linear_token_logp", backend, CANDIDATES, hidden)
@@ -56,7 +64,7 @@ class Head:
     @property
     def is_fused(self) -> bool:
         """Whether log-probs come straight from the hidden states, without a buffer of logits."""
-        return isinstance(self.kernel, FusedTritonBackend)
+        return isinstance(self.kernel, FusedTritonBackend) and self.up is None
 
     def logp_of(self, rows: Rows, logp: Tensor) -> None:
         hidden = rows.hidden(0, len(rows))
@@ -72,6 +80,7 @@ class Head:
 
     def _run(self, kernel: Callable, logp: Tensor, rows: Rows, first: int, last: int, buffer: Tensor) -> Tensor:
         lse = logp.new_empty(last - first)
-        logits = logits_into(part_of(buffer, 0, last - first), rows.hidden(first, last), self.weight)
+        out, hidden, low = part_of(buffer, 0, last - first), rows.hidden(first, last), rows.low(first, last)
+        logits = logits_into(out, hidden, self.weight, low, self.up)
         kernel(logits, part_of(rows.target, first, last), self.ignore_index, self.transform, logp, lse)
         return logits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from benchmarks.rivals import RIVALS
 from wrpo_kernels import linear_preference_loss
 
 FLOOR = "products"  # the bare matrix products of the same rows
+TAKES_ADAPTERS = "adapter" in signature(linear_preference_loss).parameters  # not in each commit to compare with
 
 
 def fused(problem: Problem) -> Callable[[], Tensor]:
@@ -27,8 +29,12 @@ def fused(problem: Problem) -> Callable[[], Tensor]:
     }
 
     def loss() -> Tensor:
-        operands = (problem.hidden, problem.weight, problem.labels, problem.ref_logp)
-        return linear_preference_loss(*operands, adapter=problem.low_rank(), **options).loss
+        if problem.adapter is not None and TAKES_ADAPTERS:
+            options["adapter"] = problem.low_rank()
+            operands = problem.hidden, problem.weight
+        else:
+            operands = problem.operands()
+        return linear_preference_loss(*operands, problem.labels, problem.ref_logp, **options).loss
 
     return loss
 

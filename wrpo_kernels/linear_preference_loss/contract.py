@@ -17,6 +17,7 @@ from wrpo_kernels.budget import rows_within
 from wrpo_kernels.checks import check_tensor
 from wrpo_kernels.gradients import Gradients
 from wrpo_kernels.linear_preference_loss import one_pass
+from wrpo_kernels.linear_token_logp.contract import bound
 from wrpo_kernels.linear_token_logp.head import Head, LabelsByPosition, no_autocast
 from wrpo_kernels.logit_transform import LogitTransform
 from wrpo_kernels.preference_loss import contract as preference
@@ -70,15 +71,20 @@ def _linear_preference_loss(hidden, weight, target, bias, low, up, *arguments):
     divisor = max(num_groups, 1) if averages else 1
     preference.check_groups(arguments[2], num_groups)
     sequences = one_pass.Sequences(*preference.as_constants(logp_dtype(hidden.dtype), *arguments[:6]))
-    fit = rows_within(budget_bytes, weight.shape[0], weight.shape[1], hidden.dtype)
+    fit, chunks = _chunks(hidden, weight, target, budget_bytes, num_rows)
     with no_autocast(hidden), LabelsByPosition("labels", target, ignore_index, weight.shape[0]):
         head = Head(hidden, weight, LogitTransform(bias, *scalars), ignore_index, backend, up)
         rows = Rows.that_count(hidden, target, ignore_index, num_rows, low)
-        # As if there were two chunks at least: the totals are float32 whatever the number of groups that fit.
-        gradients = Gradients(hidden, head, keeps, 2, grad_filter)
+        gradients = Gradients(hidden, head, keeps, chunks, grad_filter)
         kernel = choose("preference_loss", backend, preference.CANDIDATES, sequences.seq_weight)
         result = one_pass.run(head, rows, sequences, num_groups, family, divisor, fit, gradients, kernel)
         return result.total, *result[2:], *gradients.totals()
+
+
+def _chunks(hidden, weight, target, budget_bytes, num_rows):
+    """Rows that fit the budget, and chunks in which the gradients are added up: two stand for any number."""
+    fit = rows_within(budget_bytes, weight.shape[0], weight.shape[1], hidden.dtype)
+    return fit, 1 if bound(num_rows, target) <= fit else 2
 
 
 def _scaled_to(total, factor, dtype):
@@ -101,8 +107,10 @@ def _fake_scaled_to(total, factor, dtype):
 def _fake(hidden, weight, target, bias, low, up, *arguments):
     length, num_groups, keeps = arguments[3], arguments[6], arguments[18]
     wide = logp_dtype(hidden.dtype)
+    _, chunks = _chunks(hidden, weight, target, arguments[17], arguments[19])
+    total = hidden.dtype if chunks == 1 else wide
     logp, margin = hidden.new_empty(length.shape[0], dtype=wide), hidden.new_empty(num_groups, dtype=wide)
-    kinds = zip(keeps, (hidden, weight, bias, low, up), (hidden.dtype, wide, wide, hidden.dtype, wide), strict=True)
+    kinds = zip(keeps, (hidden, weight, bias, low, up), (hidden.dtype, total, wide, hidden.dtype, total), strict=True)
     grads = [hidden.new_empty(like.shape, dtype=kind) if keep else hidden.new_empty(0) for keep, like, kind in kinds]
     return logp.new_empty(()), logp, torch.empty_like(logp), margin, *grads
 
@@ -127,9 +135,9 @@ def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _scaled_for_good(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """The same in the memory of the total; a factor of 1 that is at hand leaves nothing to do."""
-    if not total.dtype == dtype == factor.dtype:
-        return scaled_to(total, factor, dtype)
-    return total if factor.is_cpu and factor.item() == 1.0 else total.mul_(factor)
+    if total.dtype == dtype and factor.is_cpu and factor.item() == 1.0:
+        return total
+    return total.mul_(factor) if total.dtype == dtype == factor.dtype else scaled_to(total, factor, dtype)
 
 
 scaled_to = register_kernel("scaled_to", _scaled_to)

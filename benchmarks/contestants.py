@@ -30,11 +30,10 @@ def fused(problem: Problem) -> Callable[[], Tensor]:
 
     def loss() -> Tensor:
         if problem.adapter is not None and TAKES_ADAPTERS:
-            options["adapter"] = problem.low_rank()
-            operands = problem.hidden, problem.weight
+            operands, adapter = (problem.hidden, problem.weight), {"adapter": problem.low_rank()}
         else:
-            operands = problem.operands()
-        return linear_preference_loss(*operands, problem.labels, problem.ref_logp, **options).loss
+            operands, adapter = problem.operands(), {}
+        return linear_preference_loss(*operands, problem.labels, problem.ref_logp, **options, **adapter).loss
 
     return loss
 

@@ -84,10 +84,10 @@ def run_in_head(model: nn.Module, head_fn: HeadFn, **inputs: Any) -> Any:
 
     Args:
         model: a model with a fused head, or a wrapper of one (DDP, FSDP, PEFT, ...).
-        head_fn: called once, as head_fn(hidden [S, T, D], weight [V, D], bias=[V] or None,
-            adapter=(low [S, T, r], up [V, r]) or None, logit_scale=float, softcap=float or None). Returns a tensor, or
-            a NamedTuple with a field `loss`. The tensor, or `loss`, takes part in the model's forward and carries the
-            gradient; the other fields are handed over as they are.
+        head_fn: called once, as head_fn(hidden [S, T, D], weight [V, D], bias=[V] or None, logit_scale=float,
+            softcap=float or None), and adapter=(low [S, T, r], up [V, r]) where a LoRA is on the head. Returns a
+            tensor, or a NamedTuple with a field `loss`. The tensor, or `loss`, takes part in the model's forward and
+            carries the gradient; the other fields are handed over as they are.
         **inputs: of the model's forward: input_ids, attention_mask, ...
     """
     returned: list[Any] = []
@@ -169,7 +169,8 @@ def _loss_in_place_of_logits(model: nn.Module, head_fn: HeadFn) -> Iterator[Simp
     def forward(hidden: Tensor) -> Tensor:
         with _decided_dtype(hidden) as hidden:
             weight, bias, adapter = head_operands(head, hidden)
-            result = head_fn(hidden, weight, bias=bias, adapter=adapter, **model.__dict__[_SCORES]._asdict())
+            lora = {} if adapter is None else {"adapter": adapter}  # a head_fn that knows none then fails loudly
+            result = head_fn(hidden, weight, bias=bias, **lora, **model.__dict__[_SCORES]._asdict())
         call.shape = result.shape
         return result.reshape(1, 1, -1).clone()
 

@@ -64,7 +64,7 @@ def agreeing_transform(model: nn.Module, candidates: list[HeadScores]) -> HeadSc
         target = torch.stack([logits.argmax(-1), logits.argmin(-1), ids.roll(1, 1)])  # [3, 1, 8]
         own = logits.float().log_softmax(-1).expand(3, -1, -1, -1).gather(-1, target[..., None])[..., 0]
 
-        def fused(hidden: Tensor, weight: Tensor, *, bias: Any, adapter: Any, **_: Any) -> Tensor:
+        def fused(hidden: Tensor, weight: Tensor, *, bias: Any, adapter: Any = None, **_: Any) -> Tensor:
             hidden = hidden.expand(3, -1, -1, -1)
             if adapter is not None:
                 adapter = (adapter[0].expand(3, -1, -1, -1), adapter[1])

@@ -3,7 +3,7 @@
     logits = h W^T + low up^T         low = s dropout(h) A^T, up = B of arXiv:2106.09685
     dlow_t = c_t (delta_t up)         dup = sum_t delta_t^T (c_t low_t)         beside dh and dW, which stay as they are
 
-Autograd leads dlow on to A and to h. With W frozen a step costs the two products of a frozen head and four of rank r.
+Autograd leads dlow on to A and to h. With W frozen a step costs the two products of a frozen head and three of rank r.
 """
 
 from __future__ import annotations

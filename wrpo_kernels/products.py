@@ -48,8 +48,10 @@ def logits_into(
 ) -> Tensor:
     """out [n, V] = hidden [n, D] @ weight^T, and of an adapter + low [n, r] @ up^T"""
     if not is_widened(hidden):
-        torch.mm(hidden, weight.t(), out=out)
-        return out if low is None else out.addmm_(low, up.t())
+        if low is None:
+            return torch.mm(hidden, weight.t(), out=out)
+        # The small term first: added to 16-bit logits it would be rounded away wherever it is below half their ulp.
+        return torch.mm(low, up.t(), out=out).addmm_(hidden, weight.t())
     wide, wide_low = hidden.float(), None if low is None else low.float()
     for part in _wide_stripes(len(weight), *hidden.shape):
         scores = wide @ weight[part].float().t()

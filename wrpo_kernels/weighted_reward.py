@@ -77,12 +77,12 @@ def linear_wrpo_loss(
         labels: [S, T] int64 (or [N]); labels[s, t] is predicted from hidden[s, t]; `ignore_index` (-100) elsewhere.
         ref_logp: [S] float32, reference log-prob of each response; None is reference-free. Default: None.
         alpha, beta, num_sources: as `wrpo_loss`.
-        **options: the remaining options of `linear_preference_loss`: those of the loss, of the head (bias,
+        **options: the remaining options of `linear_preference_loss`: those of the loss, of the head (bias, adapter,
             logit_scale, softcap, temperature), ignore_index, cu_seqlens, num_rows, budget_bytes, grad_filter, backend.
 
     Returns:
-        PreferenceOutput(loss, logp [S], reward [S], margin [B]); only `loss` carries a gradient, to `hidden`, `weight`
-        and `bias`.
+        PreferenceOutput(loss, logp [S], reward [S], margin [B]); only `loss` carries a gradient, to `hidden`, `weight`,
+        `bias` and `adapter`.
 
     Raises:
         ValueError: S is not a multiple of K + 2, or an argument is wrong; the message names it.

@@ -34,11 +34,11 @@ from .make_triples import PATH
 from .report import Judged, draw_bars, judge, side_by_side, summary, table
 from .skills import SKILLS, tasks
 
-STEPS = 60
+STEPS = 30
 BATCH = 8  # triples a step: 24 sequences
 ALPHA = 0.5
 BETA = 0.1
-LEARNING_RATE = 2e-5
+LEARNING_RATE = 3e-5
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import cases
 import oracle
 import pytest
 import torch
 from cases import DTYPES, Case
-from cost import budget_of, product_flops
+from cost import budget_of, measured, product_flops
 from oracle import Transform
 from torch import Tensor
 
@@ -39,7 +40,7 @@ class Problem:
         return {name: getattr(self, name).detach().requires_grad_(name in wanted) for name in NAMES}
 
     def budget(self, rows: int | None) -> int | None:
-        return None if rows is None else budget_of(rows, self.case.vocabulary, self.case.width, self.dtype)
+        return None if rows is None else budget_of(rows, self.case.vocabulary, self.case.width + R, self.dtype)
 
     def longer(self, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """[h, low] and [W, up], with zeros for what does not count."""
@@ -113,6 +114,19 @@ def test_the_preference_loss_sends_its_coefficients_through_the_adapter(head, ro
     true = plain.double().sum(1)
     slack = 8 * oracle.ulp(true, torch.float32) + 7 * torch.finfo(dtype).eps * 8
     oracle.assert_rule("logp", out.logp, true, true, slack)
+    truth = oracle.preference_truth(
+        out.logp,
+        reference,
+        seq_weight=weights.float(),
+        group=torch.arange(6, device=device) % 2,
+        num_groups=2,
+        beta=0.1,
+    )
+    for field in ("reward", "margin"):
+        true = getattr(truth, field)
+        oracle.assert_rule(field, getattr(out, field), true, true, oracle.ulp(true, torch.float32))
+    loss = truth.loss.mean()
+    oracle.assert_rule("loss", out.loss, loss, loss, 3 * oracle.ulp(loss, torch.float32))
 
 
 def test_an_adapter_of_another_type_is_rounded_to_that_of_the_hidden_states(backend, device):
@@ -126,6 +140,18 @@ def test_an_adapter_of_another_type_is_rounded_to_that_of_the_hidden_states(back
     )
     oracle.assert_same_bits("logp", logp, same)
     assert low.grad.dtype == up.grad.dtype == torch.float32
+
+
+def test_an_adapter_of_another_type_is_rounded_once(backend, device):
+    """Values that bfloat16 does not hold count as their nearest."""
+    problem = Problem(Case("", (9,), 131, target="ends"), torch.bfloat16, device)
+    low, up = (x.float() * (1 + torch.rand(x.shape, device=device) / 64) for x in (problem.low, problem.up))
+    assert not torch.equal(low.bfloat16().float(), low)
+    logp, same = (
+        linear_token_logp(problem.hidden, problem.weight, problem.target, adapter=adapter, backend=backend)
+        for adapter in ((low, up), (low.bfloat16(), up.bfloat16()))
+    )
+    oracle.assert_same_bits("logp", logp, same)
 
 
 def test_an_adapter_moves_bfloat16_log_probs_by_what_it_is_worth(backend, device):
@@ -158,6 +184,57 @@ def test_a_frozen_head_with_an_adapter_costs_two_products_and_three_of_its_rank(
     assert product_flops(call) == 2 * rows * vocabulary * (2 * width + 3 * R)
 
 
+@dtypes
+@budgets
+def test_a_column_filter_leaves_the_gradients_of_the_adapter_as_they_are(rows, dtype, backend, device):
+    problem = Problem(Case("", (24,), 131, width=20, target="ends"), dtype, device)
+    c, budget = cases.cotangent(problem.target), problem.budget(rows)
+    grads = []
+    for eps in (None, 1.0):  # nothing but the targets is as large as that
+        given = problem.tensors(set(NAMES))
+        logp = linear_token_logp(
+            given["hidden"], given["weight"], problem.target, adapter=(given["low"], given["up"]),
+            grad_filter=eps, budget_bytes=budget, backend=backend,
+        )  # fmt: skip
+        grads.append(oracle.gradients(logp, given, c))
+    for name in ("low", "up"):
+        oracle.assert_same_bits(name, grads[1][name], grads[0][name])
+    assert not torch.equal(grads[1]["weight"], grads[0]["weight"])
+
+
+@dtypes
+@budgets
+def test_the_graph_can_be_walked_twice(rows, dtype, backend, device):
+    problem = Problem(Case("two triples", (6, 7), 131, width=24), dtype, device)
+    options = {"budget_bytes": problem.budget(rows), "backend": backend}
+    for reduction in ("mean", "none"):
+        given = problem.tensors(set(NAMES))
+        loss = linear_wrpo_loss(
+            given["hidden"], given["weight"], problem.target, adapter=(given["low"], given["up"]),
+            alpha=0.1, reduction=reduction, **options,
+        ).loss.sum()  # fmt: skip
+        first = torch.autograd.grad(loss, list(given.values()), retain_graph=True)
+        for name, once, again in zip(given, first, torch.autograd.grad(loss, list(given.values())), strict=True):
+            oracle.assert_same_bits(name, again, once)
+
+
+def test_sequences_padded_and_packed_have_the_same_loss_and_gradients(backend, device):
+    problem = Problem(Case("two triples", (6, 7), 131), torch.float32, device)
+    counts = ~problem.ignored
+    bounds = torch.nn.functional.pad(counts.sum(1).cumsum(0), (1, 0)).int()
+    results = []
+    for packed in (False, True):
+        given = problem.tensors(set(NAMES))
+        rows = {name: given[name][counts] if packed else given[name] for name in ("hidden", "low")}
+        loss = linear_wrpo_loss(
+            rows["hidden"], given["weight"], problem.target[counts] if packed else problem.target,
+            adapter=(rows["low"], given["up"]), alpha=0.1, cu_seqlens=bounds if packed else None, backend=backend,
+        ).loss  # fmt: skip
+        results.append({"loss": loss} | oracle.gradients(loss, given, torch.ones_like(loss)))
+    for name, padded in results[0].items():
+        oracle.assert_same_bits(name, results[1][name].where(padded != 0, 0.0), padded.where(padded != 0, 0.0))
+
+
 def test_padded_and_packed_rows_give_the_same(backend, device):
     problem = Problem(Case("", (3, 7), 131), torch.float32, device)
     counts = ~problem.ignored
@@ -171,11 +248,35 @@ def test_padded_and_packed_rows_give_the_same(backend, device):
     oracle.assert_same_bits("logp", padded[counts], packed)
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc")
+def test_nothing_of_the_size_of_the_head_is_made_for_an_adapter(place):
+    """A copy of this head, or a gradient of it, would be 64 MiB."""
+    if place[1] != "cpu":
+        pytest.skip("resident memory says nothing of a device's memory")
+    measures = measured(f"""
+        from wrpo_kernels import linear_wrpo_loss
+        V, D, r, MiB = 16384, 2048, 8, 1 << 20
+        weight, up = torch.randn(V, D, dtype=torch.bfloat16), torch.randn(V, r, dtype=torch.bfloat16).requires_grad_()
+        result = {{}}
+        for steps in (16, 64):  # the first call: what the library and the matrix products set up once
+            hidden = torch.randn(3, steps, D, dtype=torch.bfloat16).requires_grad_()
+            low = torch.randn(3, steps, r, dtype=torch.bfloat16).requires_grad_()
+            labels = torch.randint(0, V, (3, steps))
+            def call():
+                loss = linear_wrpo_loss(
+                    hidden, weight, labels, alpha=0.1, adapter=(low, up), budget_bytes=8 * MiB, backend={place[0]!r}
+                ).loss
+                return torch.autograd.grad(loss, [hidden, low, up])
+            result[steps] = growth(call) / MiB
+    """)
+    assert measures["64"] <= 8 + 32, measures
+
+
 @pytest.mark.parametrize(
     ("adapter", "error", "words"),
     [
         (torch.ones(4, 2), TypeError, r"adapter must be a pair \(low \[\.\.\., r\], up \[V, r\]\) or None, got Tensor"),
-        ((torch.ones(4, 2),), TypeError, "must be a pair"),
+        ((torch.ones(4, 2),), TypeError, "must be a pair .* got tuple of 1"),
         ((torch.ones(4, 2), None), TypeError, "adapter's up must be a torch.Tensor, got NoneType"),
         ((torch.ones(4, 2), torch.ones(9, 2)), ValueError, r"up must be \[V=11, r\] with r >= 1, got \[9, 2\]"),
         ((torch.ones(4, 2), torch.ones(11, 3)), ValueError, r"low must be .* = \[4, 3\], got \[4, 2\]"),

@@ -16,7 +16,7 @@ from cost import budget_of, measured, product_flops
 from oracle import Transform
 from torch import Tensor
 
-from wrpo_kernels import linear_preference_loss, linear_token_logp, linear_wrpo_loss, preference_loss
+from wrpo_kernels import linear_preference_loss, linear_token_logp, linear_wrpo_loss, preference_loss, products
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # A small head makes its gradients with the loss; a larger one keeps deltas, or takes the groups one by one.
@@ -542,6 +542,21 @@ def test_each_gradient_has_the_dtype_of_its_tensor(rows, head, backend, device):
         true = expected[name].double()
         slack = oracle.ulp(true, torch.bfloat16)  # one of the two was rounded to bfloat16 at the end
         oracle.assert_rule(f"grad_{name}", grads[name], true, true, slack)
+
+
+@heads
+@budgets
+def test_a_float32_head_gets_the_float32_sums_of_16_bit_products(rows, head, place, device, monkeypatch):
+    """Wherever a product can leave them: on a GPU, and on a CPU that widens. None is rounded to bfloat16 on the way."""
+    if place[1] == "cpu":
+        monkeypatch.setattr(products, "multiplies", lambda dtype: dtype.itemsize != 2)
+    batch = Batch(head, torch.bfloat16, device)
+    batch.weight = batch.weight.float()
+    rest = batch.options | {"beta": 0.1, "budget_bytes": batch.budget(rows), "backend": place[0]}
+    _, grads = run(batch, batch.tensors(bias=False), {"hidden", "weight"}, **rest)
+    grad = grads["weight"]
+    assert grad.dtype == torch.float32
+    assert float((grad != grad.bfloat16()).double().mean()) > 0.9
 
 
 STEPS, COUNTED = 12, 8  # positions of a sequence, and those that count

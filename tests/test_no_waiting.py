@@ -79,7 +79,7 @@ def test_token_log_probs_and_their_gradients_read_nothing_back(keeps, num_rows, 
 @pytest.mark.parametrize("num_rows", [N, M])
 def test_one_pass_reads_nothing_back_while_the_rows_fit(num_rows, tensors):
     head, rows, _ = _open(*tensors, (1.0, 0.0, 1.0, -100, num_rows, 1 << 20, KEEPS["head"], 0.0, "triton"))
-    gradients = Gradients(tensors[0], head, KEEPS["head"], 2)
+    gradients = Gradients(tensors[0], head, KEEPS["head"], 1)
     size, number = torch.empty(S, device="meta"), torch.empty(S, dtype=torch.int64, device="meta")
     sequences = one_pass.Sequences(None, size, number, number, None, None)
     family = Family(0.1, 0.0, "sigmoid", 0.0, False)

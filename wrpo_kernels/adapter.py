@@ -26,7 +26,7 @@ def checked_adapter(adapter: tuple[Tensor, Tensor] | None, hidden: Tensor, weigh
     if adapter is None:
         return Adapter()
     if not isinstance(adapter, (tuple, list)) or len(adapter) != 2:
-        raise TypeError(f"adapter must be a pair (low [..., r], up [V, r]) or None, got {type(adapter).__name__}")
+        raise TypeError(f"adapter must be a pair (low [..., r], up [V, r]) or None, got {_shown(adapter)}")
     low, up = adapter
     for name, value in (("adapter's low", low), ("adapter's up", up)):
         check_tensor(name, value)
@@ -36,3 +36,8 @@ def checked_adapter(adapter: tuple[Tensor, Tensor] | None, hidden: Tensor, weigh
         raise ValueError(f"adapter's up must be [V={weight.shape[0]}, r] with r >= 1, got {list(up.shape)}")
     check_shape("adapter's low", low, "hidden's leading shape and r", *hidden.shape[:-1], up.shape[1])
     return Adapter(low, up)
+
+
+def _shown(value: object) -> str:
+    kind = type(value).__name__
+    return f"{kind} of {len(value)}" if isinstance(value, (tuple, list)) else kind

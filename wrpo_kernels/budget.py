@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 # Bytes. 1 GiB is 4096 rows of Llama-3's 128256 logits in bfloat16. An accelerator gets more: each chunk reads and
 # writes the float32 gradient of the head once, and with 512 MiB that made a step 1.33 times its products, with 1 GiB
@@ -20,9 +21,14 @@ class Plan(NamedTuple):
     chunk: int
 
 
-def rows_within(budget_bytes: int, vocabulary: int, width: int, dtype: torch.dtype) -> int:
-    """Rows whose logits [V] fit, with a gathered hidden state and a copy scaled in float32 [4 D]; at least one."""
-    row_bytes = (vocabulary + 4 * width) * dtype.itemsize
+def rows_within(budget_bytes: int, hidden: Tensor, weight: Tensor, up: Tensor | None = None) -> int:
+    """Rows whose logits [V] fit, with a gathered hidden state and a copy scaled in float32 [4 D]; at least one.
+
+    The low-rank part of an adapter is handled as the hidden state is: [4 r].
+    """
+    vocabulary, width = weight.shape
+    rank = 0 if up is None else up.shape[1]
+    row_bytes = (vocabulary + 4 * (width + rank)) * hidden.dtype.itemsize
     return max(1, budget_bytes // row_bytes)
 
 

@@ -18,30 +18,40 @@ from wrpo_kernels import column_filter
 from wrpo_kernels.products import add_grad_weight, grad_weight_into, scale_rows_, scaled_rows, stripe_of, writes_float32
 from wrpo_kernels.rows import Rows
 from wrpo_kernels.scratch import scratch
+from wrpo_kernels.token_logp.contract import logp_dtype
 
 if TYPE_CHECKING:
     from wrpo_kernels.linear_token_logp.head import Head
 
 
+def total_dtype(products: torch.dtype, wanted: torch.dtype, chunks: int) -> torch.dtype:
+    """Of a sum over rows, which is handed out as `wanted`: no wider than that takes while one product is all of it."""
+    return products if chunks <= 1 and wanted.itemsize <= products.itemsize else logp_dtype(products)
+
+
 class Gradients:
     """dh [..., D], dW [V, D], db [V], dlow [..., r] and dup [V, r]; each None unless its flag in `keeps` is set.
 
-    One chunk of dW is summed in float32 inside the product and rounded once; several are added up in a float32 total.
+    One chunk of dW is summed in float32 inside the product and rounded once, where its tensor has the type of the
+    products; several are added up in a float32 total, and so is what belongs to a float32 head of 16-bit products.
     With a `grad_filter` dh and dW leave out what `column_filter` says.
     """
 
     def __init__(
         self, hidden: Tensor, head: Head, keeps: Sequence[bool], chunks: int, grad_filter: float = 0.0
     ) -> None:
-        weight = head.weight
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        total = weight.dtype if chunks <= 1 else wide
+        weight, up, products = head.weight, head.up, hidden.dtype
         self.dh = hidden.new_empty(hidden.shape) if keeps[0] else None
-        self.dw = scratch(weight.shape[0], weight.shape[1], total, weight.device) if keeps[1] else None
-        self.db = torch.zeros(weight.shape[0], dtype=wide, device=weight.device) if keeps[2] else None
-        self.dlow = hidden.new_empty(*hidden.shape[:-1], head.up.shape[1]) if keeps[3] else None
-        self.dup = head.up.new_empty(head.up.shape, dtype=total) if keeps[4] else None
-        self._weight, self._up = weight, head.up
+        self.dw = self.db = self.dlow = self.dup = None
+        if keeps[1]:
+            self.dw = scratch(*weight.shape, total_dtype(products, head.weight_dtype, chunks), weight.device)
+        if keeps[2]:
+            self.db = torch.zeros(weight.shape[0], dtype=logp_dtype(products), device=weight.device)
+        if keeps[3]:
+            self.dlow = hidden.new_empty(*hidden.shape[:-1], up.shape[1])
+        if keeps[4]:
+            self.dup = up.new_empty(up.shape, dtype=total_dtype(products, head.up_dtype, chunks))
+        self._weight, self._up = weight, up
         self._filter = grad_filter
         self._is_empty = True
 
@@ -49,7 +59,7 @@ class Gradients:
         """The share of rows [first, first + n): delta [n, V], coef [n, 1]."""
         last = first + delta.shape[0]
         columns = None
-        if self._filter:
+        if self._filter and not (self.dh is self.dw is None):
             columns = column_filter.columns_that_count(delta, rows.target[first:last], self._filter)
         if self.dh is not None:
             self._put_rows(self.dh, rows, first, delta, coef, self._weight, columns)

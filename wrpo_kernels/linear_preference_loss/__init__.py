@@ -84,11 +84,12 @@ def linear_preference_loss(
         ValueError: a shape, dtype, device, option or label is wrong; the message names it.
         RuntimeError: the backend that was asked for refuses.
 
-    Numerics: as linear_token_logp and preference_loss. dW is accumulated in float32.
-    Memory: `budget_bytes` and 4 D values a row of a chunk. A 16-bit trained head whose rows do not fit at once keeps
-        its dW in float32 until the backward has rounded it.
+    Numerics: as linear_token_logp and preference_loss.
+    Memory: `budget_bytes`. A 16-bit trained head whose rows do not fit at once keeps its dW in float32 until the
+        backward has rounded it.
     Cost: forward alone 2NDV flops, frozen head 4NDV whatever the length, trained head 6NDV while the rows of one group
-        fit the budget; 2DV more for each row that does not. N counts only the labels that count.
+        fit the budget; 2DV more for each row that does not. An adapter of rank r on a frozen head: 4NDV while those
+        rows fit, and 6NrV. N counts only the labels that count.
     Source: WRPO, arXiv:2412.03187.
     """
     head_options = (bias, logit_scale, softcap, temperature, ignore_index, backend)
@@ -115,7 +116,7 @@ def linear_preference_loss(
         "num_groups": num_groups,
         "empty": empty,
     }
-    head = (weight, bias, *low_rank)
+    head = (weight, bias, *low_rank)  # low_rank is low, up
     if reduction != "none" and takes_one_pass(hidden, head, token_contract.bound(rows, labels), budget_bytes):
         options = (ignore_index, rows, budget_bytes, grad_filter, backend)
         value, *detached = in_one_pass(
@@ -133,16 +134,17 @@ def linear_preference_loss(
 def takes_one_pass(hidden: Tensor, head: tuple[Tensor | None, ...], num_rows: int, budget_bytes: int) -> bool:
     """Whether gradients are made together with the loss, to be scaled in the backward.
 
-    Not in float16: a loss scale comes with the backward, too late for gradients that have already run out of bits.
+    So for a head that is trained, itself or by an adapter, and whose rows do not fit the budget together, where
+    anything else would cost more products; and for a small head whose rows fit: its gradient is scaled in less time
+    than a second op takes to call. Elsewhere the rows' deltas are kept for the backward, and a frozen head takes one
+    pass anyway.
 
-    So for a trained head whose rows do not fit the budget together, where anything else would cost more products; and
-    for a small head whose rows fit: its gradient is scaled in less time than a second op takes to call. Elsewhere the
-    rows' deltas are kept for the backward, and a frozen head takes one pass anyway.
+    Not in float16: a loss scale comes with the backward, too late for gradients that have already run out of bits.
     """
     if hidden.dtype == torch.float16:
         return False
     vocabulary, width = head[0].shape
-    if num_rows > rows_within(budget_bytes, vocabulary, width, hidden.dtype):
+    if num_rows > rows_within(budget_bytes, hidden, head[0], head[3]):
         return any(gradients_asked(*head))
     return vocabulary * width <= SMALL_HEAD and any(gradients_asked(hidden, *head))
 

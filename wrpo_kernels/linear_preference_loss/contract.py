@@ -15,7 +15,7 @@ from wrpo_kernels.autograd import owns_saved, register_differentiable, register_
 from wrpo_kernels.backends import choose
 from wrpo_kernels.budget import rows_within
 from wrpo_kernels.checks import check_tensor
-from wrpo_kernels.gradients import Gradients
+from wrpo_kernels.gradients import Gradients, total_dtype
 from wrpo_kernels.linear_preference_loss import one_pass
 from wrpo_kernels.linear_token_logp.contract import bound
 from wrpo_kernels.linear_token_logp.head import Head, LabelsByPosition, no_autocast
@@ -71,7 +71,7 @@ def _linear_preference_loss(hidden, weight, target, bias, low, up, *arguments):
     divisor = max(num_groups, 1) if averages else 1
     preference.check_groups(arguments[2], num_groups)
     sequences = one_pass.Sequences(*preference.as_constants(logp_dtype(hidden.dtype), *arguments[:6]))
-    fit, chunks = _chunks(hidden, weight, target, budget_bytes, num_rows)
+    fit, chunks = _chunks(hidden, weight, up, target, budget_bytes, num_rows)
     with no_autocast(hidden), LabelsByPosition("labels", target, ignore_index, weight.shape[0]):
         head = Head(hidden, weight, LogitTransform(bias, *scalars), ignore_index, backend, up)
         rows = Rows.that_count(hidden, target, ignore_index, num_rows, low)
@@ -81,9 +81,9 @@ def _linear_preference_loss(hidden, weight, target, bias, low, up, *arguments):
         return result.total, *result[2:], *gradients.totals()
 
 
-def _chunks(hidden, weight, target, budget_bytes, num_rows):
+def _chunks(hidden, weight, up, target, budget_bytes, num_rows):
     """Rows that fit the budget, and chunks in which the gradients are added up: two stand for any number."""
-    fit = rows_within(budget_bytes, weight.shape[0], weight.shape[1], hidden.dtype)
+    fit = rows_within(budget_bytes, hidden, weight, up)
     return fit, 1 if bound(num_rows, target) <= fit else 2
 
 
@@ -107,10 +107,10 @@ def _fake_scaled_to(total, factor, dtype):
 def _fake(hidden, weight, target, bias, low, up, *arguments):
     length, num_groups, keeps = arguments[3], arguments[6], arguments[18]
     wide = logp_dtype(hidden.dtype)
-    _, chunks = _chunks(hidden, weight, target, arguments[17], arguments[19])
-    total = hidden.dtype if chunks == 1 else wide
+    _, chunks = _chunks(hidden, weight, up, target, arguments[17], arguments[19])
+    dw, dup = (None if like is None else total_dtype(hidden.dtype, like.dtype, chunks) for like in (weight, up))
     logp, margin = hidden.new_empty(length.shape[0], dtype=wide), hidden.new_empty(num_groups, dtype=wide)
-    kinds = zip(keeps, (hidden, weight, bias, low, up), (hidden.dtype, total, wide, hidden.dtype, total), strict=True)
+    kinds = zip(keeps, (hidden, weight, bias, low, up), (hidden.dtype, dw, wide, hidden.dtype, dup), strict=True)
     grads = [hidden.new_empty(like.shape, dtype=kind) if keep else hidden.new_empty(0) for keep, like, kind in kinds]
     return logp.new_empty(()), logp, torch.empty_like(logp), margin, *grads
 

@@ -1,10 +1,11 @@
-"""Loss and gradients in one pass of 6NDV flops: for a trained head whose rows do not fit the budget, or a small one.
+"""Loss and gradients in one pass of 6NDV flops: for a head that is trained, itself or by an adapter, and whose rows do
+not fit the budget, or for a small one.
 
 The coefficient of a row depends on the log-probs of its own group only. So whole groups are taken as the budget
 allows, and each is finished before the next one starts:
 
     logits of the groups' rows -> log-probs and delta -> sequence sums -> margins -> one coefficient a sequence
-                               -> dh = c (delta W), dW += delta^T (c h)
+                               -> dh = c (delta W), dW += delta^T (c h), of an adapter dlow and dup likewise
 
 A group that is larger than the budget is taken in pieces. The last one fills the budget and waits there for the
 coefficients; the rows of the others are recomputed once (2DV a row).

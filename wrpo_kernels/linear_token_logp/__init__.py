@@ -41,7 +41,8 @@ def linear_token_logp(
         target: [...] int64 in [0, V), or `ignore_index`. target[..., t] is predicted from hidden[..., t].
         bias: [V] of the head. Default: none.
         adapter: (low [..., r], up [V, r]) of a LoRA on the head, which adds low up^T to hidden W^T: low = s A(hidden),
-            up = B. Nothing of size [V, D] is made for it. Default: none.
+            up = B. Nothing of size [V, D] is made for it. Both are rounded to the type of `hidden`, whose range they
+            must fit. Default: none.
         logit_scale: factor on the head's output. Default: 1.
         softcap: bound of the tanh, in nats. Default: none.
         temperature: divides the scores, > 0. Default: 1.
@@ -55,7 +56,8 @@ def linear_token_logp(
             other rows of dW are exact. Pays for a trained model, which leaves few others; proof in `column_filter`. An
             accelerator is waited for once a chunk. Default: None, exact.
         backend: "native", "cuda", "triton" or "reference", the row kernel; "triton_fused" writes no logits where
-            nothing needs a gradient, and is "triton" elsewhere. Default: the first that can, "triton_fused" never.
+            nothing needs a gradient and the head has no adapter, and is "triton" elsewhere. Default: the first that
+            can, "triton_fused" never.
 
     Returns:
         [...] float32, nats, <= 0; differentiable in `hidden`, `weight`, `bias` and `adapter` for any upstream gradient,
@@ -66,11 +68,12 @@ def linear_token_logp(
         RuntimeError: the backend that was asked for refuses; the message holds its reason.
 
     Numerics: log-probs are accumulated in float32. dW is summed in float32 inside each product and, where the rows
-        need several, across them; a 16-bit product on the CPU is rounded to its type before it is added. The same
-        bits on every run.
-    Memory: `budget_bytes`, held until the backward if the head is trained; beside it 4 D values a row of a chunk, a
-        float32 dW when a 16-bit head's rows do not fit the budget at once, and a converted weight when its type is
-        not that of `hidden`.
+        need several, across them; a 16-bit product on the CPU is rounded to its type before it is added. Of an
+        adapter, low up^T is rounded once to the type of `hidden` before hidden W^T is added. The same bits on every
+        run.
+    Memory: `budget_bytes`, of which 4 (D + r) values a row are for what is multiplied by the head, held until the
+        backward if the head or an adapter is trained; beside it a float32 dW when a 16-bit head's rows do not fit the
+        budget at once, and a converted weight when its type is not that of `hidden`.
     Cost: 2NDV flops forward alone, 4NDV with a frozen head, 6NDV with a trained one, plus 2DV for each row whose
         logits did not fit the budget; N counts only the rows that are not ignored. An adapter adds 2NrV for its
         share of the logits and for each of its gradients; on a frozen head deltas are then kept as for a trained one.

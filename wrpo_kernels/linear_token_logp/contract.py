@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -74,31 +76,40 @@ def bound(num_rows: int, target: Tensor) -> int:
     return target.numel() if num_rows == UNCOUNTED else num_rows
 
 
-def _plan(hidden: Tensor, weight: Tensor, num_rows: int, budget_bytes: int, keeps_head: bool) -> Plan:
-    fit = rows_within(budget_bytes, weight.shape[0], weight.shape[1], hidden.dtype)
-    return plan_rows(num_rows, fit, keeps_head)
+def _needs_delta_again(keeps: Sequence[bool]) -> bool:
+    """Whether a backward needs deltas: dh alone is made beside the log-probs and only scaled there."""
+    return any(keeps[1:])
+
+
+def _only_hidden(keeps: Sequence[bool]) -> bool:
+    return keeps[0] and not _needs_delta_again(keeps)
+
+
+def _plan(
+    hidden: Tensor, weight: Tensor, up: Tensor | None, num_rows: int, budget_bytes: int, keeps: Sequence[bool]
+) -> Plan:
+    return plan_rows(num_rows, rows_within(budget_bytes, hidden, weight, up), _needs_delta_again(keeps))
 
 
 def _open(hidden, weight, target, bias, low, up, options):
     *scalars, ignore_index, num_rows, budget_bytes, keeps, _, backend = options
     head = Head(hidden, weight, LogitTransform(bias, *scalars), ignore_index, backend, up)
     rows = Rows.that_count(hidden, target, ignore_index, num_rows, low)
-    return head, rows, _plan(hidden, weight, bound(num_rows, target), budget_bytes, any(keeps[1:]))
+    return head, rows, _plan(hidden, weight, up, bound(num_rows, target), budget_bytes, keeps)
 
 
 def _linear_token_logp(hidden, weight, target, bias, low, up, *options):
     keeps, grad_filter = options[6:8]
     with no_autocast(hidden), LabelsByPosition("target", target, options[3], weight.shape[0]):
         head, rows, plan = _open(hidden, weight, target, bias, low, up, options)
-        only_hidden = keeps[0] and not any(keeps[1:])
-        logp, unscaled, kept = passes.forward(head, rows, plan, only_hidden, grad_filter)
+        logp, unscaled, kept = passes.forward(head, rows, plan, _only_hidden(keeps), grad_filter)
         return rows.spread(logp).view(target.shape), unscaled, kept
 
 
 def _linear_token_logp_backward(grad_logp, unscaled, kept, hidden, weight, target, bias, low, up, *options):
     keeps, grad_filter = options[6:8]
     with no_autocast(hidden):
-        if not any(keeps[1:]):
+        if not _needs_delta_again(keeps):
             rows = Rows.that_count(hidden, target, *options[3:5])
             scaled = scaled_rows(unscaled[: len(rows)], rows.take(grad_logp.reshape(-1, 1)))
             return rows.spread(scaled).view(hidden.shape), *[hidden.new_empty(0) for _ in keeps[1:]]
@@ -115,9 +126,9 @@ def _fake(hidden, weight, target, bias, low, up, *options):
     check(hidden, weight, target, bias, *options[:4])
     num_rows, budget_bytes, keeps = options[4:7]
     num_rows = bound(num_rows, target)
-    plan = _plan(hidden, weight, num_rows, budget_bytes, any(keeps[1:]))
+    plan = _plan(hidden, weight, up, num_rows, budget_bytes, keeps)
     logp = hidden.new_empty(target.shape, dtype=logp_dtype(hidden.dtype))
-    unscaled = hidden.new_empty(num_rows if keeps[0] and not any(keeps[1:]) else 0, hidden.shape[-1])
+    unscaled = hidden.new_empty(num_rows if _only_hidden(keeps) else 0, hidden.shape[-1])
     return logp, unscaled, hidden.new_empty(plan.keep, weight.shape[0])
 
 

@@ -54,6 +54,7 @@ class Head:
         backend: str | None,
         up: Tensor | None = None,
     ):
+        self.weight_dtype, self.up_dtype = weight.dtype, None if up is None else up.dtype  # as the caller has them
         self.weight = weight if weight.dtype == hidden.dtype else weight.to(hidden.dtype)
         self.up = None if up is None else up.to(hidden.dtype)
         self.transform = transform

@@ -2,9 +2,11 @@
 
     nothing needs a gradient     2NDV   logits of a chunk -> log-probs, and the buffer is used again
     only the hidden states do    4NDV   ... -> delta -> delta W, kept as [N, D]; the upstream gradient scales rows later
-    the head does                6NDV   delta of the rows that fit the budget is kept for the backward;
+    the head or an adapter does  6NDV   delta of the rows that fit the budget is kept for the backward;
                                  8NDV   the others are recomputed there
 
+A frozen head with an adapter of rank r spares the 2NDV of dW; the adapter adds 2NrV to each computation of the logits
+and for each of its own gradients.
 No pass needs the upstream gradient before the backward: it enters as one factor a row.
 """
 

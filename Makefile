@@ -31,7 +31,7 @@ menu:
 	@echo "make test-gpu   the ops on every GPU backend, streams, graphs, 2^31 elements"
 	@echo "make sanitize   compute-sanitizer over the CUDA kernels: memcheck, then racecheck"
 	@echo "make bench-gpu  GPU backends beside the copy bandwidth and the bare matrix products, into benchmarks/results/"
-	@echo "make clean    remove what the targets above left behind"
+	@echo "make clean    remove what the targets above built and wrote, trained models too"
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python -m wrpo.demo $(ARGS)
@@ -81,7 +81,7 @@ bench-gpu:
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache wrpo_kernels/*.so
+	rm -rf $(VENV) demo-output fuse-output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache wrpo_kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV):

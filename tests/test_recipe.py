@@ -81,9 +81,9 @@ PARSERS = {
 def command_lines() -> list[list[str]]:
     """The words of every line in the READMEs' shell blocks that calls `wrpo`, by itself or through accelerate."""
     lines = []
-    for readme in ROOT.glob("examples/*/README.md"):
+    for readme in (ROOT / "README.md", *ROOT.glob("examples/*/README.md")):
         for block in re.findall(r"^```sh\n(.*?)^```", readme.read_text(), re.DOTALL | re.MULTILINE):
-            words = [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
+            words = [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()]
             lines += [w for w in words if "wrpo" in w]
     return lines
 
@@ -98,7 +98,8 @@ def test_the_readme_shows_every_command_of_the_way():
 
 @pytest.mark.parametrize("words", COMMANDS, ids=[" ".join(words)[:60] for words in COMMANDS])
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
-def test_a_command_line_of_the_readme_parses(words):
+def test_a_command_line_of_the_readme_parses(words, monkeypatch):
+    monkeypatch.setenv("BIG_MODEL_KEY", "a key")
     start = words.index("wrpo")
     if "accelerate" in words:
         parsed = launch_command_parser().parse_args(words[words.index("launch") + 1 :])
@@ -175,8 +176,8 @@ def test_accelerate_accepts_the_sharding():
 def test_an_example_file_of_settings_parses(name, monkeypatch):
     monkeypatch.setenv("BIG_MODEL_KEY", "a key")
     path = str(ROOT / "examples" / name)
-    if name == "sources.yaml":
-        assert len(read_sources(path)) > 1
+    if isinstance(yaml.safe_load(Path(path).read_text()), list):
+        assert read_sources(path)
     else:
         training_settings("sft" if name.startswith("sft") else "train", [path])
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -106,6 +108,11 @@ MISTAKES = {
     "brackets in brackets": ("beta: " + "[" * 3000, [], "config.yaml: not a YAML file"),
     "a field twice": ("beta: 1\nbeta: 2", [], "config.yaml: beta stands in line 5 and in line 6; keep one"),
     "a list for one value": ("seed: [1, 2]", [], "config.yaml: seed: expected one value, got 2 in a list"),
+    "modules to adapt without a rank": ("lora_target_modules: [q_proj]", [], "lora_target_modules needs lora_r"),
+    "a negative rank": ("lora_r: -1", [], "lora_r must be a rank of at least 1, or 0 .*, got -1"),
+    "an endless scale": ("lora_alpha: inf", [], "lora_alpha must be a finite number > 0, got inf"),
+    "no scale": ("lora_alpha: 0", [], "lora_alpha must be a finite number > 0, got 0"),
+    "dropout of everything": ("lora_dropout: 1", [], r"lora_dropout must be in \[0, 1\), got 1"),
 }
 
 
@@ -137,6 +144,12 @@ def test_a_number_that_no_run_could_use_is_named(settings, name, value, config_c
         settings("", f"--{name}", value, config_class=config_class)
 
 
+def test_lora_without_its_package_is_named_before_anything_is_loaded(settings, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SettingsError, match=r"lora_r needs the package peft: pip install 'wrpo\[peft\]'"):
+        settings("lora_r: 8")
+
+
 def test_a_file_without_fields_is_refused(tmp_path):
     (tmp_path / "config.yaml").write_text("- beta")
     with pytest.raises(SettingsError, match=r"config\.yaml: expected 'field: value' lines, got list"):
@@ -151,6 +164,33 @@ def test_a_folder_of_settings_is_refused(tmp_path):
 def test_a_mistyped_flag_is_named_before_the_required_one_it_leaves_open():
     with pytest.raises(SettingsError, match="did you mean 'train_file'"):
         parse_settings((ModelSettings, DataSettings), ["--train_fil", "x"], "wrpo train")
+
+
+# -- help -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["train", "sft", "build", "info"])
+def test_help_says_what_the_command_does(command, capsys):
+    with suppress(SystemExit):
+        assert cli.main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    does = {"train": "Preference optimisation", "sft": "Fine-tuning on the source answers", "build": "training data"}
+    assert does.get(command, "Versions") in shown
+    if command != "info":
+        assert f"    wrpo {command} " in shown  # an example to copy
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_help_shows_the_commands_own_fields_first_and_a_default_once(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    own, inherited = " ".join(capsys.readouterr().out.split()).split("fields of transformers.TrainingArguments:")
+    for flag in ("--train_file ", "--lora_r ", "--budget_bytes ", "--max_length ", "--no_draw_curves "):
+        assert flag in own
+    assert "--weight_decay " in inherited and "--weight_decay" not in own
+    assert not re.search(r"Default: [^.]*\. \(default:", own)
+    assert "--max-length" not in own
+    assert "--no_draw_curves The same as --draw_curves false." in own
 
 
 # -- exit status ------------------------------------------------------------------------------------------------------
@@ -349,7 +389,8 @@ def test_a_run_that_ends_in_nan_fails_and_saves_nothing(tiny_model, tmp_path, ca
 def test_a_run_resumes_from_its_newest_checkpoint(tiny_model, tmp_path, capsys):
     out = tmp_path / "out"
     here = ["--model_name_or_path", str(tiny_model), "--train_file", TRIPLES, "--output_dir", str(out), "--use_cpu"]
-    command = ["sft", str(EXAMPLES / "sft.yaml"), *here, "--logging_steps", "1", "--save_steps", "1"]
+    command = ["sft", str(EXAMPLES / "sft.yaml"), *here, "--logging_steps", "1", "--save_strategy", "steps"]
+    command += ["--save_steps", "1"]
     assert cli.main([*command, "--resume_from_checkpoint", "true"]) == 2
     assert f"no checkpoint in {out}" in capsys.readouterr().err
     assert cli.main([*command, "--max_steps", "1"]) == 0

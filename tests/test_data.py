@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import pickle
+import re
 
 import datasets
 import pytest
@@ -98,6 +99,23 @@ def test_loading_a_loaded_triple_changes_nothing():
 def test_sft_rows_need_no_target_answers():
     for row in ({"prompt": "2 + 3?", "source_chosen": "five"}, {"prompt": "2 + 3?", "chosen": ["five"]}, RELEASED):
         assert loaded(row, targets=False) == {k: v for k, v in LOADED.items() if k not in OF_TARGETS}
+
+
+def test_sft_takes_one_answer_a_row():
+    """As `wrpo sample` writes it, or anybody else."""
+    row = {"prompt": "2 + 3?", "response": "five", "model": "a", "reward": 0.5}
+    assert loaded(row, targets=False) == {k: v for k, v in LOADED.items() if k not in OF_TARGETS}
+    assert loaded({"prompt": "2 + 3?", "response": [{"role": "assistant", "content": "five"}]}, targets=False)
+    for empty in (["five", "V"], "", 5):
+        with pytest.raises(DataError, match="response"):
+            loaded({"prompt": "2 + 3?", "response": empty}, targets=False)
+
+
+@pytest.mark.parametrize(("targets", "row"), [(True, {"prompt": "p", "response": "r"}), (False, {"prompt": "p"})])
+def test_a_row_of_no_form_is_told_the_forms(targets, row):
+    forms = "'source_chosen', 'target_chosen', 'rejected'}" if targets else r"{'prompt', 'response'}"
+    with pytest.raises(DataError, match=rf"fields \['prompt'.*A row is .*{re.escape(forms)}"):
+        loaded(row, targets=targets)
 
 
 def write(folder, kind: str, rows: list[dict]):

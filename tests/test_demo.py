@@ -149,7 +149,7 @@ def test_every_skill_has_an_expert_and_no_expert_has_every_skill(monkeypatch):
 
 @pytest.fixture(scope="module")
 def triples() -> list[dict]:
-    return [json.loads(line) for line in TRIPLES.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in TRIPLES.read_bytes().splitlines()]
 
 
 @pytest.fixture(scope="module")

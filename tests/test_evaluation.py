@@ -197,13 +197,13 @@ def test_arena_hard_finds_each_answer_under_its_question(tmp_path):
     rows = [answer(model, uid, category="math") for model in ("x", "org/y") for uid in ("q1", "q2")]
     questions, *answers = write_arena_hard(read_answers([rows_in(tmp_path / "a.jsonl", rows)]), tmp_path / "out")
     assert [path.name for path in answers] == ["x.jsonl", "org_y.jsonl"]
-    by_uid = {row["uid"]: row for row in map(json.loads, questions.read_text().splitlines())}
+    by_uid = {row["uid"]: row for row in map(json.loads, questions.read_bytes().splitlines())}
     assert {uid: (row["prompt"], row["category"]) for uid, row in by_uid.items()} == {
         "q1": ("question q1", "math"),
         "q2": ("question q2", "math"),
     }
     for path in answers:  # its judge takes the model's name from the file and reads just these fields
-        for line in map(json.loads, path.read_text().splitlines()):
+        for line in map(json.loads, path.read_bytes().splitlines()):
             assert line["model"] == path.stem
             assert line["uid"] in by_uid
             assert line["messages"][0] == {"role": "user", "content": by_uid[line["uid"]]["prompt"]}
@@ -312,7 +312,7 @@ def test_a_folder_used_again_with_other_prompts_or_fewer_samples_reports_what_wa
         assert cli.main([*asking, "prompts.jsonl", "--samples", "2"]) == 0
         # The verifier fails on prompt b, which this call does not ask about.
         assert cli.main([*asking, "fewer.jsonl", "--verifier", "my_rewards:refuses_b"]) == 0
-    assert len(Path("out/scored.jsonl").read_text().splitlines()) == 2
+    assert len(Path("out/scored.jsonl").read_bytes().splitlines()) == 2
     measured = json.loads(Path("out/eval.json").read_text())["answers"]
     assert measured["worth"]["m"]["all"]["prompts"] == 2
     assert len(json.loads(Path("out/alpaca_eval/m/model_outputs.json").read_text())) == 2
@@ -344,7 +344,7 @@ def test_a_reward_model_named_here_decides_the_wins(unscored, capsys):
     ]
     assert cli.main(arguments) == 0
     rewards = {(row["model"], row["prompt_id"]): row["reward"] for row in
-               map(json.loads, Path("out/scored.jsonl").read_text().splitlines())}  # fmt: skip
+               map(json.loads, Path("out/scored.jsonl").read_bytes().splitlines())}  # fmt: skip
     won = sum(rewards["longer", p] > rewards["short", p] for p in "abc") / 3
     measured = json.loads(Path("out/eval.json").read_text())["answers"]
     assert measured["wins"]["longer"]["all"]["win_rate"] == pytest.approx(won)

@@ -59,7 +59,7 @@ def call(words: list[str]) -> int:
 
 
 def rows(path: str | Path) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [json.loads(line) for line in Path(path).read_bytes().splitlines()]
 
 
 @pytest.mark.slow

@@ -192,10 +192,10 @@ def test_the_benchmarks_prompts_come_back_under_their_own_text_and_ids(tmp_path,
     for name in ("alpaca_eval.json", "question.jsonl"):
         monkeypatch.setattr(sys, "argv", ["benchmark_prompts.py", str(tmp_path / name), str(tmp_path / "out.jsonl")])
         runpy.run_path(str(RECIPE / "benchmark_prompts.py"), run_name="__main__")
-        (row,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+        (row,) = map(json.loads, (tmp_path / "out.jsonl").read_bytes().splitlines())
         fields = {name: row[name] for name in ("category", "cluster") if name in row}
         answers.append(Answer(row["prompt_id"], row["prompt"], "m", 0, "six", None, fields))
     (outputs,) = write_alpaca_eval(answers[:1], tmp_path / "alpaca")
     assert json.loads(outputs.read_text())[0]["instruction"] == instructions[0]["instruction"]
     asked, _ = write_arena_hard(answers[1:], tmp_path / "arena")
-    assert [json.loads(line) for line in asked.read_text().splitlines()] == questions
+    assert [json.loads(line) for line in asked.read_bytes().splitlines()] == questions

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def sample(tmp_path):
 @pytest.fixture
 def written(tmp_path):
     def read(name: str = "out.jsonl") -> list[dict]:
-        return [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        return [json.loads(line) for line in (tmp_path / name).read_bytes().splitlines()]
 
     return read
 
@@ -600,6 +601,24 @@ def test_a_mistake_is_one_line_before_anything_is_asked(sources, prompts, flags,
     shown = capsys.readouterr().err
     assert words.lower() in shown.lower()
     assert shown.count("\n") == 1
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_only_models_that_are_asked_need_their_key(sample, monkeypatch):
+    monkeypatch.delenv("NOT_SET_KEY", raising=False)
+    with serving() as server:
+        sources = [
+            {"model": "a", "base_url": server.url, "samples": 1},
+            {**FINE, "model": "b", "api_key_env": "NOT_SET_KEY"},
+        ]
+        assert sample(sources, ["p"], "--model", "a") == 0
+    assert sample(sources, ["p"], "--model", "b") == 2
+
+
+def test_a_missing_package_is_named_before_anything_is_asked(sample, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    assert sample([FINE], ["p"]) == 2
+    assert "entry 1: needs the package openai: pip install 'wrpo[sample]'" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
 
 

@@ -57,7 +57,7 @@ def sample(tmp_path):
 @pytest.fixture
 def written(tmp_path):
     def read(name: str = "out.jsonl") -> dict[tuple[str, int], dict]:
-        rows = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        rows = [json.loads(line) for line in (tmp_path / name).read_bytes().splitlines()]
         found = {(row["prompt_id"], row["sample"]): row for row in rows}
         assert len(found) == len(rows), "an answer was asked twice"
         return found

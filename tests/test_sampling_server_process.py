@@ -148,7 +148,7 @@ def test_answers_survive_the_death_of_the_server_and_of_the_client_each_exactly_
     second = start()
     said, _ = second.communicate(timeout=PATIENCE / 10)
     assert second.returncode == 0, said
-    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    answers = [json.loads(line) for line in out.read_bytes().splitlines()]
     keys = sorted((answer["prompt_id"], answer["sample"]) for answer in answers)
     assert keys == [(f"p{n}", sample) for n in range(len(PROMPTS)) for sample in range(SAMPLES)]
     assert all(answer["model"] == "tiny" and answer["response"].strip() for answer in answers)

@@ -45,7 +45,7 @@ def rewards(tmp_path):
     """(prompt id, sample) -> reward, each there once."""
 
     def read(name: str = "scored.jsonl") -> dict[tuple[str, int], float]:
-        rows = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        rows = [json.loads(line) for line in (tmp_path / name).read_bytes().splitlines()]
         found = {(row["prompt_id"], row["sample"]): row["reward"] for row in rows}
         assert len(found) == len(rows), "an answer was scored twice"
         return found
@@ -73,7 +73,7 @@ LENGTH = "def reward(prompt, response): return len(response)"
 
 def test_a_verifier_gives_each_row_its_reward_and_keeps_the_rest(score, verifier, tmp_path):
     assert score([row("a", "four", finish_reason="stop"), row("b", "")], "--verifier", verifier(LENGTH)) == 0
-    first, second = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    first, second = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_bytes().splitlines()]
     name = first.pop("scorer")
     assert name.endswith(":reward")
     assert first == row("a", "four", finish_reason="stop", reward=4.0)

@@ -122,7 +122,7 @@ def test_what_a_row_holds_besides_stays_in_it(models, tmp_path):
     rows = [{"prompt_id": f"p{k}", "target_reward": 0.5, "note": "\ud800", **row} for k, row in enumerate(ROWS)]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert cli.main(["logp", str(source), "-o", str(output), "--models", models[0]]) == 0
-    scored = [json.loads(line) for line in output.read_text().splitlines()]
+    scored = [json.loads(line) for line in output.read_bytes().splitlines()]
     assert [len(row.pop("source_logp")) for row in scored] == [4, 3]
     assert scored == rows
 

@@ -23,6 +23,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from inspect import getdoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,22 +132,36 @@ def _log_to_stderr() -> None:
 
 
 def train(arguments: list[str]) -> None:
-    """Preference optimisation."""
+    """Preference optimisation (WRPO and its family) on triples: a source's answer, the target's best and its worst.
+
+        wrpo train examples/wrpo.yaml --train_file triples.jsonl --output_dir runs/wrpo
+
+    CONFIG.yaml holds the same fields as the flags, which win. Leaves the model, metrics.json and training_curves.png in
+    output_dir.
+    """
     from wrpo import WRPOConfig
     from wrpo.settings import DataSettings, ModelSettings, parse_settings
 
-    model, data, config = parse_settings((ModelSettings, DataSettings, WRPOConfig), arguments, "wrpo train")
+    model, data, config = parse_settings(
+        (ModelSettings, DataSettings, WRPOConfig), arguments, "wrpo train", getdoc(train)
+    )
     from wrpo import WRPOTrainer
 
     _fit(WRPOTrainer, config, model, data, targets=True)
 
 
 def sft(arguments: list[str]) -> None:
-    """Fine-tuning on the source answers."""
+    """Fine-tuning on the source answers: the stage before wrpo train.
+
+        wrpo sft examples/sft.yaml --model_name_or_path path/to/target --train_file sft.jsonl --output_dir runs/sft
+
+    CONFIG.yaml holds the same fields as the flags, which win. Leaves the model, metrics.json and training_curves.png in
+    output_dir.
+    """
     from wrpo import SFTConfig
     from wrpo.settings import DataSettings, ModelSettings, parse_settings
 
-    model, data, config = parse_settings((ModelSettings, DataSettings, SFTConfig), arguments, "wrpo sft")
+    model, data, config = parse_settings((ModelSettings, DataSettings, SFTConfig), arguments, "wrpo sft", getdoc(sft))
     from wrpo import SFTTrainer
 
     _fit(SFTTrainer, config, model, data, targets=False)
@@ -255,6 +270,8 @@ def evaluate(arguments: list[str]) -> None:
 
 def info(arguments: list[str]) -> None:
     """Versions, and which kernels run here."""
+    if arguments in (["-h"], ["--help"]):
+        return print(f"wrpo info\n\n{getdoc(info)} No options.")
     if arguments:
         raise UserError(f"takes no arguments, got {' '.join(arguments)}")
     from wrpo_kernels.__main__ import report  # what `python -m wrpo_kernels` prints

@@ -41,7 +41,7 @@ def load_model(settings: ModelSettings) -> Any:
     """The causal language model, with fresh LoRA adapters if `lora_r` > 0.
 
     Raises:
-        SettingsError: nothing to load there, or LoRA without the package `peft`.
+        SettingsError: nothing to load there, or a module to adapt that the model does not have.
     """
     dtype = "auto" if settings.torch_dtype == "auto" else getattr(torch, settings.torch_dtype)
     options: dict[str, Any] = (
@@ -76,10 +76,9 @@ def _load(auto: Any, settings: ModelSettings, **options: Any) -> Any:
 
 
 def _with_adapters(model: Any, settings: ModelSettings) -> Any:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise SettingsError("lora_r needs the package peft: pip install 'wrpo[peft]'") from error
+    from peft import LoraConfig, get_peft_model
+
+    _check_targets(model, settings.lora_target_modules or [])
     config = LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
@@ -88,3 +87,17 @@ def _with_adapters(model: Any, settings: ModelSettings) -> Any:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
+
+
+def _check_targets(model: Any, targets: list[str]) -> None:
+    """PEFT leaves out what it does not find, as long as it finds one."""
+    paths = [name for name, _ in model.named_modules()]
+    for target in targets:
+        if not any(path == target or path.endswith(f".{target}") for path in paths):
+            linear = {
+                n.rpartition(".")[2] for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+            }
+            raise SettingsError(
+                f"lora_target_modules: no module of the model is named {target!r}; its linear layers are "
+                f"{', '.join(sorted(linear))}. Leave it out to adapt them all"
+            )

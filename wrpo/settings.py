@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import json
+import math
 import re
-from argparse import Namespace
+from argparse import Action, ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter, _StoreFalseAction
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -52,15 +55,32 @@ class ModelSettings:
         default=None, metadata={"help": "Modules to adapt, by name. Default: every linear layer."}
     )
 
+    def __post_init__(self) -> None:
+        if self.lora_r < 0:
+            raise ValueError(f"lora_r must be a rank of at least 1, or 0 to train all weights, got {self.lora_r}")
+        if not self.lora_r and self.lora_target_modules:
+            raise ValueError(
+                "lora_target_modules needs lora_r, the rank of the adapters; it is 0, which trains all weights"
+            )
+        if not math.isfinite(self.lora_alpha) or self.lora_alpha <= 0:
+            raise ValueError(f"lora_alpha must be a finite number > 0, got {self.lora_alpha}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
+        if self.lora_r and find_spec("peft") is None:
+            raise ValueError("lora_r needs the package peft: pip install 'wrpo[peft]'")
+
 
 @dataclass
 class DataSettings:
     """Which rows it is trained on."""
 
     train_file: str = field(
-        metadata={"help": "Triples: .jsonl, .json, .parquet, a glob of them, or a folder of save_to_disk."}
+        metadata={
+            "help": "Triples; wrpo sft also takes rows of prompt and response. .jsonl, .json, .parquet, a glob of "
+            "them, or a folder of save_to_disk."
+        }
     )
-    eval_file: str | None = _knob(None, "Triples to evaluate on, every epoch unless eval_strategy says otherwise.")
+    eval_file: str | None = _knob(None, "Rows to evaluate on, every epoch unless eval_strategy says otherwise.")
     train_split: str = _knob("train", "Split of train_file, where it is a saved DatasetDict.")
     eval_split: str = _knob("test", "Split of eval_file, where it is a saved DatasetDict.")
     skip_bad_rows: bool = _knob(False, "Leave bad rows out and count them, instead of stopping at the first.")
@@ -70,13 +90,31 @@ class DataSettings:
     tokenize_processes: int = _knob(1, "Processes that tokenise; one is enough for fast tokenizers.")
 
 
+class _Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """One spelling of each flag, and its default once."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        spellings = {name.strip("-").replace("-", "_"): name for name in reversed(action.option_strings)}
+        value = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(reversed(spellings.values()))} {value}".strip()
+
+    def _get_help_string(self, action: Action) -> str | None:
+        if isinstance(action, _StoreFalseAction):
+            return f"The same as --{action.dest} false."
+        if action.default is None or "Default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise SettingsError(re.sub(r"/--[\w-]+", "", message))  # each flag in one of its two spellings
 
 
-def parse_settings(classes: tuple[type, ...], arguments: list[str], prog: str) -> tuple[Any, ...]:
-    """One instance of each dataclass, from `[CONFIG.yaml] [--field value ...]`.
+def parse_settings(
+    classes: tuple[type, ...], arguments: list[str], prog: str, description: str | None = None
+) -> tuple[Any, ...]:
+    """One instance of each dataclass, from `[CONFIG.yaml] [--field value ...]`; `description` heads its --help.
 
     Raises:
         SettingsError: an unknown name, a value of the wrong type, a missing field, a file that is not YAML, or values
@@ -84,7 +122,11 @@ def parse_settings(classes: tuple[type, ...], arguments: list[str], prog: str) -
         FileNotFoundError: no such YAML file.
     """
     hints = {name: hint for cls in classes for name, hint in _fields(cls).items()}
-    parser = _Parser(classes, prog=prog, usage=f"{prog} [CONFIG.yaml] [--field value ...]", allow_abbrev=False)
+    usage = f"{prog} [CONFIG.yaml] [--field value ...]"
+    parser = _Parser(
+        classes, prog=prog, usage=usage, description=description, formatter_class=_Help, allow_abbrev=False
+    )
+    _own_fields_first(parser, classes)
     _let_numbers_be_none(parser, hints)
     flags: list[str] = []
     if arguments and not arguments[0].startswith("-"):
@@ -139,6 +181,18 @@ def _no_such(name: str, known: Iterable[str]) -> str:
     bare = name.lstrip("-").split("=")[0].replace("-", "_")
     near = difflib.get_close_matches(bare, list(known), n=1, cutoff=0.5)
     return f"no setting named {bare!r}" + (f"; did you mean {near[0]!r}?" if near else "; --help lists them")
+
+
+def _own_fields_first(parser: HfArgumentParser, classes: tuple[type, ...]) -> None:
+    """In --help; what a class inherits from transformers stands behind, in a group of its own."""
+    bases = {base for cls in classes for base in cls.__mro__ if base.__module__.startswith("wrpo.")}
+    own = {name for base in bases for name in inspect.get_annotations(base)}
+    fields = [action for action in parser._optionals._group_actions if action.dest != "help"]
+    inherited = [action for action in fields if action.dest not in own]
+    if inherited:
+        group = parser.add_argument_group("fields of transformers.TrainingArguments")
+        group._group_actions += inherited
+        parser._optionals._group_actions = [a for a in parser._optionals._group_actions if a not in inherited]
 
 
 def _let_numbers_be_none(parser: HfArgumentParser, hints: dict[str, Any]) -> None:

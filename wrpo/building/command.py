@@ -1,4 +1,6 @@
-"""`wrpo build [CONFIG.yaml] CANDIDATES ... -o FOLDER [--field value ...]`
+"""wrpo build [CONFIG.yaml] CANDIDATES ... -o FOLDER [--field value ...]: scored answers to training data.
+
+    wrpo build answers_scored.jsonl target_scored.jsonl -o data     # data/sft.jsonl, data/triples.jsonl, a report
 
 Words before the first flag are the settings file, if the first ends in .yaml or .yml, and candidates; `-o` is
 `--output_dir`. Everything else is a field of `BuildFiles` or `BuildSettings`, in the file or as a flag.
@@ -16,7 +18,7 @@ from .settings import BuildFiles, BuildSettings
 
 def run(arguments: list[str]) -> None:
     """Build, print the report, and say where everything is."""
-    files, settings = parse_settings((BuildFiles, BuildSettings), _named(arguments), "wrpo build")
+    files, settings = parse_settings((BuildFiles, BuildSettings), _named(arguments), "wrpo build", __doc__)
     written = build(settings, files)
     print(written.report)
     print(f"{written.seconds:,.1f} s, {written.report.candidates / written.seconds:,.0f} candidates/s")

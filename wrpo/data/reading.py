@@ -69,7 +69,7 @@ def _read_path(path: Path, split: str) -> Iterator[RawRow]:
 def _read_found(path: Path, split: str) -> Iterator[RawRow]:
     """One file or folder; a glob can name one that is not there, a symbolic link to nowhere."""
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder. Check train_file, eval_file or the path given.")
+        raise FileNotFoundError(f"{path}: no such file or folder")
     if path.is_dir():
         if not any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
             todo = f"Name the files in it, for example '{path}/*.jsonl'."

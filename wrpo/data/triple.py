@@ -5,12 +5,14 @@ Two forms are understood.
     released (as the paper's data)   prompt, chosen: [source_1 .. source_K, target], rejected: [target]
     explicit                         prompt, source_chosen: one or many, target_chosen, rejected
 
-Both may carry, each with one entry for each source answer, `source_model` (names), `source_weight` (shares that sum to
-1; default 1/K each) and `source_reward` (numbers, any unit); and `source_logp`, for each response (sources, target,
-rejected) its mean log-prob per token under each of M models, each with its own tokens. A prompt is a string, a message,
-or a list of messages; a response is a string, an assistant message, or a list of messages that ends
-with the assistant's and repeats the prompt before it. Where the prompt is missing, or is the bare text of a user turn,
-the repeated part is the prompt.
+SFT also takes one answer a row: prompt, response.
+
+The two forms may carry, each with one entry for each source answer, `source_model` (names), `source_weight` (shares
+that sum to 1; default 1/K each) and `source_reward` (numbers, any unit); and `source_logp`, for each response (sources,
+target, rejected) its mean log-prob per token under each of M models, each with its own tokens. A prompt is a string, a
+message, or a list of messages; a response is a string, an assistant message, or a list of messages that ends with the
+assistant's and repeats the prompt before it. Where the prompt is missing, or is the bare text of a user turn, the
+repeated part is the prompt.
 """
 
 from __future__ import annotations
@@ -25,7 +27,11 @@ EXPLICIT = ("source_chosen", "target_chosen")
 WEIGHT_TOLERANCE = 1e-4  # what ten shares written with five decimals can miss 1 by
 LARGEST_NUMBER = 1e30  # sums and differences stay finite, in float32 too
 
-_LIST_ALL = "See the two forms in wrpo.data.triple."
+_FORMS = (
+    "A row is {'prompt', 'source_chosen', 'target_chosen', 'rejected'} or {'prompt', 'chosen': [source, target], "
+    "'rejected'}."
+)
+_SFT_FORMS = "A row is {'prompt', 'response'}, {'prompt', 'source_chosen'} or {'prompt', 'chosen'}."
 
 
 def normalise(row: dict, *, targets: bool = True) -> dict:
@@ -67,8 +73,10 @@ def _response_fields(row: dict, targets: bool) -> dict[str, Any]:
         return _explicit_fields(row, targets)
     if row.get("chosen") is not None:
         return _released_fields(row, targets)
-    expected = "fields 'source_chosen', 'target_chosen', 'rejected' or 'chosen', 'rejected'"
-    raise DataError(expected, f"fields {sorted(map(str, row))}", _LIST_ALL)
+    if not targets and row.get("response") is not None:
+        return {"response": _one(row["response"], "response")}
+    expected = "the fields of a triple" if targets else "an answer"
+    raise DataError(expected, f"fields {sorted(map(str, row))}", _FORMS if targets else _SFT_FORMS)
 
 
 def _explicit_fields(row: dict, targets: bool) -> dict[str, Any]:
@@ -83,7 +91,7 @@ def _explicit_fields(row: dict, targets: bool) -> dict[str, Any]:
 def _released_fields(row: dict, targets: bool) -> dict[str, Any]:
     chosen = _many(_required(row, "chosen"), "chosen")
     if targets and len(chosen) < 2:
-        raise DataError("the source's answer(s), then the target's", f"{len(chosen)} answer", _LIST_ALL, field="chosen")
+        raise DataError("the source's answer(s), then the target's", f"{len(chosen)} answer", _FORMS, field="chosen")
     sources = chosen if len(chosen) == 1 else chosen[:-1]
     fields = {f"chosen[{k}]": value for k, value in enumerate(sources)}
     if targets:
@@ -103,7 +111,7 @@ def _many(value: Any, field: str) -> list:
     if isinstance(value, (str, dict)) or _is_conversation(value):
         return [value]
     if not isinstance(value, list):
-        raise DataError("a response or a list of responses", shown(value), _LIST_ALL, field=field)
+        raise DataError("a response or a list of responses", shown(value), _FORMS, field=field)
     if not value:
         raise DataError("at least one response", "an empty list", "Add one, or drop the row.", field=field)
     return value
@@ -170,7 +178,7 @@ def _is_turn_of(turn: Message, conversation: list[Message]) -> bool:
 def _messages(value: Any, field: str) -> list[Message]:
     messages = [value] if isinstance(value, dict) else value
     if not isinstance(messages, list) or not messages:
-        raise DataError("a string, a message or a list of messages", shown(value), _LIST_ALL, field=field)
+        raise DataError("a string, a message or a list of messages", shown(value), _FORMS, field=field)
     for message in messages:
         if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
             todo = "A message is an object with the strings 'role' and 'content'."

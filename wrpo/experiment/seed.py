@@ -107,7 +107,7 @@ class SeedRun:
             ]
             write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
         if path not in self.answered:
-            self.answered[path] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            self.answered[path] = [json.loads(line) for line in path.read_bytes().splitlines()]
         return self.answered[path]
 
     def source_answers(self, count: int) -> list[dict]:

@@ -14,14 +14,8 @@ put right first; 130 stopped by Ctrl-C.
 
 from __future__ import annotations
 
-from argparse import Namespace
-from typing import TYPE_CHECKING
-
 from wrpo.flags import Flags, describe_fields, number, whole_number
 from wrpo.user_error import UserError
-
-if TYPE_CHECKING:
-    from .sources import Source
 
 ROW_FIELDS = ("prompt_id", "prompt", "model", "sample", "response", "reward", "finish_reason", "seed", "temperature",
               "top_p", "max_tokens")  # fmt: skip
@@ -65,7 +59,7 @@ def run(arguments: list[str]) -> int:
         drawn = Sampling(options.samples, options.temperature, options.top_p, options.max_tokens, options.seed)
     except ValueError as error:
         raise UserError(str(error)) from error
-    sources = _chosen(read_sources(options.sources), options)
+    sources = read_sources(options.sources, options.model)
     for name in options.keep:
         if name in ROW_FIELDS:
             raise UserError(f"--keep: {name} is a field of the answers themselves")
@@ -81,11 +75,3 @@ def run(arguments: list[str]) -> int:
     print(tally.summary())
     print(f"candidates  {options.output}")
     return tally.status
-
-
-def _chosen(sources: list[Source], options: Namespace) -> list[Source]:
-    names = [source.model for source in sources]
-    for name in options.model:
-        if name not in names:
-            raise UserError(f"--model: no {name!r} in {options.sources}, which has {', '.join(names)}")
-    return [source for source in sources if not options.model or source.model in options.model]

@@ -24,7 +24,9 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -75,6 +77,9 @@ class Source:
             raise ValueError(f"model: expected a name, got {self.model!r}.")
         self.sampling(Sampling())  # refuses what is out of range
 
+    def check_ready(self) -> None:
+        """Raises ValueError where it cannot be asked from here: no key in the environment, no package."""
+
     def sampling(self, default: Sampling) -> Sampling:
         own = {name: getattr(self, name) for name in ("samples", "temperature", "top_p", "max_tokens")}
         return replace(default, **{name: value for name, value in own.items() if value is not None})
@@ -124,6 +129,10 @@ class ServerSource(Source):
         for name in self.leave_out or ():
             if name not in OPTIONAL:
                 raise ValueError(f"leave_out: expected some of {', '.join(OPTIONAL)}, got {name!r}.")
+
+    def check_ready(self) -> None:
+        if find_spec("openai") is None:
+            raise ValueError("needs the package openai: pip install 'wrpo[sample]'")
         self.key()
 
     def key(self) -> str | None:
@@ -202,12 +211,13 @@ def _check_address(url: str) -> None:
             raise ValueError(f"base_url: must hold no '{mark}...'; api_key_env names where a key is.")
 
 
-def read_sources(path: str | Path) -> list[Source]:
-    """The models of a sources file, in its order.
+def read_sources(path: str | Path, models: Collection[str] = ()) -> list[Source]:
+    """The models of a sources file, in its order; only those named `models`, if any are.
 
     Raises:
-        SettingsError: not such a list, an unknown or misspelt field, a value out of range, two entries of one name, or
-            a key that is not in the environment.
+        SettingsError: not such a list, an unknown or misspelt field, a value out of range, two entries of one name; no
+            entry of a name in `models`; of a model that is asked, a key that is not in the environment, or a package
+            that is not installed.
         FileNotFoundError: no such file.
     """
     entries = read_yaml(path)
@@ -219,7 +229,21 @@ def read_sources(path: str | Path) -> list[Source]:
     for name in names:
         if names.count(name) > 1:
             raise SettingsError(f"{path}: two models are named {name!r}; answers are told apart by that name")
-    return sources
+    for name in models:
+        if name not in names:
+            raise SettingsError(f"--model: no {name!r} in {path}, which has {', '.join(names)}")
+    for number, source in enumerate(sources, start=1):
+        if not models or source.model in models:
+            check_ready(source, f"{path}: entry {number}")
+    return [source for source in sources if not models or source.model in models]
+
+
+def check_ready(source: Source, place: str) -> None:
+    """Raises SettingsError, which names the place in the settings, where the source cannot be asked from here."""
+    try:
+        source.check_ready()
+    except ValueError as error:
+        raise SettingsError(f"{place}: {error}") from None
 
 
 def read_yaml(path: str | Path) -> Any:

@@ -24,7 +24,7 @@ from typing import Any
 
 from wrpo.data.appending import hash_of
 from wrpo.sampling.prompts import Reply
-from wrpo.sampling.sources import Sampling, ServerSource, read_yaml, source_from
+from wrpo.sampling.sources import Sampling, ServerSource, check_ready, read_yaml, source_from
 from wrpo.settings import SettingsError
 
 from .candidates import Candidate, prompt_text
@@ -76,14 +76,16 @@ class JudgeSource(ServerSource):
 
 
 def read_judge(path: str | Path) -> JudgeSource:
-    """Raises SettingsError: not a mapping, an unknown field, a value out of range."""
+    """Raises SettingsError: not a mapping, an unknown field, a value out of range, no key or no package to ask with."""
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: expected 'field: value' lines, got {type(content).__name__}")
     if content.get("kind", "server") != "server":
         raise SettingsError(f"{path}: kind: a judge is a server, got {content['kind']!r}")
     fields = {name: value for name, value in content.items() if name != "kind"}
-    return source_from(JudgeSource, fields, str(path))
+    judge: JudgeSource = source_from(JudgeSource, fields, str(path))
+    check_ready(judge, str(path))
+    return judge
 
 
 class Judge:

@@ -44,7 +44,8 @@ class Gradients:
         self.dh = hidden.new_empty(hidden.shape) if keeps[0] else None
         self.dw = self.db = self.dlow = self.dup = None
         if keeps[1]:
-            self.dw = scratch(*weight.shape, total_dtype(products, head.weight_dtype, chunks), weight.device)
+            dtype = total_dtype(products, head.weight_dtype, chunks)
+            self.dw = scratch(weight.shape[0], weight.shape[1], dtype, weight.device)
         if keeps[2]:
             self.db = torch.zeros(weight.shape[0], dtype=logp_dtype(products), device=weight.device)
         if keeps[3]:

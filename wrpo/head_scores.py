@@ -54,13 +54,19 @@ def agreeing_transform(model: nn.Module, candidates: list[HeadScores]) -> HeadSc
     """The first candidate under which the fused head and the model's own logits give the same log-probs.
 
     Raises:
-        ValueError: none does.
+        ValueError: none does, or the model's own logits are not finite.
     """
     embedding = model.get_input_embeddings().weight  # [V, D]
     with untouched(model), magnified(model.get_output_embeddings()):
         ids = torch.linspace(0, embedding.shape[0] - 1, PROBE_TOKENS, device=embedding.device).long()[None]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         logits = model(**inputs, use_cache=False).logits
+        if not logits.isfinite().all():
+            raise ValueError(
+                f"the logits of {type(model).__name__} are not finite on {PROBE_TOKENS} tokens of its vocabulary: its "
+                "weights hold NaN or infinity, or their type overflows. Load it in bfloat16 or float32, or from before "
+                "the damage"
+            )
         target = torch.stack([logits.argmax(-1), logits.argmin(-1), ids.roll(1, 1)])  # [3, 1, 8]
         own = logits.float().log_softmax(-1).expand(3, -1, -1, -1).gather(-1, target[..., None])[..., 0]
 

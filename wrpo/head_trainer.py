@@ -19,7 +19,7 @@ from transformers import Trainer
 
 from wrpo.config import FusedHeadConfig
 from wrpo.curves import TrainingCurves
-from wrpo.head import install_fused_head
+from wrpo.head import install_fused_head, refuse_merged
 from wrpo.metrics import RunningMeans
 from wrpo.reference import is_partitioned
 from wrpo.user_error import UserError
@@ -42,6 +42,8 @@ class HeadTrainer(Trainer):
                 f"{args.n_gpu} GPUs in one process (DataParallel) are not supported: start one process a GPU with "
                 f"`torchrun --nproc_per_node {args.n_gpu} ...`, or show this process one GPU with CUDA_VISIBLE_DEVICES"
             )
+        if model is not None:
+            refuse_merged(model)
         if args.check_head and model is not None and is_partitioned(model):
             raise ValueError(
                 "check_head runs the model before it is wrapped, and its weights are spread over ranks or not there "

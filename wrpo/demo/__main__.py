@@ -95,6 +95,8 @@ def run(options: argparse.Namespace) -> None:
     draw_bars(before, after, options.out / "before_after.png")
     write_metrics(options, before, after, bf16, time.perf_counter() - started)
     print(f"\n{side_by_side(before, after)}\n{table(before, after)}\n")
+    if options.quick:
+        print("--quick shows that it runs: two small steps are too few to learn anything.")
     say_where(options.out, time.perf_counter() - started)
 
 
@@ -115,7 +117,6 @@ def open_trainer(model: Any, tokenizer: Any, options: argparse.Namespace, bf16: 
         logging_steps=1,
         save_strategy="no",
         report_to="none",
-        dataloader_pin_memory=False,
     )
     triples = load_triples(PATH)
     # No more than are trained on: the reference pass goes through every row that it is given.

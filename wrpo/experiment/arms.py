@@ -129,7 +129,6 @@ def _train(
             disable_tqdm=False,
             draw_curves=False,
             use_cpu=True,
-            dataloader_pin_memory=False,
             seed=seed,
             **settings,
         )

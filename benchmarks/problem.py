@@ -58,6 +58,11 @@ class Setting(NamedTuple):
         return {"trained": 3, "lora": 2, "frozen": 2, "no_grad": 1}[self.head]
 
     @property
+    def trains_head(self) -> bool:
+        """Whether the head gets gradients, its own or an adapter's."""
+        return self.head in ("trained", "lora")
+
+    @property
     def columns(self) -> int:
         """Of the operands of the logits: D, and the rank of an adapter."""
         return self.width + (RANK if self.head == "lora" else 0)

@@ -66,9 +66,10 @@ class ResultFile:
         self._file.flush()
 
 
-def file_name(facts: dict[str, str]) -> str:
+def file_name(facts: dict[str, str], name: str = "") -> str:
+    """<device>_<machine>_<date>.csv, of a set of scenarios with its name behind."""
     words = "".join(c if c.isalnum() else " " for c in f"{facts['device']} {facts['machine']}").lower().split()
-    return "_".join(dict.fromkeys(words)) + f"_{facts['date']}.csv"
+    return "_".join(dict.fromkeys(words)) + f"_{facts['date']}{'_' * bool(name)}{name}.csv"
 
 
 def read(path: Path) -> tuple[dict[str, str], list[Row]]:

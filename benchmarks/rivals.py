@@ -179,7 +179,7 @@ def without(module: str, package: str) -> WhyNot:
     def reason(_problem: Problem) -> str | None:
         top = module.split(".")[0]
         if importlib.util.find_spec(top) is None:
-            return f"{package} is not installed: pip install '{package}'"
+            return f"{package} is not installed (extra bench, or pip install '{package}')"
         return None if importlib.util.find_spec(module) else f"the installed {package} has no {module}"
 
     return reason

@@ -12,6 +12,7 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from benchmarks.measure import measured
 from benchmarks.problem import Rival, Setting
 from benchmarks.results import ResultFile, Row, file_name, read
 from benchmarks.scenarios import Scenario
+from wrpo.flags import number, whole_number
 
 OP_TESTS = ("linear_preference_loss",)
 TYPICAL_ROWS = {"cpu": (512, 256), "cuda": (16384, 8192)}  # N of a typical point: full, quick
@@ -46,7 +48,7 @@ def main() -> None:
         return compare(args.base, chosen, device, args.allow)
     facts = machine.facts(device) | speeds(chosen, device)
     print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n", flush=True)
-    path = args.out / file_name(facts)
+    path = args.out / file_name(facts, name_of_set(args))
     done = finished_rows(path, facts) if args.resume else []
     run(chosen, device, args.only, args.allow, ResultFile(path, facts), done)
     publish(path, args.readme)
@@ -58,8 +60,10 @@ def run(
     """Measures every point of which `done` has no rows; both come into the file in the order of the scenarios."""
     points = [(scenario, *point) for scenario in chosen.values() for point in scenario.points.items()]
     expected = [machine.point_seconds(s, device, len(takes_part(scenario, only))) for scenario, _, s in points]
-    minutes = sum(seconds for seconds in expected if seconds < allowance) / 60
-    print(f"{len(points)} problems, about {minutes:.0f} minutes and the time to compile", flush=True)
+    minutes = round(sum(seconds for seconds in expected if seconds < allowance) / 60)
+    span = f"about {minutes} minute{'s' * (minutes > 1)}" if minutes else "under a minute"
+    print(f"{len(points)} problem{'s' * (len(points) > 1)}, {span} and the time to compile", flush=True)
+    told: set[tuple[str, str]] = set()  # why a contestant takes no part is the same on most problems
     start = time.perf_counter()
     with tqdm(total=len(points), unit="problem", dynamic_ncols=True, disable=None) as progress:
         for scenario, point, setting in points:
@@ -67,7 +71,9 @@ def run(
             rows: Iterable[Row] = [row for row in done if row.figure[:2] == (scenario.name, point)]
             for row in rows or measured(scenario.name, point, setting, takes_part(scenario, only), device, allowance):
                 file.add(row)
-                progress.write(line(row), file=sys.stdout)
+                if (reason := (row.figure.contestant, row.figure.note)) not in told:
+                    progress.write(line(row), file=sys.stdout)
+                told |= {reason} if row.figure.note and row.figure.contestant else set()
             progress.update()
     print(f"{len(points)} problems in {(time.perf_counter() - start) / 60:.1f} minutes")
 
@@ -106,7 +112,7 @@ def line(row: Row) -> str:
     spread = f"{f.p50_ms:10.2f} ms [{f.p20_ms:.2f}, {f.p80_ms:.2f}]"
     beside = f"{f.times_floor:6.2f} x floor"
     fused = "" if f.times_fused is None else f" {f.times_fused:6.2f} x fused"
-    memory = "" if f.peak_mib is None else f" {f.peak_mib:8.0f} MiB"
+    memory = "" if f.peak_mib is None else f" {tables.whole_number(f.peak_mib):>8} MiB"
     return f"{head} {spread} {beside}{fused}{memory}"
 
 
@@ -127,6 +133,11 @@ def chosen_scenarios(args: argparse.Namespace, device: str) -> dict[str, Scenari
             raise SystemExit(f"no scenario {', '.join(unknown)}; there are {', '.join(every)}")
         return {name: every[name] for name in args.scenario}
     return scenarios.full(rows, dtype) if args.full else scenarios.quick(rows, dtype)
+
+
+def name_of_set(args: argparse.Namespace) -> str:
+    """Each set of scenarios has a file of its own: a short run does not replace the figures of a long one."""
+    return "-".join(args.scenario) if args.scenario else "" if args.full else "quick"
 
 
 def pass_op_tests(device: str) -> None:
@@ -163,18 +174,38 @@ def arguments() -> argparse.Namespace:
                         help="the fused loss beside this one; repeatable: " + ", ".join(CONTESTANTS))  # fmt: skip
     parser.add_argument("--base", metavar="COMMIT", help="the fused loss of this commit beside the one of the checkout")
     parser.add_argument("--device", default="cuda" if have_gpu else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=int, help="of torch (default: its own)")
-    parser.add_argument("--rows", type=int, help="N of a typical problem (default: 512 on a CPU, 16384 on a GPU)")
+    parser.add_argument("--threads", type=whole_number, help="of torch (default: its own)")
+    parser.add_argument(
+        "--rows", type=whole_number, help="N of a typical problem (default: 512 on a CPU, 16384 on a GPU)"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument("--allow", type=float, metavar="SECONDS", help="one problem may take (default: 90, full 240)")
+    parser.add_argument("--allow", type=number, metavar="SECONDS", help="one problem may take (default: 90, full 240)")
     parser.add_argument("--out", type=Path, default=machine.ROOT / "benchmarks/results")
     parser.add_argument("--skip-tests", action="store_true", help="where they have just passed")
     parser.add_argument("--draw", type=Path, metavar="CSV", help="no measuring: table and pictures of this file")
     parser.add_argument("--resume", action="store_true", help="keep what today's file already has of this commit")
     parser.add_argument("--readme", action="store_true", help="also write the short table into README.md")
     args = parser.parse_args()
+    if args.device == "cuda" and not have_gpu:
+        parser.error("--device cuda: torch sees no CUDA device here")
+    if args.allow is not None and args.allow <= 0:
+        parser.error(f"--allow: expected seconds above 0, got {args.allow:g}")
+    if args.draw and not args.draw.is_file():
+        parser.error(f"--draw {args.draw}: no such file; the files of a run are in benchmarks/results")
+    if not args.draw and (why := why_unwritable(args.out)):
+        parser.error(f"--out {args.out}: {why}")
     args.allow = args.allow or (240.0 if args.full or args.scenario else 90.0)
     return args
+
+
+def why_unwritable(folder: Path) -> str | None:
+    """None of a folder in which files can be made; found out by making one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"cannot be written to: {error.strerror}"
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def ratio(value: float | None) -> str:
 
 
 def whole_number(value: float | None) -> str:
-    return "" if value is None else f"{value:.0f}"
+    return "" if value is None else f"{round(value)}"  # an int: there is no -0
 
 
 def error(value: float | None) -> str:

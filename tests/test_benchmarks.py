@@ -190,6 +190,56 @@ def test_red_op_tests_mean_no_numbers(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+MISTAKES = {
+    "no rows": (["--rows", "0"], "--rows: expected a whole number of at least 1, got '0'"),
+    "no threads": (["--threads", "-1"], "--threads: expected a whole number of at least 1, got '-1'"),
+    "a time that is no number": (["--allow", "nan"], "--allow: expected a number, got 'nan'"),
+    "no time": (["--allow", "-3"], "--allow: expected seconds above 0, got -3"),
+    "nothing to draw": (["--draw", "nowhere.csv"], "--draw nowhere.csv: no such file"),
+    "a file to write into": (["--out", __file__], "cannot be written to"),
+}
+
+
+@pytest.mark.parametrize(("flags", "words"), MISTAKES.values(), ids=MISTAKES)
+def test_a_wrong_flag_is_named_before_anything_runs(flags, words, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["run", *flags])
+    with pytest.raises(SystemExit, match="2"):
+        run.main()
+    assert words in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["run", "--device", "cuda"])
+    with pytest.raises(SystemExit, match="2"):
+        run.main()
+    assert "--device cuda: torch sees no CUDA device" in capsys.readouterr().err
+
+
+def test_each_set_of_scenarios_has_a_file_of_its_own(monkeypatch):
+    names = []
+    for flags in (["--full"], [], ["--scenario", "toy"], ["--scenario", "toy", "--scenario", "kinds"]):
+        monkeypatch.setattr("sys.argv", ["run", *flags])
+        names.append(results.file_name(FACTS, run.name_of_set(run.arguments())))
+    plain = results.file_name(FACTS).removesuffix(".csv")
+    assert names == [f"{plain}{end}.csv" for end in ("", "_quick", "_toy", "_toy-kinds")]
+
+
+def test_why_a_rival_takes_no_part_is_said_once_and_written_for_every_problem(tmp_path, fast_tiny_machine, capsys):
+    points = {f"V={v}": TINY._replace(vocabulary=v) for v in (61, 131)}
+    scenario = {"vocabulary": Scenario("vocabulary", "growing", points, ("fused", "quack"), "vocabulary")}
+    file = results.ResultFile(tmp_path / "here.csv", FACTS)
+    run.run(scenario, "cpu", [], 60.0, file, [])
+    shown = capsys.readouterr().out
+    assert shown.startswith("2 problems, under a minute and the time to compile")
+    assert shown.count(" quack ") == 1
+    assert [row.figure.contestant for row in results.read(file.path)[1]].count("quack") == 2
+
+
+def test_no_figure_is_a_negative_zero():
+    assert [tables.whole_number(value) for value in (-0.4, 0.4, -3.0, None)] == ["0", "0", "-3", ""]
+
+
 def test_an_unknown_scenario_is_named_with_those_that_exist(monkeypatch):
     monkeypatch.setattr("sys.argv", ["run", "--scenario", "nothing"])
     with pytest.raises(SystemExit, match=r"no scenario nothing; there are everyone, .*acceptance"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import sys
 
 import torch
 
@@ -93,9 +94,15 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def main() -> None:
-    print(report())
+def main(arguments: list[str] | None = None) -> int:
+    """Print the report; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if set(arguments) - {"-h", "--help"}:
+        print(f"python -m wrpo_kernels takes no arguments, got {' '.join(arguments)}", file=sys.stderr)
+        return 2
+    print(__doc__ if arguments else report())
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -685,6 +685,12 @@ REFUSED = {
     "labels elsewhere": ({"labels": torch.zeros(6, 3).long().to("meta")}, ValueError, "labels.*cpu.*meta"),
     "label V": ({"labels": torch.full((6, 3), 5)}, ValueError, "labels.*V ?= ?5.*5"),
     "label -1": ({"labels": torch.full((6, 3), -1)}, ValueError, "labels.*-1"),
+    "sparse hidden": ({"hidden": torch.zeros(6, 3, 4).to_sparse()}, ValueError, r"hidden.*dense.*sparse_coo.*to_dense"),
+    "sparse weight": (
+        {"weight": torch.zeros(5, 4).to_sparse_csr()},
+        ValueError,
+        r"weight.*dense.*sparse_csr.*to_dense",
+    ),
     "hidden of another type": ({"hidden": None}, TypeError, "hidden.*NoneType"),
     "hidden of another width": ({"hidden": torch.zeros(6, 3, 5)}, ValueError, r"hidden.*D=4.*\[6, 3, 5\]"),
     "packed without cu_seqlens": (PACKED, ValueError, r"labels.*\[S, T\].*cu_seqlens.*\[18\]"),

@@ -15,6 +15,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got {value.layout}; convert it with {name}.to_dense()")
 
 
 def check_shape(name: str, value: Tensor, letters: str, *expected: int) -> None:

@@ -20,18 +20,18 @@ NATIVE := setup.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/
 .PHONY: menu demo fuse experiment test bench lint format wheel test-gpu sanitize bench-gpu clean
 
 menu:
-	@echo "make demo     fine-tune a real language model on this machine: answers before and after, a curve, a saved model"
-	@echo "make fuse     from candidates to a fused model, each public command shown as it runs, into fuse-output/"
-	@echo "make experiment   does fusion work? tiny specialists fused, every arm of the paper, into docs/fusion.md"
-	@echo "make test     every test that needs no GPU"
-	@echo "make bench    the fused loss beside every rival: time, memory, errors; a table and pictures, under 5 minutes"
-	@echo "make lint     formatting, types and the laws of the house"
-	@echo "make format   apply the formatting"
-	@echo "make wheel    build a wheel into dist/, with CUDA kernels where nvcc is found"
-	@echo "make test-gpu   the ops on every GPU backend, streams, graphs, 2^31 elements"
-	@echo "make sanitize   compute-sanitizer over the CUDA kernels: memcheck, then racecheck"
-	@echo "make bench-gpu  GPU backends beside the copy bandwidth and the bare matrix products, into benchmarks/results/"
-	@echo "make clean    remove what the targets above built and wrote, trained models too"
+	@echo "make demo        fine-tune a real language model on this machine: answers before and after, a curve, a saved model"
+	@echo "make fuse        from candidates to a fused model, each public command shown as it runs, into fuse-output/"
+	@echo "make experiment  does fusion work? tiny specialists fused, every arm of the paper, into docs/fusion.md"
+	@echo "make test        every test that needs no GPU"
+	@echo "make bench       the fused loss beside every rival: time, memory, errors; a table and pictures, under 5 minutes"
+	@echo "make lint        formatting, types and the laws of the house"
+	@echo "make format      apply the formatting"
+	@echo "make wheel       build a wheel into dist/, with CUDA kernels where nvcc is found"
+	@echo "make test-gpu    the ops on every GPU backend, streams, graphs, 2^31 elements"
+	@echo "make sanitize    compute-sanitizer over the CUDA kernels: memcheck, then racecheck"
+	@echo "make bench-gpu   GPU backends beside the copy bandwidth and the bare matrix products, into benchmarks/results/"
+	@echo "make clean       remove what the targets above built and wrote, trained models too"
 
 demo: $(VENV)/installed-demo
 	$(BIN)/python -m wrpo.demo $(ARGS)

@@ -687,9 +687,9 @@ REFUSED = {
     "label -1": ({"labels": torch.full((6, 3), -1)}, ValueError, "labels.*-1"),
     "sparse hidden": ({"hidden": torch.zeros(6, 3, 4).to_sparse()}, ValueError, r"hidden.*dense.*sparse_coo.*to_dense"),
     "sparse weight": (
-        {"weight": torch.zeros(5, 4).to_sparse_csr()},
+        {"weight": torch.zeros(5, 4).to_sparse()},
         ValueError,
-        r"weight.*dense.*sparse_csr.*to_dense",
+        r"weight.*dense.*sparse_coo.*to_dense",
     ),
     "hidden of another type": ({"hidden": None}, TypeError, "hidden.*NoneType"),
     "hidden of another width": ({"hidden": torch.zeros(6, 3, 5)}, ValueError, r"hidden.*D=4.*\[6, 3, 5\]"),

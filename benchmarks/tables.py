@@ -16,9 +16,9 @@ READING_OF = {
         "so the fused step, which widens them, can be far below 1 there.",
     ),
     "cuda": (
-        "Each step starts on an idle device, so that what the host takes to queue it counts. Memory is mostly the 1 GiB",
-        "of `budget_bytes`; less of it is leaner and slower. The smaller D is, the less a product does for each logit, and",
-        "the more the passes over rows and the float32 dW show.",
+        "Each step starts on an idle device, so that what the host takes to queue it counts.",
+        "Memory is mostly the 1 GiB of `budget_bytes`; less of it is leaner and slower. The smaller D is,",
+        "the less a product does for each logit, and the more the passes over rows and the float32 dW show.",
     ),
 }
 IN_README = ("everyone", "heads", "kinds", "layouts", "precision", "softcap", "prompt", "toy")  # the others are curves

@@ -7,10 +7,12 @@ from collections import deque
 
 import pytest
 import torch
+from tiny_runs import wrpo_trainer
+from transformers import TrainerCallback
 
 from wrpo_kernels import linear_token_logp
 from wrpo_kernels import scratch as scratch_module
-from wrpo_kernels.scratch import LARGE, scratch
+from wrpo_kernels.scratch import LARGE, none_kept, scratch
 
 CPU, SIDE = torch.device("cpu"), 2 * LARGE // 4 // 1024  # [SIDE, 1024] float32 is twice the size from which it matters
 
@@ -37,6 +39,34 @@ def test_two_buffers_are_kept_whichever_is_let_go_first():
     del first, second
     first, second = large(), large()
     assert {first.data_ptr(), second.data_ptr()} == addresses
+
+
+def test_where_none_is_to_be_kept_none_is_and_afterwards_they_are_again():
+    outer = large()
+    del outer
+    assert len(scratch_module._kept) == 1
+    with none_kept():
+        inner = large()
+        del inner
+        assert not scratch_module._kept
+    buffer = large()
+    del buffer
+    assert len(scratch_module._kept) == 1
+
+
+def test_training_keeps_none_between_its_steps(tmp_path):
+    class Watch(TrainerCallback):
+        kept = []
+
+        def on_step_end(self, *_args, **_options):
+            buffer = large()
+            del buffer
+            self.kept.append(len(scratch_module._kept))
+
+    trainer = wrpo_trainer(tmp_path, max_steps=2)
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert Watch.kept == [0, 0]
 
 
 def test_a_view_keeps_its_buffer():

@@ -24,6 +24,7 @@ from wrpo.metrics import RunningMeans
 from wrpo.reference import is_partitioned
 from wrpo.user_error import UserError
 from wrpo_kernels import token_logp
+from wrpo_kernels.scratch import none_kept
 
 Batch = dict[str, Tensor]
 
@@ -63,7 +64,8 @@ class HeadTrainer(Trainer):
         Raises:
             UserError: the run ended with weights or a loss that are no numbers.
         """
-        output = super().train(*args, **options)
+        with none_kept():
+            output = super().train(*args, **options)
         weights = [name for name, p in self.model.named_parameters() if p.requires_grad and not is_finite(p)]
         bad = torch.tensor(float(bool(weights) or not math.isfinite(output.training_loss)), device=self.args.device)
         if self.accelerator.reduce(bad, "sum").item():  # all ranks stop, or none: a rank of FSDP sees its share alone

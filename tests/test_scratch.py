@@ -56,7 +56,8 @@ def test_where_none_is_to_be_kept_none_is_and_afterwards_they_are_again():
 
 def test_training_keeps_none_between_its_steps(tmp_path):
     class Watch(TrainerCallback):
-        kept = []
+        def __init__(self):
+            self.kept = []
 
         def on_step_end(self, *_args, **_options):
             buffer = large()
@@ -64,9 +65,10 @@ def test_training_keeps_none_between_its_steps(tmp_path):
             self.kept.append(len(scratch_module._kept))
 
     trainer = wrpo_trainer(tmp_path, max_steps=2)
-    trainer.add_callback(Watch())
+    watch = Watch()
+    trainer.add_callback(watch)
     trainer.train()
-    assert Watch.kept == [0, 0]
+    assert watch.kept == [0, 0]
 
 
 def test_a_view_keeps_its_buffer():

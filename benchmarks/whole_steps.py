@@ -28,6 +28,7 @@ from benchmarks import dated_table
 from benchmarks.machine import ROOT
 from benchmarks.training_contestants import CONTESTANTS, serve, why_not
 from benchmarks.training_models import NAMES
+from wrpo.flags import whole_number
 from wrpo.user_error import UserError
 
 BATCH = {"SmolLM2-135M": 4, "Llama": 1, "tiny": 2}  # rows a step
@@ -170,7 +171,8 @@ def draw(rows: list[Figure], facts: dict[str, str], path: Path) -> None:
         right.barh(number, row.peak_mib, color=colours[row.contestant])
     left.set_yticks(range(len(rows)), [f"{row.model}, {row.comparison}: {row.contestant}" for row in rows], fontsize=8)
     left.invert_yaxis()
-    left.set_xlabel("tokens a second, whole optimizer steps (median, 95 % interval)")
+    ends_are = "95 % interval" if all(row.steps >= 6 for row in rows) else "smallest, largest"
+    left.set_xlabel(f"tokens a second, whole optimizer steps (median, {ends_are})")
     right.set_xlabel("peak memory that training adds, MiB")
     plot.suptitle(dated_table.caption(facts), fontsize=9)
     plot.tight_layout()
@@ -181,7 +183,9 @@ def draw(rows: list[Figure], facts: dict[str, str], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", choices=NAMES, help="repeatable (default: SmolLM2-135M and Llama)")
-    parser.add_argument("--rounds", type=int, default=9, help="steps of each contestant that count (default: 9)")
+    parser.add_argument(
+        "--rounds", type=whole_number, default=9, help="steps of each contestant that count (default: 9)"
+    )
     parser.add_argument("--quick", action="store_true", help="see it run: three rounds of a tiny model")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     args = parser.parse_args()

@@ -100,3 +100,41 @@ def test_an_adapter_that_adds_positions_is_refused():
     model = get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(TypeError, match=r"PROMPT_TUNING.*virtual tokens"):
         install_fused_head(model)
+
+
+def merged(model: torch.nn.Module) -> torch.nn.Module:
+    model.merge_adapter()
+    return model
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]], ids=["body", "head"])
+def test_a_merged_adapter_is_refused_by_name_and_stays_merged(targets, batch):
+    config = LoraConfig(target_modules=targets, r=4, init_lora_weights=False)
+    model = merged(get_peft_model(tiny_model(), config))
+    before = plain_logp(model.eval(), batch)
+    with pytest.raises(ValueError, match=r"adapter 'default' is merged .*unmerge_adapter\(\).*merge_and_unload\(\)"):
+        install_fused_head(model)
+    torch.testing.assert_close(plain_logp(model, batch), before, rtol=0, atol=0)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    assert layer.merged_adapters == ["default"]
+
+
+@pytest.mark.parametrize("way_out", ["unmerge_adapter", "merge_and_unload"])
+def test_either_way_out_of_a_merged_adapter_gives_the_model_that_it_was(way_out, batch):
+    config = LoraConfig(target_modules=["q_proj", "lm_head"], r=4, init_lora_weights=False)
+    model = merged(get_peft_model(tiny_model(), config)).eval()
+    before = plain_logp(model, batch)
+    model = getattr(model, way_out)() or model
+    install_fused_head(model)
+    torch.testing.assert_close(fused_logp(model, batch).double(), before, rtol=0, atol=ATOL)
+
+
+def test_a_model_merged_after_its_head_was_installed_generates_and_is_refused_by_the_next_trainer(batch):
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights=False)).eval()
+    install_fused_head(model)
+    prompt = batch["input_ids"][:2, :2]
+    expected = model.generate(input_ids=prompt, max_new_tokens=5, do_sample=False)
+    model.merge_adapter()
+    assert torch.equal(model.generate(input_ids=prompt, max_new_tokens=5, do_sample=False), expected)
+    with pytest.raises(ValueError, match="'default' is merged"):
+        install_fused_head(model)

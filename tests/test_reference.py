@@ -265,6 +265,15 @@ def test_adapters_that_hold_a_stage_before_are_warned_of_when_named_as_the_refer
     assert "the adapters already change the model's output" in caplog.text
 
 
+@pytest.mark.parametrize("reference", ["auto", "adapter"])
+def test_a_trainer_refuses_a_merged_adapter_and_does_not_take_it_out(reference, tmp_path):
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="adapter 'default' is merged into its weights"):
+        opened(tmp_path, model, reference, check_head=False)
+    assert model.get_base_model().model.layers[0].self_attn.q_proj.merged
+
+
 @pytest.mark.parametrize(
     ("reference", "has_length", "words"),
     [("adapter", True, "needs a PEFT model, got LlamaForCausalLM"), ("precompute", False, "needs data with a length")],

@@ -52,11 +52,13 @@ def install_fused_head(model: nn.Module, *, check: bool = True) -> HeadScores:
 
     Raises:
         TypeError: no causal LM with an output head, or a head or adapter whose weight is not known how to read.
-        ValueError: the model treats its logits in a way that the fused head does not know, or adds a loss of its own.
+        ValueError: the model treats its logits in a way that the fused head does not know, adds a loss of its own, or
+            makes logits that are no numbers; or an adapter is merged into its weights.
     """
     causal_lm = find_causal_lm(model)
+    refuse_merged(causal_lm)
     known = causal_lm.__dict__.get(_SCORES)
-    if known is not None:
+    if known is not None and not _has_own_forward(causal_lm):
         return known
     candidates = transforms_of(causal_lm.config)
     _accept_head_fn(causal_lm)
@@ -74,7 +76,7 @@ def remove_fused_head(model: nn.Module) -> None:
     """Give the model back the forward that it had before `install_fused_head`."""
     state = find_causal_lm(model).__dict__
     if state.pop(_SCORES, None) is not None:
-        state.pop("forward")
+        state.pop("forward", None)
         if _FORWARD_BEFORE in state:
             state["forward"] = state.pop(_FORWARD_BEFORE)
 
@@ -89,6 +91,9 @@ def run_in_head(model: nn.Module, head_fn: HeadFn, **inputs: Any) -> Any:
             tensor, or a NamedTuple with a field `loss`. The tensor, or `loss`, takes part in the model's forward and
             carries the gradient; the other fields are handed over as they are.
         **inputs: of the model's forward: input_ids, attention_mask, ...
+
+    Raises:
+        RuntimeError: the model's forward did not call `head_fn`: it has no fused head.
     """
     returned: list[Any] = []
 
@@ -97,6 +102,11 @@ def run_in_head(model: nn.Module, head_fn: HeadFn, **inputs: Any) -> Any:
         return returned[0] if isinstance(returned[0], Tensor) else returned[0].loss
 
     through_the_model = model(**inputs, head_fn=keep_the_rest)
+    if not returned:
+        raise RuntimeError(
+            f"{type(model).__name__} has no fused head: its forward did not call head_fn; call "
+            "install_fused_head(model) first (loading a pickled model drops the head)"
+        )
     if isinstance(returned[0], Tensor):
         return through_the_model
     return returned[0]._replace(loss=through_the_model)
@@ -131,9 +141,25 @@ def find_causal_lm(model: nn.Module) -> nn.Module:
     return model
 
 
+def refuse_merged(model: nn.Module) -> None:
+    """Raises ValueError: a merged adapter does not train, and PEFT takes it out of the weights to switch it off."""
+    merged = sorted({name for module in model.modules() for name in getattr(module, "merged_adapters", ())})
+    if merged:
+        raise ValueError(
+            f"adapter {', '.join(map(repr, merged))} is merged into its weights: call model.unmerge_adapter() to train "
+            "it, or model = model.merge_and_unload() for a plain model"
+        )
+
+
+def _has_own_forward(model: nn.Module) -> bool:
+    """Whether the forward is that of the class, as pickling leaves it, which keeps a bound method by name alone."""
+    own = MethodType(type(model).forward, model)
+    return bool(model.__dict__.get("forward", own) == own)
+
+
 def _accept_head_fn(model: nn.Module) -> None:
     """Replace the forward of this instance, not of its class. It is bound, so that a deep copy gets its own."""
-    if "forward" in model.__dict__:  # a hook of accelerate, for example
+    if not _has_own_forward(model):  # a hook of accelerate, for example
         model.__dict__[_FORWARD_BEFORE] = model.__dict__["forward"]
 
     def forward(self: nn.Module, *args: Any, head_fn: HeadFn | None = None, **kwargs: Any) -> Any:

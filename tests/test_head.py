@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import io
-import math
 
 import pytest
 import torch
@@ -60,6 +59,25 @@ def test_logits_treated_in_an_unknown_way_are_refused_and_leave_the_model_as_it_
     with pytest.raises(ValueError, match=f"{model_class.__name__} post-processes its logits"):
         install_fused_head(model)
     assert "forward" not in model.__dict__
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.down_proj.weight"], ids=["head", "body"])
+def test_weights_that_are_no_numbers_are_named_and_not_taken_for_a_treatment_of_logits(name, value):
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_parameter(name)[0, 0] = value
+    with pytest.raises(ValueError, match=rf"own logits are not finite .*weight that is not: {name}\."):
+        install_fused_head(model)
+    assert "forward" not in model.__dict__
+
+
+def test_activations_that_overflow_are_told_from_weights_that_are_no_numbers():
+    model = tiny_model(dtype=torch.float16)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(65504)
+    with pytest.raises(ValueError, match=r"weight that is not: none, so torch.float16 overflows"):
+        install_fused_head(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -132,36 +150,33 @@ def test_a_deep_copy_runs_with_its_own_weights(batch):
     assert not torch.allclose(fused_logp(other, batch), fused_logp(model, batch))
 
 
-def test_a_pickled_model_needs_its_fused_head_again_and_says_so(batch):
-    model = tiny_model().eval()
+def test_a_model_loaded_from_a_pickle_says_that_it_lost_its_head_and_takes_a_new_one(batch):
+    model, file = tiny_model().eval(), io.BytesIO()
     install_fused_head(model)
-    expected = fused_logp(model, batch)
-    file = io.BytesIO()
     torch.save(model, file)
     loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
-    with pytest.raises(RuntimeError, match=r"call install_fused_head.* again on a model that was loaded from a pickle"):
-        run_in_head(loaded, lambda *operands, **head: operands[0], input_ids=batch["input_ids"])
-    install_fused_head(loaded)
-    assert torch.equal(fused_logp(loaded, batch), expected)
+    torch.testing.assert_close(plain_logp(loaded, batch), plain_logp(model, batch), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match=r"did not call head_fn; call install_fused_head\(model\) first"):
+        fused_logp(loaded, batch)
+    assert install_fused_head(loaded) == install_fused_head(model)
+    torch.testing.assert_close(fused_logp(loaded, batch), fused_logp(model, batch), rtol=0, atol=0)
+    remove_fused_head(loaded)
+    assert "forward" not in loaded.__dict__
 
 
-def test_a_model_without_a_fused_head_is_named_when_a_loss_is_run_in_it(batch):
+def test_a_model_without_a_fused_head_is_told_to_get_one(batch):
+    with pytest.raises(RuntimeError, match="LlamaForCausalLM has no fused head"):
+        fused_logp(tiny_model(), batch)
+
+
+def test_a_forward_that_someone_put_over_the_head_stays(batch):
     model = tiny_model().eval()
-    with pytest.raises(
-        RuntimeError, match=r"forward of LlamaForCausalLM did not call head_fn; call install_fused_head"
-    ):
-        run_in_head(model, lambda *operands, **head: operands[0], input_ids=batch["input_ids"])
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("part", ["lm_head", "model.norm"])
-def test_a_model_whose_own_logits_are_not_finite_is_said_to_be_that(value, part):
-    model = tiny_model()
-    with torch.no_grad():
-        model.get_submodule(part).weight[0] = value
-    with pytest.raises(ValueError, match=r"the logits of LlamaForCausalLM are not finite .* NaN or infinity"):
-        install_fused_head(model)
-    assert "forward" not in model.__dict__
+    install_fused_head(model)
+    inner, calls = model.forward, []
+    model.forward = lambda *args, **kwargs: (calls.append(1), inner(*args, **kwargs))[1]
+    install_fused_head(model)
+    torch.testing.assert_close(fused_logp(model, batch).double(), plain_logp(model, batch), rtol=0, atol=ATOL)
+    assert len(calls) == 2
 
 
 def test_plain_calls_generation_and_saving_stay_as_they_were(batch, tmp_path):

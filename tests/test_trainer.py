@@ -272,3 +272,13 @@ def test_training_and_the_reference_pass_leave_the_random_state_of_the_data_alon
 def test_a_run_that_ends_in_weights_that_are_no_numbers_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"training ended in NaN or infinity .*not finite: \d+ parameters"):
         wrpo_trainer(tmp_path, max_steps=2, beta=1.0, **{**ONE_GRADIENT, "learning_rate": 1e38}).train()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without an accelerator")
+def test_batches_are_pinned_only_for_an_accelerator_unless_the_user_says_otherwise(tmp_path, recwarn):
+    trainer = wrpo_trainer(tmp_path, max_steps=1, use_cpu=False)
+    trainer.train()
+    assert not [str(warning.message) for warning in recwarn if "pin_memory" in str(warning.message)]
+    assert trainer.args.dataloader_pin_memory is False
+    told = WRPOConfig(output_dir=str(tmp_path), dataloader_pin_memory=True)
+    assert told.dataloader_pin_memory is True

@@ -52,6 +52,9 @@ class FusedHeadConfig(TrainingArguments):
         None,
         "Compute in bfloat16 (autocast). Default: yes on a GPU that supports it, unless fp16 is set (paper: bf16).",
     )
+    dataloader_pin_memory: bool | None = knob(
+        None, "Batches in pinned memory, for copies to an accelerator. Default: yes where training runs on one."
+    )
     remove_unused_columns: bool = knob(
         False, "Default: False, and it must stay so: the collator reads columns that the model does not."
     )
@@ -77,8 +80,8 @@ class FusedHeadConfig(TrainingArguments):
             self.bf16 = not (self.fp16 or self.use_cpu) and is_torch_bf16_gpu_available()
         self._check_inherited()
         super().__post_init__()
-        if self.device.type == "cpu":
-            self.dataloader_pin_memory = False  # there is nothing to copy to, and torch warns of it every epoch
+        if self.dataloader_pin_memory is None:
+            self.dataloader_pin_memory = self.device.type != "cpu"
         self._check_at_least("max_length", 2)
         self._check_at_least("max_prompt_length", 1)
         self._check_at_least("budget_bytes", 1)

@@ -82,7 +82,10 @@ def draw_curves(log_history: list[dict[str, Any]], path: Path) -> bool:
     panels = [panel for panel in PANELS if any(series(log_history, key)[0] for key in panel.lines)]
     panels += source_panels(log_history)
     if not panels:
-        logger.warning("%s was not drawn: the run ended before its first log line; see logging_steps", path.name)
+        logger.warning(
+            "%s was not drawn: training ended before the first line of its log; set logging_steps to no more than the "
+            "steps of the run", path.name,
+        )  # fmt: skip
         return False
     rows = -(-(len(panels) + 1) // COLUMNS)
     figure = Figure(figsize=(3.9 * COLUMNS, 2.9 * rows), layout="constrained")

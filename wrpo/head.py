@@ -52,12 +52,13 @@ def install_fused_head(model: nn.Module, *, check: bool = True) -> HeadScores:
 
     Raises:
         TypeError: no causal LM with an output head, or a head or adapter whose weight is not known how to read.
-        ValueError: the model treats its logits in a way that the fused head does not know, or adds a loss of its own;
-            its logits are not finite.
+        ValueError: the model treats its logits in a way that the fused head does not know, adds a loss of its own, or
+            makes logits that are no numbers; or an adapter is merged into its weights.
     """
     causal_lm = find_causal_lm(model)
+    refuse_merged(causal_lm)
     known = causal_lm.__dict__.get(_SCORES)
-    if known is not None and _takes_head_fn(causal_lm):
+    if known is not None and not _has_own_forward(causal_lm):
         return known
     candidates = transforms_of(causal_lm.config)
     _accept_head_fn(causal_lm)
@@ -75,7 +76,7 @@ def remove_fused_head(model: nn.Module) -> None:
     """Give the model back the forward that it had before `install_fused_head`."""
     state = find_causal_lm(model).__dict__
     if state.pop(_SCORES, None) is not None:
-        state.pop("forward")
+        state.pop("forward", None)
         if _FORWARD_BEFORE in state:
             state["forward"] = state.pop(_FORWARD_BEFORE)
 
@@ -92,9 +93,12 @@ def run_in_head(model: nn.Module, head_fn: HeadFn, **inputs: Any) -> Any:
         **inputs: of the model's forward: input_ids, attention_mask, ...
 
     Raises:
-        RuntimeError: the model's forward has not called head_fn: no fused head is installed.
+        RuntimeError: the model's forward did not call `head_fn`: it has no fused head.
+        ValueError: `adapter_names` among the inputs, and an adapter on the head.
     """
     returned: list[Any] = []
+    if inputs.get("adapter_names") is not None:
+        _refuse_mixed_batch(model)
 
     def keep_the_rest(*operands: Any, **options: Any) -> Tensor:
         returned[:] = [head_fn(*operands, **options)]
@@ -103,8 +107,8 @@ def run_in_head(model: nn.Module, head_fn: HeadFn, **inputs: Any) -> Any:
     through_the_model = model(**inputs, head_fn=keep_the_rest)
     if not returned:
         raise RuntimeError(
-            f"the forward of {type(model).__name__} did not call head_fn; call install_fused_head(model) first, and "
-            "again on a model that was loaded from a pickle"
+            f"{type(model).__name__} has no fused head: its forward did not call head_fn; call "
+            "install_fused_head(model) first (loading a pickled model drops the head)"
         )
     if isinstance(returned[0], Tensor):
         return through_the_model
@@ -141,28 +145,45 @@ def find_causal_lm(model: nn.Module) -> nn.Module:
 
 
 def refuse_merged(model: nn.Module) -> None:
-    """PEFT unmerges in silence whenever adapters are switched off, and that is what the reference does.
+    """Raises ValueError: a merged adapter does not train, and PEFT takes it out of the weights to switch it off."""
+    merged = sorted({name for module in model.modules() for name in getattr(module, "merged_adapters", ())})
+    if merged:
+        raise ValueError(
+            f"adapter {', '.join(map(repr, merged))} is merged into its weights: call model.unmerge_adapter() to train "
+            "it, or model = model.merge_and_unload() for a plain model"
+        )
 
-    Raises:
-        ValueError: an adapter is merged into the weights beside it.
+
+def adapts_tied_weight(model: nn.Module) -> bool:
+    """Whether an adapter is on one end of a model whose embedding and head share their weight; merged, it is on both.
+
+    A copy of PEFT's `modules_to_save` shares nothing.
     """
+    causal_lm = find_causal_lm(model)
+    ends = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    embedding, head = (getattr(end, "weight", None) for end in ends)
+    return embedding is head and any(type(end).__module__.startswith("peft.tuners.") for end in ends)
+
+
+def _refuse_mixed_batch(model: nn.Module) -> None:
+    """Before PEFT hangs its hooks into the layers: an error in the head would leave them there, and in force."""
     for module in model.modules():
-        names = getattr(module, "merged_adapters", None)
-        if names and getattr(module, "merged", False):
+        if _SCORES in module.__dict__ and type(module.get_output_embeddings()).__module__.startswith("peft."):
             raise ValueError(
-                f"adapter {names[0]!r} is merged into the weights of the model: call model.unmerge_adapter() to train "
-                "the adapter, or model.merge_and_unload() for a plain model"
+                "adapter_names (another adapter for each row) with an adapter on the output head is not known to the "
+                "fused head: run the rows of each adapter by themselves, with model.set_adapter(name)"
             )
 
 
-def _takes_head_fn(model: nn.Module) -> bool:
-    """False of a model that came out of a pickle: its attributes do, its forward does not."""
-    return "head_fn" in inspect.signature(model.forward).parameters
+def _has_own_forward(model: nn.Module) -> bool:
+    """Whether the forward is that of the class, as pickling leaves it, which keeps a bound method by name alone."""
+    own = MethodType(type(model).forward, model)
+    return bool(model.__dict__.get("forward", own) == own)
 
 
 def _accept_head_fn(model: nn.Module) -> None:
     """Replace the forward of this instance, not of its class. It is bound, so that a deep copy gets its own."""
-    if "forward" in model.__dict__:  # a hook of accelerate, for example
+    if not _has_own_forward(model):  # a hook of accelerate, for example
         model.__dict__[_FORWARD_BEFORE] = model.__dict__["forward"]
 
     def forward(self: nn.Module, *args: Any, head_fn: HeadFn | None = None, **kwargs: Any) -> Any:

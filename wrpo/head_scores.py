@@ -54,19 +54,14 @@ def agreeing_transform(model: nn.Module, candidates: list[HeadScores]) -> HeadSc
     """The first candidate under which the fused head and the model's own logits give the same log-probs.
 
     Raises:
-        ValueError: none does, or the model's own logits are not finite.
+        ValueError: none does, or the model's own logits are no numbers.
     """
     embedding = model.get_input_embeddings().weight  # [V, D]
     with untouched(model), magnified(model.get_output_embeddings()):
         ids = torch.linspace(0, embedding.shape[0] - 1, PROBE_TOKENS, device=embedding.device).long()[None]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         logits = model(**inputs, use_cache=False).logits
-        if not (logits < float("inf")).all():  # NaN is not; a model may mask tokens with -inf
-            raise ValueError(
-                f"the logits of {type(model).__name__} are not finite on {PROBE_TOKENS} tokens of its vocabulary: its "
-                "weights hold NaN or infinity, or their type overflows. Load it in bfloat16 or float32, or from before "
-                "the damage"
-            )
+        _refuse_no_numbers(model, logits)
         target = torch.stack([logits.argmax(-1), logits.argmin(-1), ids.roll(1, 1)])  # [3, 1, 8]
         own = logits.float().log_softmax(-1).expand(3, -1, -1, -1).gather(-1, target[..., None])[..., 0]
 
@@ -90,6 +85,18 @@ def agreeing_transform(model: nn.Module, candidates: list[HeadScores]) -> HeadSc
         f"{type(model).__name__} post-processes its logits in a way the fused head does not know: log-probs differ "
         f"by {error[0]:.3g} nats, rounding explains {tolerance:.1g}. Known are a bias and LoRA on the head, and "
         f"{SOFTCAP_FIELD}, {', '.join(SCALE_FIELDS)} of the config"
+    )
+
+
+def _refuse_no_numbers(model: nn.Module, logits: Tensor) -> None:
+    """-inf is a mask, and a treatment of logits like others."""
+    if bool((logits < float("inf")).all()):
+        return
+    weights = (name for name, p in model.named_parameters() if not bool(p.isfinite().all()))
+    raise ValueError(
+        f"{type(model).__name__}: the model's own logits are not finite on a few tokens (NaN or infinity); the first "
+        f"weight that is not: {next(weights, f'none, so {logits.dtype} overflows on the way')}. Load weights that are "
+        "numbers, in a type that holds their activations (bfloat16 or float32)"
     )
 
 

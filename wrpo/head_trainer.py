@@ -8,6 +8,7 @@ FSDP and ZeRO average over ranks, and the loss is multiplied by the number of ra
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from itertools import islice
@@ -19,12 +20,14 @@ from transformers import Trainer
 
 from wrpo.config import FusedHeadConfig
 from wrpo.curves import TrainingCurves
-from wrpo.head import install_fused_head, refuse_merged
+from wrpo.head import adapts_tied_weight, install_fused_head
 from wrpo.metrics import RunningMeans
 from wrpo.reference import is_partitioned
 from wrpo.user_error import UserError
 from wrpo_kernels import token_logp
 from wrpo_kernels.scratch import none_kept
+
+logger = logging.getLogger("wrpo.head")
 
 Batch = dict[str, Tensor]
 
@@ -43,8 +46,6 @@ class HeadTrainer(Trainer):
                 f"{args.n_gpu} GPUs in one process (DataParallel) are not supported: start one process a GPU with "
                 f"`torchrun --nproc_per_node {args.n_gpu} ...`, or show this process one GPU with CUDA_VISIBLE_DEVICES"
             )
-        if model is not None:
-            refuse_merged(model)
         if args.check_head and model is not None and is_partitioned(model):
             raise ValueError(
                 "check_head runs the model before it is wrapped, and its weights are spread over ranks or not there "
@@ -55,6 +56,13 @@ class HeadTrainer(Trainer):
         super().__init__(model=model, args=args, **options)
         self.model_accepts_loss_kwargs = True  # what transformers before `loss_is_scaled_for_ga` reads
         install_fused_head(self.model, check=args.check_head)
+        if adapts_tied_weight(self.model):
+            logger.warning(
+                "An adapter is on the output head or the embedding, which share one weight: merge_and_unload() would "
+                "change both, and give another model than was trained. Keep the adapter unmerged, or start from a head "
+                "of its own, before get_peft_model: head = model.get_output_embeddings(); head.weight = "
+                "torch.nn.Parameter(head.weight.detach().clone()); model.config.tie_word_embeddings = False"
+            )
         self.add_callback(TrainingCurves(draw=args.draw_curves))
         self.train_means, self.eval_means = RunningMeans(), RunningMeans()
 

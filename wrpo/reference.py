@@ -82,7 +82,8 @@ def choose_reference(
     if wanted == "adapter" and not partitioned and not adapters_are_fresh(model):
         logger.warning(
             "reference='adapter': the adapters already change the model's output, and the reference is the model "
-            "without them. Where they hold the SFT stage, merge them or use reference='precompute'."
+            "without them. Where they hold the SFT stage, put fresh ones on model.merge_and_unload(), or use "
+            "reference='precompute'."
         )
     if wanted != "auto":
         return wanted

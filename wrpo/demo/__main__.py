@@ -95,9 +95,9 @@ def run(options: argparse.Namespace) -> None:
     draw_bars(before, after, options.out / "before_after.png")
     write_metrics(options, before, after, bf16, time.perf_counter() - started)
     print(f"\n{side_by_side(before, after)}\n{table(before, after)}\n")
-    if options.quick:
-        print("--quick shows that it runs: two small steps are too few to learn anything.")
     say_where(options.out, time.perf_counter() - started)
+    if options.quick:
+        print("\nIt runs. Two small steps are too few to learn anything: leave out --quick for answers that improve.")
 
 
 def open_trainer(model: Any, tokenizer: Any, options: argparse.Namespace, bf16: bool) -> WRPOTrainer:

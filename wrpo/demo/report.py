@@ -58,7 +58,7 @@ def table(before: list[Judged], after: list[Judged]) -> str:
 
 def side_by_side(before: list[Judged], after: list[Judged], each: int = 1) -> str:
     """The first held-out prompts of each skill, whatever became of them, with both answers."""
-    lines = ["[x]: the verifier takes the answer for solved", ""]
+    lines = ["Held-out prompts, answered before and after training; [x]: solved, [ ]: not.", ""]
     for skill in SKILLS:
         pairs = [(a, b) for a, b in zip(before, after, strict=True) if a.task.skill == skill]
         for a, b in pairs[:each]:

@@ -16,7 +16,8 @@ def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.layout is not torch.strided:
-        raise ValueError(f"{name} must be a dense tensor, got {value.layout}; convert it with {name}.to_dense()")
+        way = "to_padded_tensor(0)" if value.layout is torch.jagged else "to_dense()"
+        raise ValueError(f"{name} must be a dense tensor, got {value.layout}; convert it with {name}.{way}")
 
 
 def check_shape(name: str, value: Tensor, letters: str, *expected: int) -> None:

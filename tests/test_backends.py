@@ -132,3 +132,17 @@ def test_the_report_says_what_runs_here_and_why_the_others_do_not():
         assert "simd" in done.stdout
     else:
         assert "not native: wrpo_kernels._cpu was not built" in done.stdout
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_the_help_of_the_report_says_what_it_shows(flag):
+    done = subprocess.run([sys.executable, "-m", "wrpo_kernels", flag], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert done.stdout.startswith("python -m wrpo_kernels: what would run here")
+    assert __version__ not in done.stdout
+
+
+def test_an_argument_that_the_report_does_not_know_is_one_line():
+    done = subprocess.run([sys.executable, "-m", "wrpo_kernels", "nonsense", "x"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "python -m wrpo_kernels takes no arguments but --help, got 'nonsense x'\n"

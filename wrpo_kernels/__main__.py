@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import sys
 
 import torch
 
@@ -94,7 +95,11 @@ def _processor() -> str:
 
 
 def main() -> None:
-    print(report())
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] not in ("-h", "--help"):
+        print(f"python -m wrpo_kernels takes no arguments but --help, got {' '.join(arguments)!r}", file=sys.stderr)
+        raise SystemExit(2)
+    print(__doc__ if arguments else report())
 
 
 if __name__ == "__main__":

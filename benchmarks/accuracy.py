@@ -45,7 +45,7 @@ class Truth:
         hidden, weight = (x.detach().double() for x in problem.operands())
         trains = problem.setting.head != "no_grad"
         hidden.requires_grad_(trains)
-        weight.requires_grad_(problem.setting.head in ("trained", "lora"))
+        weight.requires_grad_(problem.setting.trains_head)
         out = linear_preference_loss(
             hidden,
             weight,
@@ -94,5 +94,5 @@ def leaf_gradients(problem: Problem, hidden: Tensor, weight: Tensor):
 
 def truth_bytes(problem: Problem) -> int:
     """Memory of the float64 operands and their gradients, beside the budget of the logits."""
-    copies = 2 if problem.setting.head in ("trained", "lora") else 1
+    copies = 2 if problem.setting.trains_head else 1
     return 8 * (2 * problem.hidden.numel() + copies * problem.weight.numel())

@@ -53,6 +53,11 @@ class Setting(NamedTuple):
         return self.sequences * self.response
 
     @property
+    def trains_head(self) -> bool:
+        """The head itself, or the adapter on it."""
+        return self.head in ("trained", "lora")
+
+    @property
     def num_products(self) -> int:
         """Products of 2 N D V flops that the gradients need: logits; dh; dW."""
         return {"trained": 3, "lora": 2, "frozen": 2, "no_grad": 1}[self.head]

@@ -23,6 +23,7 @@ from benchmarks.problem import Problem, Rival, Setting
 from benchmarks.timing import step_of
 
 MIB = 1 << 20
+GOODBYE = 5.0  # seconds that a process may take to end after its answer
 
 
 class Peak(NamedTuple):
@@ -53,6 +54,7 @@ def peak_of(setting: Setting, rival: Rival, device: str, problem: Problem | None
         if not ours.poll(patience):
             raise Unaffordable(f"a step takes more than {patience:.0f} s")
         answer = ours.recv()
+        process.join(GOODBYE)  # killed, it would leak the semaphores of its compilers
     except EOFError:
         raise Unaffordable("its process was killed, most likely for its memory") from None
     finally:

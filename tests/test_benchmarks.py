@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from multiprocessing.process import BaseProcess
+
 import pytest
 import torch
 from cost import product_flops
@@ -137,6 +139,13 @@ def test_the_peak_of_a_step_is_what_it_allocates_beside_inputs_and_gradients():
 def test_a_step_that_outlasts_the_patience_ends_with_the_reason():
     with pytest.raises(Unaffordable, match="takes more than 0 s"):
         peak_of(TINY, FUSED, "cpu", None, 0.0)
+
+
+def test_a_process_that_answered_ends_by_itself_and_so_leaks_no_semaphores(monkeypatch):
+    exits = []
+    monkeypatch.setattr(BaseProcess, "kill", lambda process: exits.append(process.exitcode))
+    peak_of(TINY, FUSED, "cpu", None, 120.0)
+    assert exits == [0]
 
 
 def test_a_run_writes_its_rows_as_they_come_then_a_table_and_pictures(tmp_path, fast_tiny_machine):

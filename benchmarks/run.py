@@ -20,10 +20,11 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import machine, pictures, scenarios, tables
+from benchmarks.arguments import arguments
 from benchmarks.contestants import CONTESTANTS, FLOOR, FUSED
 from benchmarks.measure import measured
 from benchmarks.problem import Rival, Setting
-from benchmarks.results import ResultFile, Row, file_name, read
+from benchmarks.results import ResultFile, Row, file_name, make_room, read
 from benchmarks.scenarios import Scenario
 
 OP_TESTS = ("linear_preference_loss",)
@@ -31,23 +32,26 @@ TYPICAL_ROWS = {"cpu": (512, 256), "cuda": (16384, 8192)}  # N of a typical poin
 
 
 def main() -> None:
-    args = arguments()
+    args = arguments(__doc__)
     device = args.device
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.draw:
         return publish(args.draw, args.readme)
     chosen = chosen_scenarios(args, device)
+    facts = machine.facts(device)
+    path = args.out / file_name(facts, args.scenario or ())
+    done = finished_rows(path, facts) if args.resume else []
     if not args.skip_tests:
         pass_op_tests(device)
     if args.base:
         from benchmarks.commits import compare
 
         return compare(args.base, chosen, device, args.allow)
-    facts = machine.facts(device) | speeds(chosen, device)
+    facts |= speeds(chosen, device)
     print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n", flush=True)
-    path = args.out / file_name(facts)
-    done = finished_rows(path, facts) if args.resume else []
+    if not args.resume:
+        make_room(path)
     run(chosen, device, args.only, args.allow, ResultFile(path, facts), done)
     publish(path, args.readme)
 
@@ -73,15 +77,24 @@ def run(
 
 
 def finished_rows(path: Path, facts: dict[str, str]) -> list[Row]:
-    """Those of the points that an earlier run of the same commit on the same day finished: their floor was timed."""
+    """Those of the points that the same command finished at the same commit on the same day: their floor was timed."""
     if not path.exists():
         return []
-    earlier, rows = read(path)
+    try:
+        earlier, rows = read(path)
+    except ValueError as error:
+        raise SystemExit(f"--resume: {path} is damaged: {error}; without --resume it is moved aside") from None
     differ = [name for name in ("machine", "torch", "commit", "date") if earlier.get(name) != facts[name]]
+    differ += ["command"] if asked(earlier.get("command", "")) != asked(facts["command"]) else []
     if differ:
-        raise SystemExit(f"--resume: {path} is of another {', '.join(differ)}; move it away or leave --resume out")
+        raise SystemExit(f"--resume: {path} is of another {', '.join(differ)}; without --resume it is moved aside")
     finished = {row.figure[:2] for row in rows if row.figure.contestant in (FLOOR, "")}
     return [row for row in rows if row.figure[:2] in finished]
+
+
+def asked(command: str) -> list[str]:
+    """The words that say what is measured."""
+    return [word for word in command.split() if word not in ("--resume", "--skip-tests", "--readme")]
 
 
 def publish(path: Path, readme: bool) -> None:
@@ -150,31 +163,6 @@ def speeds(chosen: dict[str, Scenario], device: str) -> dict[str, str]:
             f"{name} {rate / 1e9:.3g}" for name, rate in rates._asdict().items()
         )
     return found
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    have_gpu = torch.cuda.is_available()
-    parser.add_argument("--full", action="store_true", help="every scenario, up to 25 minutes on 2 cores")
-    parser.add_argument("--scenario", action="append", metavar="NAME", help="only this one of the full set; repeatable")
-    parser.add_argument("--only", action="append", metavar="CONTESTANT", default=[], choices=list(CONTESTANTS),
-                        help="the fused loss beside this one; repeatable: " + ", ".join(CONTESTANTS))  # fmt: skip
-    parser.add_argument("--base", metavar="COMMIT", help="the fused loss of this commit beside the one of the checkout")
-    parser.add_argument("--device", default="cuda" if have_gpu else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=int, help="of torch (default: its own)")
-    parser.add_argument("--rows", type=int, help="N of a typical problem (default: 512 on a CPU, 16384 on a GPU)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument("--allow", type=float, metavar="SECONDS", help="one problem may take (default: 90, full 240)")
-    parser.add_argument("--out", type=Path, default=machine.ROOT / "benchmarks/results")
-    parser.add_argument("--skip-tests", action="store_true", help="where they have just passed")
-    parser.add_argument("--draw", type=Path, metavar="CSV", help="no measuring: table and pictures of this file")
-    parser.add_argument("--resume", action="store_true", help="keep what today's file already has of this commit")
-    parser.add_argument("--readme", action="store_true", help="also write the short table into README.md")
-    args = parser.parse_args()
-    args.allow = args.allow or (240.0 if args.full or args.scenario else 90.0)
-    return args
 
 
 if __name__ == "__main__":

@@ -191,18 +191,25 @@ def test_a_resumed_run_keeps_finished_points_and_measures_the_others(tmp_path, f
         run.finished_rows(path, FACTS | {"commit": "def"})
 
 
-def test_red_op_tests_mean_no_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "OP_TESTS", ("an_op_without_tests",))
-    monkeypatch.setattr("sys.argv", ["run", "--scenario", "toy", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match="no numbers"):
-        run.main()
-    assert not list(tmp_path.iterdir())
+def test_only_the_same_command_is_resumed_whatever_it_tests_or_shows(tmp_path):
+    path = tmp_path / "here.csv"
+    row = Row(Figure("s", "a", FLOOR, p50_ms=1.0), TINY)
+    results.ResultFile(path, FACTS).add(row)
+    again = {"command": f"{FACTS['command']} --resume --skip-tests"}
+    assert run.finished_rows(path, FACTS | again) == [row]
+    with pytest.raises(SystemExit, match="of another command; without --resume it is moved aside"):
+        run.finished_rows(path, FACTS | {"command": f"{FACTS['command']} --full"})
 
 
-def test_an_unknown_scenario_is_named_with_those_that_exist(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["run", "--scenario", "nothing"])
-    with pytest.raises(SystemExit, match=r"no scenario nothing; there are everyone, .*acceptance"):
+def test_the_same_command_twice_keeps_both_files_and_resumed_it_keeps_one(tmp_path, fast_tiny_machine, monkeypatch):
+    monkeypatch.setattr(run, "speeds", lambda *_: {"copy_gbs": "10", "product_gflops_float32": "50"})
+    monkeypatch.setattr(scenarios, "toys", lambda: {"tiny": TINY})
+    command = ["run", "--device", "cpu", "--scenario", "toy", "--only", "plain torch", "--skip-tests"]
+    for more in ([], [], ["--resume"]):
+        monkeypatch.setattr("sys.argv", [*command, "--out", str(tmp_path), *more])
         run.main()
+    written = sorted(file.stem for file in tmp_path.glob("*.csv"))
+    assert len(written) == 2 and written[0].endswith("_toy") and written[1] == f"{written[0]}_1"
 
 
 def test_the_readme_table_goes_between_its_markers_and_nowhere_else(tmp_path):

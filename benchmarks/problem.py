@@ -186,11 +186,13 @@ class Rival(NamedTuple):
     name: as the tables print it. why_not: the reason why it cannot do a problem here (not installed, no such form), or
     None. loss: makes, from a problem, a function without arguments that computes the scalar loss anew; its backward
     fills `.grad` of `problem.leaves()`. The caller clears gradients, and runs a "no_grad" problem in torch.no_grad().
+    module: what it imports of a package of its own; "" is none.
     """
 
     name: str
     why_not: Callable[[Problem], str | None]
     loss: Callable[[Problem], Callable[[], Tensor]]
+    module: str = ""
 
 
 def response_weights(sources: int) -> list[float]:

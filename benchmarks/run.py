@@ -25,6 +25,7 @@ from benchmarks.contestants import CONTESTANTS, FLOOR, FUSED
 from benchmarks.measure import measured
 from benchmarks.problem import Rival, Setting
 from benchmarks.results import ResultFile, Row, file_name, make_room, read
+from benchmarks.rivals import missing
 from benchmarks.scenarios import Scenario
 
 OP_TESTS = ("linear_preference_loss",)
@@ -63,7 +64,11 @@ def run(
     points = [(scenario, *point) for scenario in chosen.values() for point in scenario.points.items()]
     expected = [machine.point_seconds(s, device, len(takes_part(scenario, only))) for scenario, _, s in points]
     minutes = sum(seconds for seconds in expected if seconds < allowance) / 60
-    print(f"{len(points)} problems, about {minutes:.0f} minutes and the time to compile", flush=True)
+    print(f"{counted(points)}, {spoken(minutes)} and the time to compile", flush=True)
+    absent = missing({rival for scenario in chosen.values() for rival in takes_part(scenario, only)})
+    if absent:
+        names = ", ".join(f"{name} ({package})" for name, package in sorted(absent.items()))
+        print(f'not installed: {names}; pip install -e ".[bench]" brings all that run on a CPU', flush=True)
     start = time.perf_counter()
     with tqdm(total=len(points), unit="problem", dynamic_ncols=True, disable=None) as progress:
         for scenario, point, setting in points:
@@ -71,9 +76,10 @@ def run(
             rows: Iterable[Row] = [row for row in done if row.figure[:2] == (scenario.name, point)]
             for row in rows or measured(scenario.name, point, setting, takes_part(scenario, only), device, allowance):
                 file.add(row)
-                progress.write(line(row), file=sys.stdout)
+                if row.figure.contestant not in absent:
+                    progress.write(line(row), file=sys.stdout)
             progress.update()
-    print(f"{len(points)} problems in {(time.perf_counter() - start) / 60:.1f} minutes")
+    print(f"{counted(points)} in {(time.perf_counter() - start) / 60:.1f} minutes")
 
 
 def finished_rows(path: Path, facts: dict[str, str]) -> list[Row]:
@@ -119,8 +125,18 @@ def line(row: Row) -> str:
     spread = f"{f.p50_ms:10.2f} ms [{f.p20_ms:.2f}, {f.p80_ms:.2f}]"
     beside = f"{f.times_floor:6.2f} x floor"
     fused = "" if f.times_fused is None else f" {f.times_fused:6.2f} x fused"
-    memory = "" if f.peak_mib is None else f" {f.peak_mib:8.0f} MiB"
+    memory = "" if f.peak_mib is None else f" {tables.whole_number(f.peak_mib):>8} MiB"
     return f"{head} {spread} {beside}{fused}{memory}"
+
+
+def counted(points: Sequence) -> str:
+    return f"{len(points)} problem{'' if len(points) == 1 else 's'}"
+
+
+def spoken(minutes: float) -> str:
+    if minutes < 0.5:
+        return "under a minute"
+    return "about a minute" if minutes < 1.5 else f"about {minutes:.0f} minutes"
 
 
 def takes_part(scenario: Scenario, only: list[str]) -> list[Rival]:

@@ -15,6 +15,7 @@ from benchmarks.measure import checked, errors_of_one_step, measured
 from benchmarks.memory import MIB, Unaffordable, peak_of
 from benchmarks.problem import RANK, Problem, Setting
 from benchmarks.results import Figure, Row
+from benchmarks.rivals import PACKAGES, packaged
 from benchmarks.scenarios import Scenario
 from benchmarks.timing import step_of
 
@@ -210,6 +211,28 @@ def test_the_same_command_twice_keeps_both_files_and_resumed_it_keeps_one(tmp_pa
         run.main()
     written = sorted(file.stem for file in tmp_path.glob("*.csv"))
     assert len(written) == 2 and written[0].endswith("_toy") and written[1] == f"{written[0]}_1"
+
+
+def test_rivals_that_are_not_installed_are_listed_once_with_the_way_to_have_them(
+    tmp_path, fast_tiny_machine, capsys, monkeypatch
+):
+    monkeypatch.setitem(PACKAGES, "no_such_module", "no-such-package")
+    monkeypatch.setitem(CONTESTANTS, "absent", packaged("absent", "no_such_module.part", FUSED.loss))
+    points = {f"V={v}": TINY._replace(vocabulary=v) for v in (61, 131)}
+    scenario = Scenario("vocabulary", "growing", points, ("fused", "absent"), "vocabulary")
+    file = results.ResultFile(tmp_path / "here.csv", FACTS)
+    run.run({"vocabulary": scenario}, "cpu", [], 60.0, file, [])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "absent" in line)
+    assert line == 'not installed: absent (no-such-package); pip install -e ".[bench]" brings all that run on a CPU'
+    notes = [row.figure.note for row in results.read(file.path)[1] if row.figure.contestant == "absent"]
+    assert notes == 2 * ["no-such-package is not installed: pip install 'no-such-package'"]
+
+
+def test_a_peak_below_nothing_is_zero_and_a_short_run_is_said_in_words():
+    assert [tables.whole_number(peak) for peak in (None, -0.3, 0.4, -1.6, 99.5)] == ["", "0", "0", "-2", "100"]
+    figure = Figure("s", "p", "fused", p20_ms=1.0, p50_ms=1.0, p80_ms=1.0, times_floor=1.0, peak_mib=-0.3)
+    assert run.line(Row(figure, TINY)).endswith(" 0 MiB")
+    assert [run.spoken(m) for m in (0.1, 0.7, 1.5)] == ["under a minute", "about a minute", "about 2 minutes"]
 
 
 def test_the_readme_table_goes_between_its_markers_and_nowhere_else(tmp_path):

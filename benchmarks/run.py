@@ -79,7 +79,8 @@ def run(
                 if row.figure.contestant not in absent:
                     progress.write(line(row), file=sys.stdout)
             progress.update()
-    print(f"{counted(points)} in {(time.perf_counter() - start) / 60:.1f} minutes")
+    seconds = time.perf_counter() - start
+    print(f"{counted(points)} in", f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.1f} minutes")
 
 
 def finished_rows(path: Path, facts: dict[str, str]) -> list[Row]:

@@ -26,6 +26,7 @@ from benchmarks.measure import rounds_within
 from benchmarks.memory import MIB, gradient_bytes, peak_above_now
 from benchmarks.problem import Problem, Setting
 from benchmarks.scenarios import Scenario
+from benchmarks.tables import whole_number
 from benchmarks.timing import Phases, milliseconds, step_of
 
 # The kernels come from the side's own tree, all else from this one.
@@ -58,7 +59,7 @@ def compared(setting: Setting, trees: dict[str, Path], device: str, allowance: f
     spans = []
     for name, some in taken.items():
         p20, p50, p80 = milliseconds([phases.both for phases in some])
-        memory = "" if peaks[name] is None else f", {peaks[name]:.0f} MiB"
+        memory = "" if peaks[name] is None else f", {whole_number(peaks[name])} MiB"
         spans.append(f"{name} {p50:.2f} ms [{p20:.2f}, {p80:.2f}]{memory}")
     return f"{spans[0]}   {spans[1]}   {new} / {base} = {ratio:.3f}"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import machine
-from benchmarks.results import file_name
+from benchmarks.results import file_name, make_room
 
 
 def facts_of(module: str, device: str) -> dict[str, str]:
@@ -21,6 +21,7 @@ def write(rows: Sequence[NamedTuple], facts: dict[str, str], folder: Path, prefi
     """One line for each row, its fields as columns; numbers with five digits. Returns the path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{prefix}_{file_name(facts)}"
+    make_room(path)
     with path.open("w", newline="") as file:
         file.writelines(f"# {name}: {value}\n" for name, value in facts.items())
         table = csv.writer(file, lineterminator="\n")

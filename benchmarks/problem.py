@@ -53,14 +53,14 @@ class Setting(NamedTuple):
         return self.sequences * self.response
 
     @property
+    def trains_head(self) -> bool:
+        """The head itself, or the adapter on it."""
+        return self.head in ("trained", "lora")
+
+    @property
     def num_products(self) -> int:
         """Products of 2 N D V flops that the gradients need: logits; dh; dW."""
         return {"trained": 3, "lora": 2, "frozen": 2, "no_grad": 1}[self.head]
-
-    @property
-    def trains_head(self) -> bool:
-        """Whether the head gets gradients, its own or an adapter's."""
-        return self.head in ("trained", "lora")
 
     @property
     def columns(self) -> int:
@@ -186,11 +186,13 @@ class Rival(NamedTuple):
     name: as the tables print it. why_not: the reason why it cannot do a problem here (not installed, no such form), or
     None. loss: makes, from a problem, a function without arguments that computes the scalar loss anew; its backward
     fills `.grad` of `problem.leaves()`. The caller clears gradients, and runs a "no_grad" problem in torch.no_grad().
+    module: what it imports of a package of its own; "" is none.
     """
 
     name: str
     why_not: Callable[[Problem], str | None]
     loss: Callable[[Problem], Callable[[], Tensor]]
+    module: str = ""
 
 
 def response_weights(sources: int) -> list[float]:

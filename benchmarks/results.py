@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import types
 import typing
+from collections.abc import Iterable
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,18 +68,36 @@ class ResultFile:
         self._file.flush()
 
 
-def file_name(facts: dict[str, str], name: str = "") -> str:
-    """<device>_<machine>_<date>.csv, of a set of scenarios with its name behind."""
+def file_name(facts: dict[str, str], scenarios: Iterable[str] = ()) -> str:
+    """<machine>_<date>.csv, and behind the date what was run, if it was not everything."""
     words = "".join(c if c.isalnum() else " " for c in f"{facts['device']} {facts['machine']}").lower().split()
-    return "_".join(dict.fromkeys(words)) + f"_{facts['date']}{'_' * bool(name)}{name}.csv"
+    return "_".join([*dict.fromkeys(words), facts["date"], *dict.fromkeys(scenarios)]) + ".csv"
+
+
+def make_room(path: Path) -> None:
+    """Moves a file of this name, and a picture of it, aside to the first free <stem>_1, <stem>_2, ...; and says so."""
+    if not path.exists():
+        return
+    number = next(k for k in count(1) if not path.with_stem(f"{path.stem}_{k}").exists())
+    for file in (path, path.with_suffix(".png")):
+        if file.exists():
+            file.rename(file.with_stem(f"{file.stem}_{number}"))
+    print(f"{path} is of an earlier run: moved to {path.stem}_{number}{path.suffix}", flush=True)
 
 
 def read(path: Path) -> tuple[dict[str, str], list[Row]]:
-    """The facts at the head of a file, and its rows."""
+    """The facts at the head of a file, and its rows.
+
+    Raises:
+        ValueError: the file is not of `ResultFile`, or damaged.
+    """
     lines = path.read_text().splitlines()
     facts = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
+    table = csv.DictReader((line for line in lines if not line.startswith("# ")), restval="")
+    if without := [name for name in COLUMNS if name not in (table.fieldnames or ())]:
+        raise ValueError(f"no column {without[0]}")
     rows = []
-    for values in csv.DictReader(line for line in lines if not line.startswith("# ")):
+    for values in table:
         rows.append(Row(_parsed(Figure, values), _parsed(Setting, values)))
     return facts, rows
 

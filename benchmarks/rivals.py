@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib import import_module
 
@@ -24,6 +24,12 @@ from benchmarks.problem import IGNORED, Problem, Rival
 Loss = Callable[[], Tensor]
 TokenNLL = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden [N, D], weight [V, D], target [N] -> [N]
 WhyNot = Callable[[Problem], "str | None"]
+PACKAGES = {  # as pip calls what has a module
+    "trl": "trl",
+    "liger_kernel": "liger-kernel",
+    "cut_cross_entropy": "cut-cross-entropy",
+    "quack": "quack-kernels",
+}
 
 
 def full_logits(problem: Problem) -> Tensor:
@@ -175,14 +181,29 @@ def first_of(*reasons: WhyNot) -> WhyNot:
     return lambda problem: next((why for reason in reasons if (why := reason(problem))), None)
 
 
-def without(module: str, package: str) -> WhyNot:
+def packaged(name: str, module: str, loss: Callable[[Problem], Loss], *reasons: WhyNot) -> Rival:
+    """A rival from a package of its own, which may not be installed; `reasons` are its others."""
+    return Rival(name, first_of(without(module), *reasons), loss, module)
+
+
+def missing(rivals: Iterable[Rival]) -> dict[str, str]:
+    """Name and package of those whose package is not installed."""
+    absent = {rival for rival in rivals if rival.module and importlib.util.find_spec(top(rival.module)) is None}
+    return {rival.name: PACKAGES[top(rival.module)] for rival in absent}
+
+
+def without(module: str) -> WhyNot:
     def reason(_problem: Problem) -> str | None:
-        top = module.split(".")[0]
-        if importlib.util.find_spec(top) is None:
-            return f"{package} is not installed (extra bench, or pip install '{package}')"
+        package = PACKAGES[top(module)]
+        if importlib.util.find_spec(top(module)) is None:
+            return f"{package} is not installed: pip install '{package}'"
         return None if importlib.util.find_spec(module) else f"the installed {package} has no {module}"
 
     return reason
+
+
+def top(module: str) -> str:
+    return module.split(".")[0]
 
 
 def off_gpu(problem: Problem) -> str | None:
@@ -229,24 +250,14 @@ RIVALS = (
     Rival("torch.compile", no_compiler, compiled_plain),
     Rival("torch linear CE", first_of(old_torch, softcapped), partial(torch_linear_ce, chunks="auto")),
     Rival("torch linear CE, budget", first_of(old_torch, softcapped), partial(torch_linear_ce, chunks="budget")),
-    Rival("TRL selective", without("trl", "trl"), trl_selective),
-    Rival("TRL fused head", without("trl.kernels", "trl"), trl_fused_head),
-    Rival(
-        "Liger DPO",
-        first_of(without("liger_kernel", "liger-kernel"), softcapped, not_pairs),
-        partial(liger_dpo, compiled=False),
+    packaged("TRL selective", "trl", trl_selective),
+    packaged("TRL fused head", "trl.kernels", trl_fused_head),
+    packaged("Liger DPO", "liger_kernel", partial(liger_dpo, compiled=False), softcapped, not_pairs),
+    packaged(
+        "Liger DPO compiled", "liger_kernel", partial(liger_dpo, compiled=True), softcapped, not_pairs, no_compiler
     ),
-    Rival(
-        "Liger DPO compiled",
-        first_of(without("liger_kernel", "liger-kernel"), softcapped, not_pairs, no_compiler),
-        partial(liger_dpo, compiled=True),
-    ),
-    Rival("Liger linear CE", first_of(without("liger_kernel", "liger-kernel"), off_gpu), liger_cross_entropy),
-    Rival(
-        "CCE",
-        first_of(without("cut_cross_entropy", "cut-cross-entropy"), no_compiler, float32_gradients),
-        cut_cross_entropy,
-    ),
-    Rival("quack", first_of(without("quack", "quack-kernels"), softcapped, off_hopper), quack_cross_entropy),
+    packaged("Liger linear CE", "liger_kernel", liger_cross_entropy, off_gpu),
+    packaged("CCE", "cut_cross_entropy", cut_cross_entropy, no_compiler, float32_gradients),
+    packaged("quack", "quack", quack_cross_entropy, softcapped, off_hopper),
 )
 COMPILED = frozenset({"torch.compile", "Liger DPO compiled", "CCE"})  # these take seconds at each new shape

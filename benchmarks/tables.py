@@ -133,7 +133,8 @@ def ratio(value: float | None) -> str:
 
 
 def whole_number(value: float | None) -> str:
-    return "" if value is None else f"{round(value)}"  # an int: there is no -0
+    """As an int, which knows no negative zero."""
+    return "" if value is None else f"{round(value)}"
 
 
 def error(value: float | None) -> str:

@@ -20,7 +20,6 @@ from wrpo_kernels import (
     token_logp,
     wrpo_loss,
 )
-from wrpo_kernels.__main__ import main
 
 ROW_KERNELS = ("token_logp", "token_logp_delta_", "token_logp_grad", "preference_loss", "preference_loss_of_rows")
 GENERAL = {"seq_weight": torch.tensor([0.3, 0.7, -1.0]), "group": torch.zeros(3, dtype=torch.int64), "beta": 0.1}
@@ -135,10 +134,15 @@ def test_the_report_says_what_runs_here_and_why_the_others_do_not():
         assert "not native: wrpo_kernels._cpu was not built" in done.stdout
 
 
-def test_the_report_takes_no_arguments_but_a_question(capsys):
-    assert main([]) == 0
-    assert capsys.readouterr().out.startswith("wrpo ")
-    assert main(["--help"]) == 0
-    assert capsys.readouterr().out.startswith("python -m wrpo_kernels:")
-    assert main(["nonsense"]) == 2
-    assert capsys.readouterr() == ("", "python -m wrpo_kernels takes no arguments, got nonsense\n")
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_the_help_of_the_report_says_what_it_shows(flag):
+    done = subprocess.run([sys.executable, "-m", "wrpo_kernels", flag], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert done.stdout.startswith("python -m wrpo_kernels: what would run here")
+    assert __version__ not in done.stdout
+
+
+def test_an_argument_that_the_report_does_not_know_is_one_line():
+    done = subprocess.run([sys.executable, "-m", "wrpo_kernels", "nonsense", "x"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "python -m wrpo_kernels takes no arguments but --help, got 'nonsense x'\n"

@@ -15,6 +15,7 @@ from benchmarks.measure import checked, errors_of_one_step, measured
 from benchmarks.memory import MIB, Unaffordable, peak_of
 from benchmarks.problem import RANK, Problem, Setting
 from benchmarks.results import Figure, Row
+from benchmarks.rivals import PACKAGES, packaged
 from benchmarks.scenarios import Scenario
 from benchmarks.timing import step_of
 
@@ -191,68 +192,47 @@ def test_a_resumed_run_keeps_finished_points_and_measures_the_others(tmp_path, f
         run.finished_rows(path, FACTS | {"commit": "def"})
 
 
-def test_red_op_tests_mean_no_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "OP_TESTS", ("an_op_without_tests",))
-    monkeypatch.setattr("sys.argv", ["run", "--scenario", "toy", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match="no numbers"):
+def test_only_the_same_command_is_resumed_whatever_it_tests_or_shows(tmp_path):
+    path = tmp_path / "here.csv"
+    row = Row(Figure("s", "a", FLOOR, p50_ms=1.0), TINY)
+    results.ResultFile(path, FACTS).add(row)
+    again = {"command": f"{FACTS['command']} --resume --skip-tests"}
+    assert run.finished_rows(path, FACTS | again) == [row]
+    with pytest.raises(SystemExit, match="of another command; without --resume it is moved aside"):
+        run.finished_rows(path, FACTS | {"command": f"{FACTS['command']} --full"})
+
+
+def test_the_same_command_twice_keeps_both_files_and_resumed_it_keeps_one(tmp_path, fast_tiny_machine, monkeypatch):
+    monkeypatch.setattr(run, "speeds", lambda *_: {"copy_gbs": "10", "product_gflops_float32": "50"})
+    monkeypatch.setattr(scenarios, "toys", lambda: {"tiny": TINY})
+    command = ["run", "--device", "cpu", "--scenario", "toy", "--only", "plain torch", "--skip-tests"]
+    for more in ([], [], ["--resume"]):
+        monkeypatch.setattr("sys.argv", [*command, "--out", str(tmp_path), *more])
         run.main()
-    assert not list(tmp_path.iterdir())
+    written = sorted(file.stem for file in tmp_path.glob("*.csv"))
+    assert len(written) == 2 and written[0].endswith("_toy") and written[1] == f"{written[0]}_1"
 
 
-MISTAKES = {
-    "no rows": (["--rows", "0"], "--rows: expected a whole number of at least 1, got '0'"),
-    "no threads": (["--threads", "-1"], "--threads: expected a whole number of at least 1, got '-1'"),
-    "a time that is no number": (["--allow", "nan"], "--allow: expected a number, got 'nan'"),
-    "no time": (["--allow", "-3"], "--allow: expected seconds above 0, got -3"),
-    "nothing to draw": (["--draw", "nowhere.csv"], "--draw nowhere.csv: no such file"),
-    "a file to write into": (["--out", __file__], "cannot be written to"),
-}
-
-
-@pytest.mark.parametrize(("flags", "words"), MISTAKES.values(), ids=MISTAKES)
-def test_a_wrong_flag_is_named_before_anything_runs(flags, words, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["run", *flags])
-    with pytest.raises(SystemExit, match="2"):
-        run.main()
-    assert words in capsys.readouterr().err
-
-
-def test_a_device_that_is_not_there_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("sys.argv", ["run", "--device", "cuda"])
-    with pytest.raises(SystemExit, match="2"):
-        run.main()
-    assert "--device cuda: torch sees no CUDA device" in capsys.readouterr().err
-
-
-def test_each_set_of_scenarios_has_a_file_of_its_own(monkeypatch):
-    names = []
-    for flags in (["--full"], [], ["--scenario", "toy"], ["--scenario", "toy", "--scenario", "kinds"]):
-        monkeypatch.setattr("sys.argv", ["run", *flags])
-        names.append(results.file_name(FACTS, run.name_of_set(run.arguments())))
-    plain = results.file_name(FACTS).removesuffix(".csv")
-    assert names == [f"{plain}{end}.csv" for end in ("", "_quick", "_toy", "_toy-kinds")]
-
-
-def test_why_a_rival_takes_no_part_is_said_once_and_written_for_every_problem(tmp_path, fast_tiny_machine, capsys):
+def test_rivals_that_are_not_installed_are_listed_once_with_the_way_to_have_them(
+    tmp_path, fast_tiny_machine, capsys, monkeypatch
+):
+    monkeypatch.setitem(PACKAGES, "no_such_module", "no-such-package")
+    monkeypatch.setitem(CONTESTANTS, "absent", packaged("absent", "no_such_module.part", FUSED.loss))
     points = {f"V={v}": TINY._replace(vocabulary=v) for v in (61, 131)}
-    scenario = {"vocabulary": Scenario("vocabulary", "growing", points, ("fused", "quack"), "vocabulary")}
+    scenario = Scenario("vocabulary", "growing", points, ("fused", "absent"), "vocabulary")
     file = results.ResultFile(tmp_path / "here.csv", FACTS)
-    run.run(scenario, "cpu", [], 60.0, file, [])
-    shown = capsys.readouterr().out
-    assert shown.startswith("2 problems, under a minute and the time to compile")
-    assert shown.count(" quack ") == 1
-    assert [row.figure.contestant for row in results.read(file.path)[1]].count("quack") == 2
+    run.run({"vocabulary": scenario}, "cpu", [], 60.0, file, [])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "absent" in line)
+    assert line == 'not installed: absent (no-such-package); pip install -e ".[bench]" brings all that run on a CPU'
+    notes = [row.figure.note for row in results.read(file.path)[1] if row.figure.contestant == "absent"]
+    assert notes == 2 * ["no-such-package is not installed: pip install 'no-such-package'"]
 
 
-def test_no_figure_is_a_negative_zero():
-    assert [tables.whole_number(value) for value in (-0.4, 0.4, -3.0, None)] == ["0", "0", "-3", ""]
-
-
-def test_an_unknown_scenario_is_named_with_those_that_exist(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["run", "--scenario", "nothing"])
-    with pytest.raises(SystemExit, match=r"no scenario nothing; there are everyone, .*acceptance"):
-        run.main()
+def test_a_peak_below_nothing_is_zero_and_a_short_run_is_said_in_words():
+    assert [tables.whole_number(peak) for peak in (None, -0.3, 0.4, -1.6, 99.5)] == ["", "0", "0", "-2", "100"]
+    figure = Figure("s", "p", "fused", p20_ms=1.0, p50_ms=1.0, p80_ms=1.0, times_floor=1.0, peak_mib=-0.3)
+    assert run.line(Row(figure, TINY)).endswith(" 0 MiB")
+    assert [run.spoken(m) for m in (0.1, 0.7, 1.5)] == ["under a minute", "about a minute", "about 2 minutes"]
 
 
 def test_the_readme_table_goes_between_its_markers_and_nowhere_else(tmp_path):

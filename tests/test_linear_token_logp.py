@@ -464,6 +464,7 @@ REFUSED = {
     "weight without a vocabulary": ({"weight": torch.zeros(0, 4)}, ValueError, r"weight.*V >= 1.*\[0, 4\]"),
     "weight elsewhere": ({"weight": torch.zeros(5, 4, device="meta")}, ValueError, "weight.*cpu.*meta"),
     "integer weight": ({"weight": torch.zeros(5, 4).char()}, ValueError, "weight.*int8"),
+    "sparse weight": ({"weight": torch.zeros(5, 4).to_sparse()}, ValueError, "weight.*dense.*sparse_coo.*to_dense"),
     "jagged hidden": (
         {"hidden": torch.nested.nested_tensor([torch.zeros(3, 4)], layout=torch.jagged)},
         ValueError,

@@ -256,11 +256,12 @@ def test_float64_is_exact_in_the_reference(device):
 GOOD = {"logits": torch.zeros(2, 3, 5), "target": torch.zeros(2, 3, dtype=torch.int64)}
 REFUSED = {
     "logits of another type": ({"logits": [[0.0]]}, TypeError, "logits.*list"),
-    "sparse logits": ({"logits": torch.zeros(2, 3, 5).to_sparse()}, ValueError, "logits.*dense.*sparse_coo.*to_dense"),
     "target of another type": ({"target": [0]}, TypeError, "target.*list"),
     "integer logits": ({"logits": torch.zeros(2, 3, 5).long()}, ValueError, "logits.*float32.*int64"),
     "logits without a vocabulary": ({"logits": torch.zeros(2, 3, 0)}, ValueError, r"logits.*V.*\[2, 3, 0\]"),
     "scalar logits": ({"logits": torch.tensor(1.0)}, ValueError, r"logits.*V.*\[\]"),
+    "sparse logits": ({"logits": torch.zeros(2, 3, 5).to_sparse()}, ValueError, "logits.*dense.*sparse_coo.*to_dense"),
+    "mkldnn logits": ({"logits": torch.zeros(2, 3, 5).to_mkldnn()}, ValueError, "logits.*dense.*_mkldnn.*to_dense"),
     "float target": ({"target": torch.zeros(2, 3)}, ValueError, "target.*int64.*float32"),
     "int32 target": ({"target": torch.zeros(2, 3).int()}, ValueError, "target.*int64.*int32"),
     "target of another shape": ({"target": torch.zeros(3, 2).long()}, ValueError, r"target.*\[2, 3\].*\[3, 2\]"),

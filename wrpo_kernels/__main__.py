@@ -94,15 +94,13 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print the report; returns the exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if set(arguments) - {"-h", "--help"}:
-        print(f"python -m wrpo_kernels takes no arguments, got {' '.join(arguments)}", file=sys.stderr)
-        return 2
+def main() -> None:
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] not in ("-h", "--help"):
+        print(f"python -m wrpo_kernels takes no arguments but --help, got {' '.join(arguments)!r}", file=sys.stderr)
+        raise SystemExit(2)
     print(__doc__ if arguments else report())
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -16,8 +16,8 @@ def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.layout is not torch.strided:
-        way = "to_padded_tensor(0)" if value.layout is torch.jagged else "to_dense()"
-        raise ValueError(f"{name} must be a dense tensor, got {value.layout}; convert it with {name}.{way}")
+        way = ".to_padded_tensor(0)" if value.layout is torch.jagged else ".to_dense()"
+        raise ValueError(f"{name} must be a dense tensor (torch.strided), got {value.layout}; use {way}")
 
 
 def check_shape(name: str, value: Tensor, letters: str, *expected: int) -> None:

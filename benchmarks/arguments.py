@@ -1,0 +1,89 @@
+"""The flags of `python -m benchmarks.run`; what is wrong with them is one line, before anything runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks import machine
+from benchmarks.contestants import CONTESTANTS
+from benchmarks.results import read
+from wrpo.flags import Flags, number, whole_number
+from wrpo.user_error import UserError
+
+FEWEST_ROWS = 20  # with fewer, a response of a scenario that is nine tenths prompt is empty
+MOST_THREADS = 1024
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    parser = Flags("python -m benchmarks.run", description)
+    have_gpu = torch.cuda.is_available()
+    parser.add_argument("--full", action="store_true", help="every scenario, up to 25 minutes on 2 cores")
+    parser.add_argument("--scenario", action="append", metavar="NAME", help="only this one of the full set; repeatable")
+    parser.add_argument("--only", action="append", metavar="CONTESTANT", default=[], choices=list(CONTESTANTS),
+                        help="the fused loss beside this one; repeatable: " + ", ".join(CONTESTANTS))  # fmt: skip
+    parser.add_argument("--base", metavar="COMMIT", help="the fused loss of this commit beside the one of the checkout")
+    parser.add_argument("--device", default="cuda" if have_gpu else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=whole_number, help="of torch (default: its own)")
+    parser.add_argument("--rows", type=whole_number,
+                        help="N of a typical problem (default: 512 on a CPU, 16384 on a GPU)")  # fmt: skip
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--allow", type=number, metavar="SECONDS", help="one problem may take (default: 90, full 240)")
+    parser.add_argument("--out", type=Path, default=machine.ROOT / "benchmarks/results")
+    parser.add_argument("--skip-tests", action="store_true", help="where they have just passed")
+    parser.add_argument("--draw", type=Path, metavar="CSV", help="no measuring: table and pictures of this file")
+    parser.add_argument("--resume", action="store_true", help="keep what the same command wrote today at this commit")
+    parser.add_argument("--readme", action="store_true", help="also write the short table into README.md")
+    try:
+        args = parser.read(sys.argv[1:])
+        check(args)
+    except UserError as error:
+        print(f"benchmarks.run: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    args.allow = args.allow or (240.0 if args.full or args.scenario else 90.0)
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """What the type of one flag cannot say.
+
+    Raises:
+        UserError: what would otherwise be found after minutes of measuring, or end in a traceback.
+    """
+    if args.rows is not None and args.rows < FEWEST_ROWS:
+        raise UserError(f"argument --rows: expected at least {FEWEST_ROWS}: fewer leave no response, got {args.rows}")
+    if args.threads is not None and args.threads > MOST_THREADS:
+        raise UserError(f"argument --threads: expected at most {MOST_THREADS}, got {args.threads}")
+    if args.allow is not None and args.allow <= 0:
+        raise UserError(f"argument --allow: expected seconds > 0, got {args.allow:g}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"argument --device: torch {torch.__version__} sees no CUDA device here; use --device cpu")
+    if args.base and machine.said("git", "rev-parse", "--verify", f"{args.base}^{{commit}}") == "unknown":
+        raise UserError(f"argument --base: expected a commit of this repository, got {args.base!r}")
+    if args.draw:
+        check_results(args.draw)
+        check_folder("--draw", args.draw.parent)
+    elif not args.base:
+        check_folder("--out", args.out)
+
+
+def check_results(path: Path) -> None:
+    try:
+        read(path)
+    except OSError as error:
+        raise UserError(f"argument --draw: cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"argument --draw: expected a CSV file of benchmarks.run, got {path}: {error}") from None
+
+
+def check_folder(flag: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"argument {flag}: cannot write into {folder}: {error.strerror}") from None

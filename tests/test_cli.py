@@ -377,6 +377,25 @@ def test_a_stage_trains_from_an_example_and_says_where_everything_is(command, fl
         AutoModelForCausalLM.from_pretrained(out)
 
 
+def test_a_stage_says_how_many_rows_it_takes_from_which_file(tiny_model, tmp_path, monkeypatch, caplog):
+    """So that nobody takes the eight rows of the example for data of their own."""
+    monkeypatch.setattr(logging.getLogger("wrpo"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("wrpo"), "handlers", [logging.NullHandler()])  # else main adds its own
+    config, released = str(EXAMPLES / "sft.yaml"), str(EXAMPLES / "triples_released.jsonl")
+    here = ["--model_name_or_path", str(tiny_model), "--output_dir", str(tmp_path / "out"), "--use_cpu"]
+    assert cli.main(["sft", config, *here, "--train_file", released, "--eval_file", TRIPLES]) == 0
+    loaded = [record.getMessage() for record in caplog.records if "rows loaded" in record.getMessage()]
+    assert loaded == [f"{path}: 8 rows loaded, no bad rows" for path in (released, TRIPLES)]
+
+
+def test_reports_are_those_of_the_first_process_alone(monkeypatch):
+    logger = logging.getLogger("wrpo")
+    for rank, is_said in (("1", False), ("0", True)):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main(["info"]) == 0
+        assert logger.isEnabledFor(logging.INFO) is is_said
+
+
 def test_a_run_that_ends_in_nan_fails_and_saves_nothing(tiny_model, tmp_path, capsys):
     here = ["--model_name_or_path", str(tiny_model), "--train_file", TRIPLES, "--output_dir", str(tmp_path / "out")]
     rates = ["--optim", "sgd", "--learning_rate", "1e38", "--max_grad_norm", "0", "--lr_scheduler_type", "constant"]

@@ -8,7 +8,7 @@
       requests_per_minute: 600
     - model: target
       kind: transformers                     # run in this process
-      path: out/sft
+      path: runs/sft
     - model: other
       kind: vllm
       path: org/other-model

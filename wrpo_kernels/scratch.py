@@ -46,8 +46,8 @@ def scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -
 def none_kept() -> Iterator[None]:
     """While it lasts, what is let go returns to the system at once.
 
-    For whole optimizer steps: with two buffers kept their peak was 1.20 to 1.25 times as high behind a head of 128256
-    tokens, and they were not faster (0.92 to 1.04 times, nine rounds; Zen 5, 2026-11-27, see docs/log.md).
+    For whole optimizer steps: with two buffers kept their peak was 1.22 and 1.25 times as high behind a head of 128256
+    tokens, and they ran 0.92 and 1.04 times as fast (nine rounds; Zen 5, 2026-11-27, see docs/log.md).
     """
     global _kept
     before, _kept = _kept, deque(maxlen=0)

@@ -31,6 +31,8 @@ _FORMS = (
     "A row is {'prompt', 'source_chosen', 'target_chosen', 'rejected'} or {'prompt', 'chosen': [source, target], "
     "'rejected'}."
 )
+_MESSAGE = "A message is an object with the strings 'role' and 'content'."
+_RESPONSE = "A response is text, an assistant's message, or messages that end with one."
 _SFT_FORMS = "A row is {'prompt', 'response'}, {'prompt', 'source_chosen'} or {'prompt', 'chosen'}."
 
 
@@ -111,7 +113,7 @@ def _many(value: Any, field: str) -> list:
     if isinstance(value, (str, dict)) or _is_conversation(value):
         return [value]
     if not isinstance(value, list):
-        raise DataError("a response or a list of responses", shown(value), _FORMS, field=field)
+        raise DataError("a response or a list of responses", shown(value), _RESPONSE, field=field)
     if not value:
         raise DataError("at least one response", "an empty list", "Add one, or drop the row.", field=field)
     return value
@@ -178,11 +180,10 @@ def _is_turn_of(turn: Message, conversation: list[Message]) -> bool:
 def _messages(value: Any, field: str) -> list[Message]:
     messages = [value] if isinstance(value, dict) else value
     if not isinstance(messages, list) or not messages:
-        raise DataError("a string, a message or a list of messages", shown(value), _FORMS, field=field)
+        raise DataError("a string, a message or a list of messages", shown(value), _MESSAGE, field=field)
     for message in messages:
         if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
-            todo = "A message is an object with the strings 'role' and 'content'."
-            raise DataError("messages with a role", shown(message), todo, field=field)
+            raise DataError("messages with a role", shown(message), _MESSAGE, field=field)
     return [
         {"role": _utf8(m["role"], f"{field}.role"), "content": _text(m.get("content"), f"{field}.content")}
         for m in messages

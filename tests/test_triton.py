@@ -26,15 +26,14 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTHING = LogitTransform(None, 1.0, 0.0, 1.0)
 
 
-@pytest.fixture
-def device() -> torch.device:
+@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu) if torch.cuda.is_available() else "cpu"])
+def device(request: pytest.FixtureRequest) -> torch.device:
     """The GPU; without one the CPU, where the interpreter plays the kernels."""
     if reason := triton_backend.missing():
         pytest.skip(reason)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    interpreter.compute_like_a_gpu()
-    return torch.device("cpu")
+    if request.param == "cpu":
+        interpreter.compute_like_a_gpu()
+    return torch.device(request.param)
 
 
 @pytest.fixture

@@ -90,9 +90,3 @@ def leaf_gradients(problem: Problem, hidden: Tensor, weight: Tensor):
         return
     yield "dh", hidden.grad[..., :width] + hidden.grad[..., width:] @ problem.adapter[0].detach().double()
     yield "dB", weight.grad[:, width:]
-
-
-def truth_bytes(problem: Problem) -> int:
-    """Memory of the float64 operands and their gradients, beside the budget of the logits."""
-    copies = 2 if problem.setting.trains_head else 1
-    return 8 * (2 * problem.hidden.numel() + copies * problem.weight.numel())

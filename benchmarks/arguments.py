@@ -30,7 +30,7 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if have_gpu else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=whole_number, help="of torch (default: its own)")
     parser.add_argument("--rows", type=whole_number,
-                        help="N of a typical problem (default: 512 on a CPU, 16384 on a GPU)")  # fmt: skip
+                        help="N of a typical problem (default: 512 or, quick, 256; on a GPU 16384, 8192)")  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--allow", type=number, metavar="SECONDS", help="one problem may take (default: 90, full 240)")
     parser.add_argument("--out", type=Path, default=machine.ROOT / "benchmarks/results")
@@ -64,11 +64,23 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"argument --device: torch {torch.__version__} sees no CUDA device here; use --device cpu")
     if args.base and machine.said("git", "rev-parse", "--verify", f"{args.base}^{{commit}}") == "unknown":
         raise UserError(f"argument --base: expected a commit of this repository, got {args.base!r}")
+    check_that_all_count(args)
     if args.draw:
         check_results(args.draw)
         check_folder("--draw", args.draw.parent)
     elif not args.base:
         check_folder("--out", args.out)
+
+
+def check_that_all_count(args: argparse.Namespace) -> None:
+    """`--base` prints its comparison and writes nothing, `--draw` measures nothing: what asks for more is refused."""
+    ways = {
+        "--base": (args.base, "only", "readme", "resume", "draw"),
+        "--draw": (args.draw, "full", "scenario", "only", "threads", "rows", "dtype", "allow", "resume"),
+    }
+    for flag, (given, *others) in ways.items():
+        if given and (idle := [f"--{name}" for name in others if getattr(args, name)]):
+            raise UserError(f"argument {flag}: {', '.join(idle)} would do nothing beside it; leave out one of them")
 
 
 def check_results(path: Path) -> None:

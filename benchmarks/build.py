@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from wrpo.flags import whole_number
+
 
 def write_candidates(prompts: int, answers: int, path: str | Path) -> None:
     """JSON lines: half of the answers to a prompt from as many sources, the other half the target's."""
@@ -51,8 +53,8 @@ def measured(folder: str, candidates: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=100_000)
-    parser.add_argument("--answers", type=int, default=10, help="answers a prompt (default: 10)")
+    parser.add_argument("--prompts", type=whole_number, default=100_000)
+    parser.add_argument("--answers", type=whole_number, default=10, help="answers a prompt (default: 10)")
     parser.add_argument("--dir", help="folder for the candidates and the output (default: the system's temporary one)")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)  # the fresh process
     options = parser.parse_args()

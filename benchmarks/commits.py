@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from benchmarks.memory import MIB, gradient_bytes, peak_above_now
 from benchmarks.problem import Problem, Setting
 from benchmarks.scenarios import Scenario
 from benchmarks.tables import whole_number
-from benchmarks.timing import Phases, milliseconds, step_of
+from benchmarks.timing import Phases, milliseconds, ratio, step_of
 
 # The kernels come from the side's own tree, all else from this one.
 START = (
@@ -55,13 +54,12 @@ def compared(setting: Setting, trees: dict[str, Path], device: str, allowance: f
         taken = rounds_within({name: side.step for name, side in sides.items()}, deadline)
         peaks = {name: side.peak_mib for name, side in sides.items()}
     base, new = trees
-    ratio = statistics.median(b.both / a.both for a, b in zip(taken[base], taken[new], strict=True))
     spans = []
     for name, some in taken.items():
         p20, p50, p80 = milliseconds([phases.both for phases in some])
         memory = "" if peaks[name] is None else f", {whole_number(peaks[name])} MiB"
         spans.append(f"{name} {p50:.2f} ms [{p20:.2f}, {p80:.2f}]{memory}")
-    return f"{spans[0]}   {spans[1]}   {new} / {base} = {ratio:.3f}"
+    return f"{spans[0]}   {spans[1]}   {new} / {base} = {ratio(taken[new], taken[base]):.3f}"
 
 
 @contextlib.contextmanager

@@ -13,11 +13,7 @@ Writes one dated CSV and a picture of it. `--dry-run` runs the same code on toy 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -27,12 +23,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks import dated_table
+from benchmarks.machine import ROOT
+from benchmarks.timing import milliseconds
+from wrpo.flags import whole_number
 from wrpo_kernels import linear_preference_loss
 from wrpo_kernels.logit_transform import LogitTransform
 from wrpo_kernels.token_logp.contract import CANDIDATES
 
 PLAIN = LogitTransform(None, 1.0, 0.0, 1.0)
-ROOT = Path(__file__).resolve().parent.parent
 # Cycles, about 3 ms, that a device is kept busy before a timed call: the host is then ahead of it, as in training,
 # where the model's own layers are queued before the head. From an idle device a row kernel seems to take 60 us longer.
 HEAD_START = 6_000_000
@@ -65,7 +64,7 @@ class Figure(NamedTuple):
 
 
 class Stopwatch:
-    """Milliseconds of calls that take turns, by CUDA events; on the CPU, for a dry run, by the clock."""
+    """Seconds of calls that take turns, by CUDA events; on the CPU, for a dry run, by the clock."""
 
     def __init__(self, device: str, rounds: int):
         self.device, self.rounds = device, rounds
@@ -81,20 +80,20 @@ class Stopwatch:
                 times[name].append(self.once(call))
         for name in contestants:
             ratio = statistics.median(a / b for a, b in zip(times[name], times[floor], strict=True))
-            yield name, sorted(times[name]), ratio, peaks[name]
+            yield name, times[name], ratio, peaks[name]
 
     def once(self, call: Callable[[], object]) -> float:
         if self.device == "cpu":
             start = time.perf_counter()
             call()
-            return 1e3 * (time.perf_counter() - start)
+            return time.perf_counter() - start
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(HEAD_START)
         first.record()
         call()
         last.record()
         last.synchronize()
-        return first.elapsed_time(last)
+        return 1e-3 * first.elapsed_time(last)
 
     def peak(self, call: Callable[[], object]) -> float:
         call()  # compiles, and fills caches that are not the call's own
@@ -114,7 +113,7 @@ def kernels(logits: Tensor) -> list:
 def figures(name: str, floor: str, work: float, unit: str, contestants, watch: Stopwatch) -> Iterator[Figure]:
     """`work`: units of the rate times milliseconds."""
     for contestant, times, ratio, peak in watch(contestants, floor):
-        p20, p50, p80 = (times[round(q * (len(times) - 1))] for q in (0.2, 0.5, 0.8))
+        p20, p50, p80 = milliseconds(times)
         yield Figure(name, contestant, p20, p50, p80, work / p50, unit, ratio, peak)
 
 
@@ -215,36 +214,6 @@ def losses(sizes: Sizes, device: str, budget: int, watch: Stopwatch) -> Iterator
         yield from figures(f"loss, {way}", "products", 1e-9 * number * flops, "TFLOP/s", contestants, watch)
 
 
-def environment(device: str) -> dict[str, str]:
-    def said(*command: str) -> str:
-        try:
-            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
-
-    return {
-        "card": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu",
-        "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "torch": torch.__version__,
-        "cuda": str(torch.version.cuda),
-        "commit": said("git", "rev-parse", "--short", "HEAD"),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-    }
-
-
-def write(figures: list[Figure], facts: dict[str, str], folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    card = "_".join(facts["card"].lower().split())
-    path = folder / f"gpu_{card}_{facts['date']}.csv"
-    with path.open("w", newline="") as file:
-        for name, value in facts.items():
-            file.write(f"# {name}: {value}\n")
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(Figure._fields)
-        table.writerows([f"{x:.5g}" if isinstance(x, float) else x for x in figure] for figure in figures)
-    return path
-
-
 def draw(figures: list[Figure], facts: dict[str, str], path: Path) -> None:
     """Times beside the floor of each scenario: 1 is the copy, or the bare matrix products."""
     import matplotlib
@@ -266,7 +235,7 @@ def draw(figures: list[Figure], facts: dict[str, str], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("time beside a copy of the same bytes, or beside the bare matrix products (1 is the floor)")
-    axes.set_title(f"{facts['card']}, torch {facts['torch']}, {facts['date']}, {facts['commit']}", fontsize=9)
+    axes.set_title(dated_table.caption(facts), fontsize=9)
     axes.legend(fontsize=8)
     plot.tight_layout()
     plot.savefig(path, dpi=130)
@@ -274,15 +243,15 @@ def draw(figures: list[Figure], facts: dict[str, str], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--budget-mib", type=int, default=1024, help="of logits at a time, in the loss")
+    parser.add_argument("--rounds", type=whole_number, default=10)
+    parser.add_argument("--budget-mib", type=whole_number, default=1024, help="of logits at a time, in the loss")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU, nothing written")
     args = parser.parse_args()
     if not args.dry_run and not torch.cuda.is_available():
         raise SystemExit("torch sees no CUDA device; --dry-run runs the same code on toy sizes on the CPU")
     device, sizes = ("cpu", TOY) if args.dry_run else ("cuda", FULL)
-    facts, watch = environment(device), Stopwatch(device, args.rounds)
+    facts, watch = dated_table.facts_of("benchmarks.gpu", device), Stopwatch(device, args.rounds)
     print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n")
     measured = []
     for part in (rows(sizes, device, watch), losses(sizes, device, args.budget_mib << 20, watch)):
@@ -292,7 +261,7 @@ def main() -> None:
             rate = f"{f.rate:8.1f} {f.unit:<8} {f.ratio:6.3f} x floor  {f.peak_mib:8.1f} MiB"
             print(f"{f.scenario:<28} {f.contestant:<10} {spread}  {rate}", flush=True)
     if not args.dry_run:
-        path = write(measured, facts, args.out)
+        path = dated_table.write(measured, facts, args.out, "gpu")
         draw(measured, facts, path.with_suffix(".png"))
         print(f"wrote {path} and its picture")
 

@@ -3,23 +3,39 @@
 What `grad_filter` saves and costs on a trained model: hidden states of SmolLM2-135M-Instruct over the answers of the
 demo's triples, its own head (V = 49152, D = 576), forward and backward of `linear_token_logp` with c = 1 for each row.
 For several eps: the CPU time beside that of the exact gradients, the share of the vocabulary that is left, and the
-error of the gradients against float64, relative in the Frobenius norm.
+error of the gradients against float64, relative in the Frobenius norm. Writes a dated CSV.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
+from collections.abc import Iterator
 from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks import dated_table
+from benchmarks.machine import ROOT
+from wrpo.flags import whole_number
 from wrpo_kernels import linear_token_logp
 from wrpo_kernels.column_filter import columns_that_count
 
 BOUNDS = (None, 1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+
+
+class Figure(NamedTuple):
+    eps: str
+    rounds: int
+    times_exact: float  # CPU time beside that of the exact gradients, median over rounds
+    columns: float  # share of the vocabulary that counts
+    error_dh: float
+    error_dW: float
 
 
 def hidden_states(rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,35 +78,42 @@ def truth(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tenso
     return torch.cat(deltas), torch.cat(grad_hidden), grad_weight
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    args = parser.parse_args()
-    given = hidden_states(args.rows)
-    hidden, weight, target = given[0].to(getattr(torch, args.dtype)), given[1].to(getattr(torch, args.dtype)), given[2]
-    delta, *exact = truth(hidden, weight, target)
-    print(f"N = {len(target)}, V = {len(weight)}, D = {weight.shape[1]}, {args.dtype}")
+def measured(given: tuple[Tensor, Tensor, Tensor], rounds: int) -> Iterator[Figure]:
+    """given: hidden states, head and targets. One figure for each of BOUNDS."""
+    delta, *exact = truth(*given)
     seconds: dict[float | None, list[float]] = {eps: [] for eps in BOUNDS}
-    for _ in range(args.rounds + 1):  # the first to warm up
+    for _ in range(rounds + 1):  # the first to warm up
         for eps in BOUNDS:
             start = time.process_time()  # of this process alone: what else the machine does is left out
-            gradients(hidden, weight, target, eps)
+            gradients(*given, eps)
             seconds[eps].append(time.process_time() - start)
     for eps in BOUNDS:
-        left = columns_that_count(delta, target, eps or 0.0)
-        share = 1.0 if left is None else len(left) / len(weight)
-        errors = [
-            float((g.double() - true).norm() / true.norm())
-            for g, true in zip(gradients(hidden, weight, target, eps), exact, strict=True)
-        ]
-        ratios = sorted(a / b for a, b in zip(seconds[eps][1:], seconds[None][1:], strict=True))
-        print(
-            f"eps {eps!s:<8} time {ratios[len(ratios) // 2]:.3f} of exact   columns {100 * share:5.1f} %   "
-            f"relative error dh {errors[0]:.2e}  dW {errors[1]:.2e}",
-            flush=True,
-        )
+        ratios = [a / b for a, b in zip(seconds[eps][1:], seconds[None][1:], strict=True)]
+        left = columns_that_count(delta, given[2], eps or 0.0)
+        share = 1.0 if left is None else len(left) / len(given[1])
+        pairs = zip(gradients(*given, eps), exact, strict=True)
+        errors = [float((got.double() - true).norm() / true.norm()) for got, true in pairs]
+        yield Figure("exact" if eps is None else f"{eps:g}", rounds, statistics.median(ratios), share, *errors)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=whole_number, default=1024)
+    parser.add_argument("--rounds", type=whole_number, default=5)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    args = parser.parse_args()
+    facts = dated_table.facts_of("benchmarks.grad_filter", "cpu")
+    hidden, weight, target = hidden_states(args.rows)
+    kind = getattr(torch, args.dtype)
+    size = f"N = {len(target)}, V = {len(weight)}, D = {weight.shape[1]}, {args.dtype}"
+    print(size, flush=True)
+    figures = []
+    for f in measured((hidden.to(kind), weight.to(kind), target), args.rounds):
+        figures.append(f)
+        errors = f"relative error dh {f.error_dh:.2e}  dW {f.error_dW:.2e}"
+        print(f"eps {f.eps:<7} time {f.times_exact:.3f} of exact   columns {f.columns:6.1%}   {errors}", flush=True)
+    print("wrote", dated_table.write(figures, facts | {"problem": size}, args.out, "grad_filter"))
 
 
 if __name__ == "__main__":

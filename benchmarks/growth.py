@@ -37,6 +37,7 @@ from benchmarks.machine import ROOT
 from benchmarks.memory import MIB, peak_above_now, peak_of
 from benchmarks.problem import Problem, Setting
 from benchmarks.timing import milliseconds, step_of, steps_in_turns
+from wrpo.flags import whole_number
 
 BASE = Setting(vocabulary=16384, width=128, examples=16, sources=1, response=32, prompt=32, budget_mib=64)
 SETTINGS = {
@@ -90,7 +91,7 @@ def exponent(sizes: list[float], costs: list[float]) -> Exponent:
 def of_the_loss(axis: str, settings: dict[int, Setting], device: str, rounds: int) -> Iterator[Figure]:
     peaks = {}
     for size, setting in tqdm(settings.items(), desc=f"{axis}: memory", unit="size"):
-        peaks[size] = peak_of(setting, FUSED, device, Problem(setting, device), PATIENCE).mib
+        peaks[size] = peak_of(setting, FUSED, device, Problem(setting, device), PATIENCE)
     problems = {size: Problem(setting, device) for size, setting in settings.items()}
     steps = {size: step_of(problem, FUSED.loss(problem)) for size, problem in problems.items()}
     steps_in_turns(steps, 1)
@@ -183,7 +184,7 @@ def draw(figures: list[Figure], fits: dict[str, tuple[Exponent, Exponent]], fact
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="of each size (default: 5)")
+    parser.add_argument("--rounds", type=whole_number, default=5, help="of each size (default: 5)")
     parser.add_argument("--quick", action="store_true", help="see it run: small sizes, not for publishing")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     args = parser.parse_args()

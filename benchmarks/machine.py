@@ -22,7 +22,7 @@ from benchmarks.timing import Clock
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
-TIMED = ("wrpo_kernels", "csrc", "benchmarks", ":!benchmarks/results")  # a change of these may change figures
+TIMED = ("wrpo_kernels", "wrpo", "csrc", "benchmarks", ":!benchmarks/results")  # a change of these may change figures
 PROBES = {
     "cpu": Setting(16384, 576, response=32),  # a small head: enough to tell 0.5 GFLOP/s from 500
     "cuda": Setting(65536, 4096, response=2048),  # 4 ms at 800 TFLOP/s; the small one would show its launch alone

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from benchmarks.accuracy import Errors, Truth
 from benchmarks.contestants import FLOOR, FUSED
 from benchmarks.machine import why_too_large, why_too_long
-from benchmarks.memory import Peak, Unaffordable, peak_of
+from benchmarks.memory import Unaffordable, peak_of
 from benchmarks.problem import Problem, Rival, Setting
 from benchmarks.results import Figure, Row
-from benchmarks.timing import Phases, floor_of, milliseconds, step_of
+from benchmarks.timing import Phases, floor_of, milliseconds, ratio, step_of
 
 FEWEST, MOST = 3, 200  # rounds
+FEWEST_CLOSE = 7  # of those that come close to the fastest, where a round or two would decide who that is
+CLOSE = 2.0  # times the fastest step
 ENOUGH = 6.0  # seconds of rounds, after the fewest
 FIRST_STEP = 60.0  # seconds that a contestant's first step may take beside the point's allowance, to compile
 
@@ -25,8 +27,8 @@ def measured(
 ) -> Iterator[Row]:
     """A row for each contestant and the floor, or one that says why the point was skipped.
 
-    allowance: seconds the point may take. Its size is chosen by the rule of `benchmarks.machine`; its rounds end after
-    a few seconds or with the allowance, after three at least.
+    allowance: seconds the point may take. Its size is chosen by the rule of `benchmarks.machine`; its rounds end as
+    `rounds_within` says.
     """
     start = time.perf_counter()
 
@@ -55,7 +57,7 @@ def measured(
         yield row(name, **times(phases, taken), **worth(peaks.get(name), errors.get(name)))
 
 
-def affordable(problem: Problem, contestants: list[Rival], patience: float) -> tuple[dict[str, Peak], dict[str, str]]:
+def affordable(problem: Problem, contestants: list[Rival], patience: float) -> tuple[dict[str, float], dict[str, str]]:
     """Peaks of those whose step this machine has the memory and the patience for, and the reasons of the others."""
     peaks, absent = {}, {}
     for rival in contestants:
@@ -106,16 +108,28 @@ def failure(name: str, error: Exception) -> str:
 
 
 def rounds_within(steps: dict[str, Callable[[], Phases]], deadline: float) -> dict[str, list[Phases]]:
-    """Rounds in which every contestant steps once, in order; each has stepped before."""
+    """Rounds in which every contestant steps once, in order; each has stepped before.
+
+    After the fewest rounds those that are not close to the fastest have had enough; the others, and the floor, go on.
+    """
     taken: dict[str, list[Phases]] = {name: [] for name in steps}
-    start = time.perf_counter()
+    start, racing = time.perf_counter(), list(steps)
     for done in range(MOST):
         now = time.perf_counter()
-        if done >= FEWEST and (now > deadline or now - start > ENOUGH):
+        if done >= FEWEST and (now > deadline or (done >= FEWEST_CLOSE and now - start > ENOUGH)):
             break
-        for name, step in steps.items():
-            taken[name].append(step())
+        if done == FEWEST:
+            racing = close_to_the_fastest(taken)
+        for name in racing:
+            taken[name].append(steps[name]())
     return taken
+
+
+def close_to_the_fastest(taken: dict[str, list[Phases]]) -> list[str]:
+    """Names of the fused loss, the floor, and whoever takes less than `CLOSE` times the fastest contestant."""
+    middle = {name: statistics.median(p.both for p in phases) for name, phases in taken.items()}
+    fastest = min((seconds for name, seconds in middle.items() if name != FLOOR), default=0.0)
+    return [name for name in taken if name in (FLOOR, FUSED.name) or middle[name] < CLOSE * fastest]
 
 
 def times(phases: list[Phases], taken: dict[str, list[Phases]]) -> dict:
@@ -127,13 +141,13 @@ def times(phases: list[Phases], taken: dict[str, list[Phases]]) -> dict:
         found |= {f"{part}_{name}": value for name, value in zip(names, values, strict=True)}
     for column, other in (("times_floor", FLOOR), ("times_fused", FUSED.name)):
         if other in taken:
-            found[column] = statistics.median(a.both / b.both for a, b in zip(phases, taken[other], strict=True))
+            found[column] = ratio(phases, taken[other])
     return found
 
 
-def worth(peak: Peak | None, errors: Errors | None) -> dict:
+def worth(peak_mib: float | None, errors: Errors | None) -> dict:
     """The columns beside the time."""
-    found = {} if peak is None else {"peak_mib": peak.mib}
+    found = {} if peak_mib is None else {"peak_mib": peak_mib}
     if errors is not None:
         found |= {f"error_{name}": value for name, value in errors._asdict().items()}
     return found

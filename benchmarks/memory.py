@@ -11,10 +11,8 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import resource
-import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import NamedTuple
 
 import psutil
 import torch
@@ -26,17 +24,12 @@ MIB = 1 << 20
 GOODBYE = 5.0  # seconds that a process may take to end after its answer
 
 
-class Peak(NamedTuple):
-    mib: float
-    seconds: float  # of the step in which it was measured, compilation included
-
-
 class Unaffordable(Exception):
     """Why a step could not be measured: more memory or time than there is."""
 
 
-def peak_of(setting: Setting, rival: Rival, device: str, problem: Problem | None, patience: float) -> Peak:
-    """The peak of one step. `problem` is used on a GPU, where no fresh process is needed.
+def peak_of(setting: Setting, rival: Rival, device: str, problem: Problem | None, patience: float) -> float:
+    """MiB of one step at its peak. `problem` is used on a GPU, where no fresh process is needed.
 
     Raises:
         Unaffordable: the step needs more memory than the machine has, or more seconds than `patience`.
@@ -81,7 +74,7 @@ def peak_above_now(call: Callable[[], object]) -> int:
     return _status("VmHWM") - before
 
 
-def measured_peak(setting: Setting, name: str, threads: int) -> Peak:
+def measured_peak(setting: Setting, name: str, threads: int) -> float:
     """In a fresh process: the peak of `name`, after a small problem that starts thread pools and compilers."""
     from benchmarks.contestants import CONTESTANTS
 
@@ -92,14 +85,13 @@ def measured_peak(setting: Setting, name: str, threads: int) -> Peak:
     problem = Problem(setting)
     step = step_of(problem, rival.loss(problem))
     _limit_memory()
-    start = time.perf_counter()
     try:
         peak = peak_above_now(step)
     except (MemoryError, RuntimeError) as error:
         if not _is_memory(error):
             raise
         raise Unaffordable(f"more memory than the {available() / 2**30:.0f} GiB that are free") from None
-    return Peak((peak - gradient_bytes(problem)) / MIB, time.perf_counter() - start)
+    return (peak - gradient_bytes(problem)) / MIB
 
 
 def gradient_bytes(problem: Problem) -> int:
@@ -120,7 +112,7 @@ def _is_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "memory" in str(error)
 
 
-def _peak_of_allocator(problem: Problem, rival: Rival) -> Peak:
+def _peak_of_allocator(problem: Problem, rival: Rival) -> float:
     step = step_of(problem, rival.loss(problem))
     try:
         step()  # compiles, and fills caches that are not the step's own
@@ -128,14 +120,13 @@ def _peak_of_allocator(problem: Problem, rival: Rival) -> Peak:
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        start = time.perf_counter()
         step()
         peak = torch.cuda.max_memory_allocated() - before - gradient_bytes(problem)
     except torch.cuda.OutOfMemoryError:
         problem.forget_gradients()
         torch.cuda.empty_cache()
         raise Unaffordable("more memory than the device has") from None
-    return Peak(peak / MIB, time.perf_counter() - start)
+    return peak / MIB
 
 
 def _status(field: str) -> int:

@@ -32,7 +32,7 @@ def draw(facts: dict[str, str], rows: list[Row], scenarios: dict[str, Scenario],
         some = [row for row in timed if row.figure.scenario == scenario.name]
         if scenario.axis and len({row.figure.point for row in some}) > 1:
             yield curves(some, scenario, under, stem.with_name(f"{stem.name}_{scenario.name}.png"))
-    if timed and "product_gflops_float32" in facts:
+    if timed and {f"product_gflops_{row.setting.dtype}" for row in timed} <= facts.keys():
         yield roofline(timed, facts, under, stem.with_name(f"{stem.name}_roofline.png"))
 
 

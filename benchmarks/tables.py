@@ -78,7 +78,7 @@ def summary(facts: dict[str, str], rows: list[Row], table: str, *pictures: str) 
     cores = f" ({facts['cores'].split(',')[0]} cores)" if facts["device"] == "cpu" else ""
     lines = [
         f"Forward and backward on {facts['machine']}{cores}, torch {facts['torch']}, "
-        f"{facts['date']}, commit {facts['commit'].split()[0]}: `{facts['command']}`.",
+        f"{facts['date']}, commit {facts['commit']}: `{facts['command']}`.",
         "",
         "| | fused | x floor | fastest other | plain torch | memory: fused | leanest other | plain torch |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",

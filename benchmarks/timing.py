@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.problem import Problem
 
-QUANTILES = (0.2, 0.5, 0.8)
+QUANTILES = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
 
 
 class Phases(NamedTuple):
@@ -90,10 +91,14 @@ def steps_in_turns(steps: dict[str, Callable[[], Phases]], rounds: int) -> dict[
 
 
 def milliseconds(seconds: list[float]) -> tuple[float, float, float]:
-    """p20, p50 and p80."""
-    ordered = sorted(seconds)
-    p20, p50, p80 = (1e3 * ordered[round(q * (len(ordered) - 1))] for q in QUANTILES)
+    """p20, p50 and p80, between neighbours where no step is at that place."""
+    p20, p50, p80 = (1e3 * torch.tensor(seconds, dtype=torch.float64)).quantile(QUANTILES).tolist()
     return p20, p50, p80
+
+
+def ratio(phases: list[Phases], others: list[Phases]) -> float:
+    """Median over the rounds that both took part in, which are the first ones."""
+    return statistics.median(a.both / b.both for a, b in zip(phases, others, strict=False))
 
 
 def in_fresh_process(module: str, *arguments: str) -> str:

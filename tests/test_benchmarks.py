@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from multiprocessing.process import BaseProcess
 
 import pytest
 import torch
 from cost import product_flops
 
-from benchmarks import commits, machine, measure, results, run, scenarios, tables
+from benchmarks import commits, machine, measure, results, run, scenarios, tables, timing
 from benchmarks.accuracy import Truth
 from benchmarks.contestants import CONTESTANTS, FLOOR, FUSED
 from benchmarks.measure import checked, errors_of_one_step, measured
@@ -17,7 +18,7 @@ from benchmarks.problem import RANK, Problem, Setting
 from benchmarks.results import Figure, Row
 from benchmarks.rivals import PACKAGES, packaged
 from benchmarks.scenarios import Scenario
-from benchmarks.timing import step_of
+from benchmarks.timing import Phases, step_of
 
 TINY = Setting(97, 16, examples=2, sources=1, response=5, prompt=3)
 HEADS = ("trained", "frozen", "lora", "no_grad")
@@ -56,7 +57,7 @@ def raises(problem: Problem):
 @pytest.fixture
 def fast_tiny_machine(monkeypatch):
     """Peaks without a process each, and a speed that no rule refuses."""
-    monkeypatch.setattr(measure, "peak_of", lambda setting, rival, *rest: measure.Peak(1.0, 0.0))
+    monkeypatch.setattr(measure, "peak_of", lambda setting, rival, *rest: 1.0)
     monkeypatch.setattr(machine, "speed", lambda dtype, device: machine.Speed(1e12, 1e12, 1e12))
     monkeypatch.setattr(measure, "MOST", 3)
 
@@ -134,7 +135,7 @@ def test_the_peak_of_a_step_is_what_it_allocates_beside_inputs_and_gradients():
     setting = Setting(20000, 16, response=200)
     logits = 4 * setting.num_rows * setting.vocabulary / MIB  # 31 MiB
     peak = peak_of(setting, CONTESTANTS["plain torch"], "cpu", None, 120.0)
-    assert 2 * logits < peak.mib < 4.5 * logits  # logits, their log_softmax, the gradient of each
+    assert 2 * logits < peak < 4.5 * logits  # logits, their log_softmax, the gradient of each
 
 
 def test_a_step_that_outlasts_the_patience_ends_with_the_reason():
@@ -273,7 +274,33 @@ def test_the_scenarios_hold_what_the_comparison_promises():
     assert all(name in CONTESTANTS for scenario in full.values() for name in scenario.contestants or ())
 
 
-def test_two_trees_are_compared_each_with_its_own_kernels_in_turns():
+def test_two_trees_are_compared_in_turns():
     here = {"base": machine.ROOT, "checkout": machine.ROOT}
     shown = commits.compared(TINY, here, "cpu", allowance=5.0)
     assert "base " in shown and "checkout / base = " in shown
+
+
+@pytest.mark.parametrize("other", ["base", "checkout"])
+def test_each_tree_is_compared_with_its_own_kernels(other, tmp_path, capfd):
+    (tmp_path / "wrpo_kernels.py").write_text("raise ImportError('kernels of the other tree')\n")
+    trees = {"base": machine.ROOT, "checkout": machine.ROOT} | {other: tmp_path}
+    with pytest.raises(SystemExit, match="one side of the comparison failed"):
+        commits.compared(TINY, trees, "cpu", allowance=5.0)
+    assert capfd.readouterr().err.count("ImportError: kernels of the other tree") == 1
+
+
+def test_far_contestants_stop_after_the_fewest_rounds_and_close_ones_go_on(monkeypatch):
+    monkeypatch.setattr(measure, "ENOUGH", 0.0)
+    seconds = {"fused": 1.0, "close": 1.9, "far": 2.1, FLOOR: 0.3}
+    steps = {name: (lambda taken=taken: Phases(taken, 0.0)) for name, taken in seconds.items()}
+    taken = measure.rounds_within(steps, deadline=math.inf)
+    rounds = {name: len(phases) for name, phases in taken.items()}
+    assert rounds == {"fused": 7, "close": 7, "far": 3, FLOOR: 7}
+    assert timing.ratio(taken["far"], taken["fused"]) == pytest.approx(2.1)
+    assert {len(phases) for phases in measure.rounds_within(steps, deadline=0.0).values()} == {3}
+
+
+def test_the_median_of_an_even_number_of_steps_lies_between_the_middle_two():
+    p20, p50, p80 = timing.milliseconds([0.004, 0.001, 0.002, 0.003])
+    assert p50 == pytest.approx(2.5) and 1 < p20 < 2 < 3 < p80 < 4
+    assert timing.milliseconds([0.001]) == pytest.approx((1.0, 1.0, 1.0))

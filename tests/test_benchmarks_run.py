@@ -19,6 +19,14 @@ WRONG = {
     "a file of another kind": (["--draw", __file__], "--draw: expected a CSV file of benchmarks.run, got "),
     "no such commit": (["--base", "no-such-commit"], "--base: expected a commit of this repository, got"),
     "a folder under a file": (["--out", f"{__file__}/results"], "--out: cannot write into "),
+    "a flag that a comparison of commits has no use for": (
+        ["--base", "HEAD", "--only", "CCE", "--readme"],
+        "--base: --only, --readme would do nothing beside it",
+    ),
+    "a flag that measures, beside none of it": (
+        ["--draw", __file__, "--full", "--rows", "99"],
+        "--draw: --full, --rows would do nothing beside it",
+    ),
     "a mistyped flag": (["--ful"], "no flag --ful; did you mean --full?"),
 }
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks import training_contestants as training
+from benchmarks.accuracy import Truth
 from benchmarks.problem import IGNORED, Problem, Setting
 from benchmarks.rivals import COMPILED, RIVALS
 from benchmarks.training_models import work_of
@@ -102,6 +103,20 @@ def test_a_second_step_gives_the_same_gradients(name):
         problem.forget_gradients()
         loss().backward()
     torch.testing.assert_close(problem.weight.grad, first)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMED if not name.startswith("Liger DPO")])
+def test_a_long_response_is_added_up_as_well_as_by_plain_torch(name):
+    """What a rival's figure shows is its own error: Liger adds up itself, the others leave it to the benchmarks."""
+    setting = Setting(vocabulary=97, width=16, response=16384, head="no_grad")
+    problem, loss = loss_or_skip(name, setting)
+    exact = Truth(problem)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        error = exact.errors(problem, loss()).loss * exact.loss
+    # In pairs a sum is rounded log2 T times, by half an ulp of the whole at most, and d loss / d margin is near 1/2.
+    # Added one after the other the log-probs of this problem err by five times as much.
+    ulp = float(oracle.ulp(problem.ref_logp.double().max(), torch.float32))
+    assert error <= 0.5 * problem.beta * 2 * math.log2(setting.response) * ulp / 2
 
 
 @pytest.mark.parametrize("name", NAMED)

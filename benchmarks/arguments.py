@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 
-from benchmarks import machine
+from benchmarks import machine, scenarios
 from benchmarks.contestants import CONTESTANTS
-from benchmarks.results import read
+from benchmarks.dated_table import add_out
+from benchmarks.results import read, writable_folder
 from wrpo.flags import Flags, number, whole_number
 from wrpo.user_error import UserError
 
@@ -23,7 +23,8 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser = Flags("python -m benchmarks.run", description)
     have_gpu = torch.cuda.is_available()
     parser.add_argument("--full", action="store_true", help="every scenario, up to 25 minutes on 2 cores")
-    parser.add_argument("--scenario", action="append", metavar="NAME", help="only this one of the full set; repeatable")
+    parser.add_argument("--scenario", action="append", metavar="NAME", choices=scenarios.NAMES,
+                        help="only this one of the full set; repeatable: " + ", ".join(scenarios.NAMES))  # fmt: skip
     parser.add_argument("--only", action="append", metavar="CONTESTANT", default=[], choices=list(CONTESTANTS),
                         help="the fused loss beside this one; repeatable: " + ", ".join(CONTESTANTS))  # fmt: skip
     parser.add_argument("--base", metavar="COMMIT", help="the fused loss of this commit beside the one of the checkout")
@@ -33,7 +34,7 @@ def arguments(description: str | None) -> argparse.Namespace:
                         help="N of a typical problem (default: 512 or, quick, 256; on a GPU 16384, 8192)")  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--allow", type=number, metavar="SECONDS", help="one problem may take (default: 90, full 240)")
-    parser.add_argument("--out", type=Path, default=machine.ROOT / "benchmarks/results")
+    add_out(parser)
     parser.add_argument("--skip-tests", action="store_true", help="where they have just passed")
     parser.add_argument("--draw", type=Path, metavar="CSV", help="no measuring: table and pictures of this file")
     parser.add_argument("--resume", action="store_true", help="keep what the same command wrote today at this commit")
@@ -62,14 +63,11 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"argument --allow: expected seconds > 0, got {args.allow:g}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"argument --device: torch {torch.__version__} sees no CUDA device here; use --device cpu")
-    if args.base and machine.said("git", "rev-parse", "--verify", f"{args.base}^{{commit}}") == "unknown":
+    if args.base is not None and machine.said("git", "rev-parse", "--verify", f"{args.base}^{{commit}}") == "unknown":
         raise UserError(f"argument --base: expected a commit of this repository, got {args.base!r}")
     check_that_all_count(args)
     if args.draw:
         check_results(args.draw)
-        check_folder("--draw", args.draw.parent)
-    elif not args.base:
-        check_folder("--out", args.out)
 
 
 def check_that_all_count(args: argparse.Namespace) -> None:
@@ -79,7 +77,7 @@ def check_that_all_count(args: argparse.Namespace) -> None:
         "--draw": (args.draw, "full", "scenario", "only", "threads", "rows", "dtype", "allow", "resume"),
     }
     for flag, (given, *others) in ways.items():
-        if given and (idle := [f"--{name}" for name in others if getattr(args, name)]):
+        if given is not None and (idle := [f"--{name}" for name in others if getattr(args, name)]):
             raise UserError(f"argument {flag}: {', '.join(idle)} would do nothing beside it; leave out one of them")
 
 
@@ -90,12 +88,7 @@ def check_results(path: Path) -> None:
         raise UserError(f"argument --draw: cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"argument --draw: expected a CSV file of benchmarks.run, got {path}: {error}") from None
-
-
-def check_folder(flag: str, folder: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"argument {flag}: cannot write into {folder}: {error.strerror}") from None
+        writable_folder(path.parent)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"argument --draw: {error}") from None

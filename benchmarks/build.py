@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.results import writable_folder
 from wrpo.flags import whole_number
 
 
@@ -54,13 +55,19 @@ def measured(folder: str, candidates: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=whole_number, default=100_000)
-    parser.add_argument("--answers", type=whole_number, default=10, help="answers a prompt (default: 10)")
-    parser.add_argument("--dir", help="folder for the candidates and the output (default: the system's temporary one)")
+    parser.add_argument("--answers", type=whole_number, default=10, help="answers a prompt, at least 4 (default: 10)")
+    parser.add_argument(
+        "--dir",
+        type=writable_folder,
+        help="folder for the candidates and the output (default: the system's temporary one)",
+    )
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)  # the fresh process
     options = parser.parse_args()
     if options.measure:
         print(measured(*options.measure))
         return
+    if options.answers < 4:
+        parser.error("argument --answers: expected at least 4, so that the target has a best and a worst answer")
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
         candidates = f"{folder}/candidates.jsonl"
         write_candidates(options.prompts, options.answers, candidates)

@@ -12,14 +12,12 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from benchmarks import dated_table
 from benchmarks.contestants import CONTESTANTS, FUSED
-from benchmarks.machine import ROOT
 from benchmarks.problem import Problem, Setting
 from benchmarks.rivals import COMPILED
 from benchmarks.timing import floor_of, in_fresh_process, step_of
@@ -55,7 +53,7 @@ def beyond_a_step(step: Callable[[], object]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="torch.compile alone")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    dated_table.add_out(parser)
     parser.add_argument("--one", help=argparse.SUPPRESS)  # the fresh process
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import csv
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import machine
-from benchmarks.results import file_name, make_room
+from benchmarks.results import file_name, make_room, writable_folder
+
+
+def add_out(parser: ArgumentParser) -> None:
+    """The flag --out of every benchmark that writes files."""
+    folder = machine.ROOT / "benchmarks/results"
+    parser.add_argument("--out", type=writable_folder, metavar="FOLDER", default=str(folder), help="for the files")
 
 
 def facts_of(module: str, device: str) -> dict[str, str]:

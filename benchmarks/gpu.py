@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from benchmarks import dated_table
-from benchmarks.machine import ROOT
 from benchmarks.timing import milliseconds
 from wrpo.flags import whole_number
 from wrpo_kernels import linear_preference_loss
@@ -245,7 +244,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=whole_number, default=10)
     parser.add_argument("--budget-mib", type=whole_number, default=1024, help="of logits at a time, in the loss")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    dated_table.add_out(parser)
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU, nothing written")
     args = parser.parse_args()
     if not args.dry_run and not torch.cuda.is_available():

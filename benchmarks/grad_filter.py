@@ -14,14 +14,12 @@ import statistics
 import time
 from collections.abc import Iterator
 from importlib.resources import files
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks import dated_table
-from benchmarks.machine import ROOT
 from wrpo.flags import whole_number
 from wrpo_kernels import linear_token_logp
 from wrpo_kernels.column_filter import columns_that_count
@@ -101,7 +99,7 @@ def main() -> None:
     parser.add_argument("--rows", type=whole_number, default=1024)
     parser.add_argument("--rounds", type=whole_number, default=5)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    dated_table.add_out(parser)
     args = parser.parse_args()
     facts = dated_table.facts_of("benchmarks.grad_filter", "cpu")
     hidden, weight, target = hidden_states(args.rows)

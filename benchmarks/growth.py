@@ -33,7 +33,6 @@ from tqdm import tqdm
 from benchmarks import dated_table
 from benchmarks.build import write_candidates
 from benchmarks.contestants import FUSED
-from benchmarks.machine import ROOT
 from benchmarks.memory import MIB, peak_above_now, peak_of
 from benchmarks.problem import Problem, Setting
 from benchmarks.timing import milliseconds, step_of, steps_in_turns
@@ -186,7 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=whole_number, default=5, help="of each size (default: 5)")
     parser.add_argument("--quick", action="store_true", help="see it run: small sizes, not for publishing")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    dated_table.add_out(parser)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     facts = dated_table.facts_of("benchmarks.growth", device)

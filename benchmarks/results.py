@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import tempfile
 import types
 import typing
+from argparse import ArgumentTypeError
 from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
@@ -50,6 +52,7 @@ class Row(NamedTuple):
 
 
 COLUMNS = (*Figure._fields, *Setting._fields)
+FACTS = ("machine", "device", "cores", "torch", "commit", "date", "command", "copy_gbs")  # what tables and pictures say
 
 
 class ResultFile:
@@ -74,6 +77,18 @@ def file_name(facts: dict[str, str], scenarios: Iterable[str] = ()) -> str:
     return "_".join([*dict.fromkeys(words), facts["date"], *dict.fromkeys(scenarios)]) + ".csv"
 
 
+def writable_folder(text: str | Path) -> Path:
+    """A flag's folder, made if it is not there: what cannot be written is found before anything is measured."""
+    folder = Path(text)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ArgumentTypeError(f"cannot write into {folder}: {error.strerror}") from None
+    return folder
+
+
 def make_room(path: Path) -> None:
     """Moves a file of this name, and a picture of it, aside to the first free <stem>_1, <stem>_2, ...; and says so."""
     if not path.exists():
@@ -92,26 +107,31 @@ def read(path: Path) -> tuple[dict[str, str], list[Row]]:
         ValueError: the file is not of `ResultFile`, or damaged.
     """
     lines = path.read_text().splitlines()
-    facts = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
+    facts = {name: value for line in lines if line.startswith("# ") for name, _, value in [line[2:].partition(": ")]}
+    if absent := [name for name in FACTS if not facts.get(name)]:
+        raise ValueError(f"no line '# {absent[0]}: ...' at its head")
     table = csv.DictReader((line for line in lines if not line.startswith("# ")), restval="")
     if without := [name for name in COLUMNS if name not in (table.fieldnames or ())]:
         raise ValueError(f"no column {without[0]}")
     rows = []
-    for values in table:
-        rows.append(Row(_parsed(Figure, values), _parsed(Setting, values)))
+    for number, values in enumerate(table, 1):
+        rows.append(Row(_parsed(Figure, values, number), _parsed(Setting, values, number)))
     return facts, rows
 
 
-def _parsed(kind, values: dict[str, str]):
+def _parsed(kind, values: dict[str, str], number: int):
     hints = typing.get_type_hints(kind)
-    return kind(**{name: _value(hints[name], values[name]) for name in kind._fields})
+    return kind(**{name: _value(hints[name], values[name], f"row {number}, {name}") for name in kind._fields})
 
 
-def _value(hint, text: str):
+def _value(hint, text: str, place: str):
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if text == "" and type(None) in options:
         return None
-    return options[0](text)
+    try:
+        return options[0](text)
+    except ValueError:
+        raise ValueError(f"{place}: expected {options[0].__name__}, got {text!r}") from None
 
 
 def _written(value: object) -> object:

@@ -120,3 +120,6 @@ def prompted(model: str, tokens: int, share: float, dtype: str) -> Setting:
 def toys() -> dict[str, Setting]:
     toy = Setting(1000, 64, examples=2, response=16)
     return {"toy, D=64 V=1000": toy, "toy, bfloat16": toy._replace(dtype="bfloat16")}
+
+
+NAMES = (*full(512, "float32"), "acceptance")

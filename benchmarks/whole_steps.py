@@ -25,7 +25,6 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import dated_table
-from benchmarks.machine import ROOT
 from benchmarks.training_contestants import CONTESTANTS, serve, why_not
 from benchmarks.training_models import NAMES
 from wrpo.flags import whole_number
@@ -187,7 +186,7 @@ def main() -> int:
         "--rounds", type=whole_number, default=9, help="steps of each contestant that count (default: 9)"
     )
     parser.add_argument("--quick", action="store_true", help="see it run: three rounds of a tiny model")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    dated_table.add_out(parser)
     args = parser.parse_args()
     models, rounds = (["tiny"], 3) if args.quick else (args.model or ["SmolLM2-135M", "Llama"], args.rounds)
     facts = dated_table.facts_of("benchmarks.whole_steps", "cuda" if torch.cuda.is_available() else "cpu")

@@ -468,7 +468,17 @@ REFUSED = {
     "jagged hidden": (
         {"hidden": torch.nested.nested_tensor([torch.zeros(3, 4)], layout=torch.jagged)},
         ValueError,
-        "hidden.*dense.*jagged.*to_padded_tensor",
+        "hidden.*dense.*nested.*to_padded_tensor",
+    ),
+    "nested hidden": (
+        {"hidden": torch.nested.nested_tensor([torch.zeros(3, 4)])},
+        ValueError,
+        "hidden.*dense.*nested.*to_padded_tensor",
+    ),
+    "scale over temperature beyond float32": (
+        {"logit_scale": 1e20, "temperature": 1e-20},
+        ValueError,
+        r"logit_scale / temperature.*float32.*1e\+40",
     ),
     "float target": ({"target": torch.zeros(2, 3)}, ValueError, "target.*int64.*float32"),
     "int32 target": ({"target": torch.zeros(2, 3).int()}, ValueError, "target.*int64.*int32"),

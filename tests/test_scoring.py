@@ -197,7 +197,7 @@ MISTAKES = {
     "no function": (FINE, ["--verifier", "json:f"], "json has no 'f'"),
     "not a function": (FINE, ["--verifier", "json:__doc__"], "expected a function, got str"),
     "a function of something else": (FINE, ["--verifier", "json:dumps"], "expected a function of (prompt, response)"),
-    "no model": (FINE, ["--reward-model", "nowhere"], "nowhere"),
+    "no model": (FINE, ["--reward-model", "nowhere"], "--reward-model 'nowhere': "),
     "no judge": (FINE, ["--judge", "nowhere.yaml"], "nowhere.yaml: No such file"),
     "no response": ([{"prompt_id": "a", "prompt": "p", "model": "m"}], ["--verifier", "a:b"], "field 'response'"),
     "no answers": ([], ["--verifier", "a:b"], "expected at least one answer"),

@@ -202,6 +202,8 @@ REFUSED = {
     "alpha a list": ({"alpha": [0.1, 0.2]}, TypeError, "alpha.*list"),
     "no alpha": ({"alpha": None}, TypeError, "alpha.*NoneType"),
     "NaN in alpha": ({"alpha": torch.tensor([0.1, math.nan])}, ValueError, "alpha.*nan"),
+    "complex alpha": ({"alpha": torch.tensor(0.5 + 0.9j)}, ValueError, "alpha.*real.*complex64"),
+    "alpha tensor true": ({"alpha": torch.tensor(True)}, ValueError, "alpha.*real.*bool"),
     "alpha tensor above 1": ({"alpha": torch.tensor(1.5)}, ValueError, r"alpha.*\[0, 1\].*1.5"),
     "alpha of another shape": ({"alpha": torch.zeros(3)}, ValueError, r"alpha.*\[B\] = \[2\].*\[3\]"),
     "alpha [K, B]": (

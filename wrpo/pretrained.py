@@ -15,14 +15,16 @@ from .settings import ModelSettings, SettingsError
 logger = logging.getLogger("wrpo")
 
 
-def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+def load_tokenizer(settings: ModelSettings, named: str = "model_name_or_path") -> PreTrainedTokenizerBase:
     """The tokenizer with a padding token and, where a file is named, another chat template.
+
+    named: the setting or flag that the user gave the name in, for the message.
 
     Raises:
         SettingsError: nothing to load there, or a template file that is no text.  FileNotFoundError: no such template
             file.
     """
-    tokenizer = _load(AutoTokenizer, settings)
+    tokenizer = _load(AutoTokenizer, settings, named)
     if settings.chat_template_file:
         tokenizer.chat_template = _template(Path(settings.chat_template_file))
     if tokenizer.pad_token is None:
@@ -37,8 +39,10 @@ def _template(path: Path) -> str:
         raise SettingsError(f"chat_template_file: expected a Jinja file in UTF-8, got {path}: {error}") from error
 
 
-def load_model(settings: ModelSettings) -> Any:
+def load_model(settings: ModelSettings, named: str = "model_name_or_path") -> Any:
     """The causal language model, with fresh LoRA adapters if `lora_r` > 0.
+
+    named: as for `load_tokenizer`.
 
     Raises:
         SettingsError: nothing to load there, or a module to adapt that the model does not have.
@@ -50,7 +54,7 @@ def load_model(settings: ModelSettings) -> Any:
     if settings.gguf_file is not None and hasattr(transformers, "GgufConfig"):
         # Plain tensors; without it some releases keep them packed, or call them quantised and refuse to train them.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = _load(AutoModelForCausalLM, settings, dtype=dtype, **options)
+    model = _load(AutoModelForCausalLM, settings, named, dtype=dtype, **options)
     return _with_adapters(model, settings) if settings.lora_r else model
 
 
@@ -65,14 +69,14 @@ def warn_of_coarse_weights(model: Any) -> None:
         )
 
 
-def _load(auto: Any, settings: ModelSettings, **options: Any) -> Any:
+def _load(auto: Any, settings: ModelSettings, named: str, **options: Any) -> Any:
     name = settings.model_name_or_path
     if settings.gguf_file is not None:
         options["gguf_file"] = settings.gguf_file
     try:
         return auto.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise SettingsError(f"model_name_or_path {name!r}: {error}") from error
+        raise SettingsError(f"{named} {name!r}: {error}") from error
 
 
 def _with_adapters(model: Any, settings: ModelSettings) -> Any:

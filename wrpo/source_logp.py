@@ -97,7 +97,7 @@ def with_source_logp(
     by_model = []
     for number, name in enumerate(models):
         logger.info("%s: log-probs of %d rows", name, len(triples))
-        tokenizer = load_tokenizer(ModelSettings(model_name_or_path=name))
+        tokenizer = load_tokenizer(ModelSettings(model_name_or_path=name), "models")
         try:
             model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype)
         except (OSError, ValueError) as error:

@@ -9,15 +9,17 @@ from torch import Tensor
 
 TINY = torch.finfo(torch.float32).tiny
 LARGEST = torch.finfo(torch.float64).max
+LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.is_nested:
+        raise ValueError(f"{name} must be a dense tensor, got a nested one; use .to_padded_tensor(0)")
     if value.layout is not torch.strided:
-        way = ".to_padded_tensor(0)" if value.layout is torch.jagged else ".to_dense()"
-        raise ValueError(f"{name} must be a dense tensor (torch.strided), got {value.layout}; use {way}")
+        raise ValueError(f"{name} must be a dense tensor (torch.strided), got {value.layout}; use .to_dense()")
 
 
 def check_shape(name: str, value: Tensor, letters: str, *expected: int) -> None:
@@ -46,11 +48,14 @@ def check_constant(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} is a constant of the loss but requires grad; pass {name}.detach()")
 
 
-def check_number(name: str, value: float, *, above: float = -math.inf, least: float = -math.inf) -> None:
+def check_number(
+    name: str, value: float, *, above: float = -math.inf, least: float = -math.inf, most: float = LARGEST
+) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not -LARGEST <= value <= LARGEST or value <= above or value < least:  # an int may be beyond float64
+    if not -LARGEST <= value <= most or value <= above or value < least:  # an int may be beyond float64
         bound = f" > {above:g}" if above > -math.inf else f" >= {least:g}" if least > -math.inf else ""
+        bound += f" and <= {most:g}" if most < LARGEST else ""
         raise ValueError(f"{name} must be a finite number{bound}, got {_shown(value)}")
 
 

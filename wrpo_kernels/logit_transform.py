@@ -42,3 +42,4 @@ def check_transform(
     check_number("temperature", temperature, above=0.0)
     for name, value in (("logit_scale", logit_scale), ("softcap", softcap or 0.0), ("temperature", temperature)):
         check_float32(name, value)  # kernels hold it and its reciprocal in float32
+    check_float32("logit_scale / temperature", logit_scale / temperature)

@@ -127,6 +127,9 @@ def _seq_weight(alpha: float | Tensor, examples: int, num_sources: int, device: 
             raise ValueError(f"alpha must be in [0, 1], got {alpha}")
         weights = [alpha / num_sources] * (num_sources * examples) + [1.0 - alpha] * examples + [-1.0] * examples
         return sent(weights, torch.float64, device)
+    check_tensor("alpha", alpha)
+    if alpha.is_complex() or alpha.dtype == torch.bool:
+        raise ValueError(f"alpha must be real numbers in [0, 1], got {alpha.dtype}")
     per_source = _alpha_per_source(sent(alpha, torch.float64, device), examples, num_sources)  # [B, K]
     target = 1.0 - per_source.sum(1)
     return torch.cat([per_source.t().reshape(-1), target, -torch.ones_like(target)])

@@ -191,7 +191,8 @@ void row_delta(Scores<T, has_bias, has_softcap> row, int64_t V, LogSumExp<double
   out[target] = store<T>(target_factor * row.capped(linear_target).slope + softmax_part(linear_target));
 }
 
-// The same in doubles, an element at a time: slow, and right for every finite score.
+// The same in doubles, an element at a time: slow, and right for every score that is finite in
+// units of log 2.
 struct Wide {
   double top, sum;  // log-sum-exp, base 2: top + log2(sum)
 };

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -62,6 +63,8 @@ class BuildSettings:
     def __post_init__(self) -> None:
         _at_least(self, 1, "num_sources", "source_rank", "min_chars", "max_chars", "max_prompt_chars")
         _at_least(self, 1, "max_tokens", "max_prompt_tokens")
+        _finite(self, "min_target_gap", "max_target_gap", "min_source_gap", "max_source_gap")
+        _finite(self, "min_chosen_reward", "max_rejected_reward", "weight_temperature")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: expected 0 to 2^63 - 1, got {self.seed}.")
         if not 0 <= self.sft_share <= 1:
@@ -83,6 +86,13 @@ def _at_least(settings: BuildSettings, least: int, *names: str) -> None:
         value = getattr(settings, name)
         if value is not None and value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}.")
+
+
+def _finite(settings: BuildSettings, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number, got {value}.")
 
 
 def _in_order(settings: BuildSettings, low: str, high: str) -> None:

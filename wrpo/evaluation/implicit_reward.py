@@ -94,8 +94,8 @@ def accuracy_of_models(options: Namespace) -> dict[str, Accuracy]:
             trust_remote_code=options.trust_remote_code,
         )
 
-    tokenizer = load_tokenizer(settings(options.policy))
-    if load_tokenizer(settings(options.reference)).get_vocab() != tokenizer.get_vocab():
+    tokenizer = load_tokenizer(settings(options.policy), "--policy")
+    if load_tokenizer(settings(options.reference), "--reference").get_vocab() != tokenizer.get_vocab():
         raise UserError("--reference has another vocabulary than --policy: name the model that the policy started from")
     rows = list(
         tokenize_triples(
@@ -109,7 +109,7 @@ def accuracy_of_models(options: Namespace) -> dict[str, Accuracy]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def logps(name: str, title: str) -> list[Tensor]:
-        model = load_model(settings(name)).to(device)
+        model = load_model(settings(name), f"--{title}").to(device)
         found = response_logps(model, rows, tokenizer, batch_size=options.batch_size, title=title)
         del model
         free_unused()  # before the other model is loaded

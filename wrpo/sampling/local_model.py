@@ -42,7 +42,8 @@ class LocalModel:
             chat_template_file=source.chat_template_file,
             trust_remote_code=source.trust_remote_code,
         )
-        self._tokenizer: Any = load_tokenizer(self._settings)
+        self._named = "path" if source.path else "model"
+        self._tokenizer: Any = load_tokenizer(self._settings, self._named)
         if not self._tokenizer.chat_template:
             raise SettingsError(f"{source.model}: its tokenizer has no chat template; name one: chat_template_file")
         self._model: Any = None
@@ -69,7 +70,7 @@ class LocalModel:
 
     def _load(self) -> None:
         if self._model is None:
-            model = load_model(self._settings).eval()
+            model = load_model(self._settings, self._named).eval()
             self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
             config = model.config.get_text_config()
             self._context = getattr(config, "max_position_embeddings", None) or 1 << 30

@@ -49,7 +49,7 @@ class RewardModel:
         self, settings: ModelSettings, *, batch_size: int = 8, max_length: int | None = None, label: int | None = None
     ):
         path = settings.model_name_or_path
-        self._tokenizer: Any = load_tokenizer(settings)
+        self._tokenizer: Any = load_tokenizer(settings, "--reward-model")
         if not self._tokenizer.chat_template:
             raise UserError(f"{path}: its tokenizer has no chat template; name one with --chat-template-file")
         self._model = _load(settings)

@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from wrpo_kernels.checks import (
+    LARGEST_FLOAT32,
     check_backend_name,
     check_bool,
     check_constant,
+    check_device,
     check_int,
     check_int64,
     check_number,
@@ -174,8 +176,8 @@ def count_groups(group: Tensor, num_groups: int | None) -> int:
 def spread_nll_weight(nll_weight: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor | None:
     if isinstance(nll_weight, Tensor):
         return nll_weight
-    check_number("nll_weight", nll_weight, least=0.0)
-    return torch.full_like(like, nll_weight, dtype=dtype, requires_grad=False) if nll_weight else None
+    check_number("nll_weight", nll_weight, least=0.0, most=LARGEST_FLOAT32)
+    return torch.full_like(like, float(nll_weight), dtype=dtype, requires_grad=False) if nll_weight else None
 
 
 def drop_empty(
@@ -219,9 +221,14 @@ def raise_on_empty(length: Tensor) -> None:
         )
 
 
-def _checked_normalizer(normalizer: Tensor) -> Tensor:
+def _checked_normalizer(normalizer: Tensor, loss: Tensor) -> Tensor:
     """[] in a type that leaves the loss its own; the value is read where that does not wait for a device."""
-    if normalizer.device.type == "cpu" and not is_compiling():
+    check_tensor("normalizer", normalizer)
+    if normalizer.numel() != 1:
+        raise ValueError(f"normalizer must be a number or a 0-d tensor, got {list(normalizer.shape)}")
+    if normalizer.device.type != "cpu":
+        check_device("normalizer", normalizer, "the loss", loss.device)
+    elif not is_compiling():
         check_number("normalizer", normalizer.item(), above=0.0)
     check_constant("normalizer", normalizer)
     return normalizer.reshape(())
@@ -235,11 +242,10 @@ def reduce_loss(loss: Tensor, reduction: str, normalizer: float | Tensor | None,
         if reduction != "mean":
             raise ValueError(f"normalizer belongs to reduction='mean', got reduction={reduction!r}")
         if isinstance(normalizer, Tensor):
-            if normalizer.numel() != 1:
-                raise ValueError(f"normalizer must be a number or a 0-d tensor, got {list(normalizer.shape)}")
-            normalizer = _checked_normalizer(normalizer)
+            normalizer = _checked_normalizer(normalizer, loss)
         else:
             check_number("normalizer", normalizer, above=0.0)
+            normalizer = float(normalizer)
     if reduction == "none":
         return loss
     total = loss.sum() if loss.dim() else loss

@@ -44,15 +44,13 @@ def check(
     family: Family,
 ) -> None:
     """All but the log-probs, whose shape [S] and device `like` has."""
-    for name, value in (("ref_logp", ref_logp), ("seq_weight", seq_weight), ("nll_weight", nll_weight)):
+    _check_constants("seq_weight", seq_weight, "[S]", like.shape[0], like)
+    for name, value in (("ref_logp", ref_logp), ("nll_weight", nll_weight)):
         if value is not None:
             _check_constants(name, value, "[S]", like.shape[0], like)
-    for name, value in (("group", group), ("length", length)):
-        if value is not None:
-            check_tensor(name, value)
-            check_int64(name, value)
-            check_shape(name, value, "[S]", like.shape[0])
-            check_device(name, value, "logp", like.device)
+    _check_counts("group", group, like)
+    if length is not None:
+        _check_counts("length", length, like)
     if group_weight is not None:
         _check_constants("group_weight", group_weight, "[G]", num_groups, like)
     check_family(family.beta, family.gamma, family.loss_type, family.label_smoothing)
@@ -67,6 +65,13 @@ def _check_constants(name: str, value: Tensor, letters: str, size: int, like: Te
     check_constant(name, value)
     if value.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{name} must be float32, got {value.dtype}: 16 bits round a summed log-prob by whole nats")
+
+
+def _check_counts(name: str, value: Tensor, like: Tensor) -> None:
+    check_tensor(name, value)
+    check_int64(name, value)
+    check_shape(name, value, "[S]", like.shape[0])
+    check_device(name, value, "logp", like.device)
 
 
 def check_groups(group: Tensor, num_groups: int) -> None:

@@ -33,7 +33,9 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=whole_number,
                         help="N of a typical problem (default: 512 or, quick, 256; on a GPU 16384, 8192)")  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument("--allow", type=number, metavar="SECONDS", help="one problem may take (default: 90, full 240)")
+    parser.add_argument(
+        "--allow", type=number, metavar="SECONDS", help="one problem may take (default: 90; full or by name 240)"
+    )
     add_out(parser)
     parser.add_argument("--skip-tests", action="store_true", help="where they have just passed")
     parser.add_argument("--draw", type=Path, metavar="CSV", help="no measuring: table and pictures of this file")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,7 @@ START = (
 
 def compare(commit: str, chosen: dict[str, Scenario], device: str, allowance: float) -> None:
     """Prints, for each problem, times and memory of both and the ratio of times; below 1 the checkout is faster."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the other tree goes away then too
     with tree_of(commit, device) as tree:
         for scenario in chosen.values():
             for point, setting in scenario.points.items():

@@ -153,7 +153,7 @@ def draw(figures: list[Figure], fits: dict[str, tuple[Exponent, Exponent]], fact
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullFormatter, NullLocator
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
     plot, grid = plt.subplots(2, len(fits), figsize=(3.4 * len(fits), 6), squeeze=False)
     for column, (axis, both) in enumerate(fits.items()):
@@ -165,11 +165,14 @@ def draw(figures: list[Figure], fits: dict[str, tuple[Exponent, Exponent]], fact
             axes = grid[row, column]
             axes.plot(sizes, costs, "o", color="tab:blue")
             axes.plot(sizes, [fit.at_one * size**fit.value for size in sizes], "--", color="black", linewidth=1)
-            axes.set(xscale="log", yscale="log", title=f"{axis}$^{{{fit.value:.2f} \\pm {fit.error:.2f}}}$")
+            power = f"{axis}$^{{{fit.value:.2f} \\pm {fit.error:.2f}}}$"
+            axes.set(xscale="log", yscale="log", title=f"{('time', 'memory')[row]} ~ {power}")
             middle = statistics.geometric_mean(costs)
             axes.set_ylim(min(min(costs) / 1.5, middle / 5), max(max(costs) * 1.5, middle * 5))
             axes.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=30, fontsize=8)
             axes.xaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(NullFormatter())
             axes.grid(alpha=0.3, which="both")
         grid[1, column].set_xlabel(axis)

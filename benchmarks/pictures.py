@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
 
 from benchmarks.contestants import FLOOR, FUSED
 from benchmarks.problem import RANK, Setting
@@ -38,7 +39,7 @@ def draw(facts: dict[str, str], rows: list[Row], scenarios: dict[str, Scenario],
 
 def curves(rows: list[Row], scenario: Scenario, under: str, path: Path) -> Path:
     """Time with its p20 to p80 on the left, memory on the right."""
-    plot, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    plot, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for name, colour in colours(rows).items():
         some = sorted((along(row.setting, scenario.axis), row.figure) for row in rows if row.figure.contestant == name)
         x, figures = [position for position, _ in some], [figure for _, figure in some]
@@ -54,19 +55,28 @@ def curves(rows: list[Row], scenario: Scenario, under: str, path: Path) -> Path:
     for axes in (left, right):
         axes.set_xlabel(LABELS[scenario.axis])
         axes.grid(alpha=0.3)
-        if scenario.axis == "prompt_share":
+        if scenario.axis != "prompt_share":
+            axes.set_xscale("log")
+        if scenario.axis in ("prompt_share", "budget_mib"):  # less than a decade, of which a log scale shows no number
             axes.set_ylim(bottom=0)
         else:
-            axes.set(xscale="log", yscale="log")
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xticks(
             ticks,
             [f"{tick:.2f}" if tick < 1 else f"{tick:g}" for tick in ticks],
             rotation=30 if max(ticks) > 1e4 else 0,
         )
         axes.minorticks_off()
-    left.legend(fontsize=8)
+    legend_below(plot, left)
     plot.suptitle(f"{scenario.says}: {fixed(rows[0].setting, scenario.axis)}\n{under}", fontsize=9)
     return saved(plot, path)
+
+
+def legend_below(plot, axes) -> None:
+    """Beneath the axes, where it covers nothing."""
+    plot.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
 
 
 def colours(rows: list[Row]) -> dict[str, object]:
@@ -98,7 +108,7 @@ def fixed(setting: Setting, axis: str) -> str:
 
 def roofline(rows: list[Row], facts: dict[str, str], under: str, path: Path) -> Path:
     """Useful flops a second over useful flops a byte that cannot be avoided, under the machine's measured roofs."""
-    plot, axes = plt.subplots(figsize=(8.5, 5))
+    plot, axes = plt.subplots(figsize=(8.5, 5.6), layout="constrained")
     for name, colour in colours(rows).items():
         some = [row for row in rows if row.figure.contestant == name]
         x = [row.setting.flops / compulsory_bytes(row.setting) for row in some]
@@ -106,7 +116,7 @@ def roofline(rows: list[Row], facts: dict[str, str], under: str, path: Path) -> 
         mark = {"marker": "_", "s": 140} if name == FLOOR else {"marker": "o", "s": 45 if name == FUSED.name else 18}
         axes.scatter(x, y, label=name, color=colour, zorder=3 if name in (FLOOR, FUSED.name) else 2, **mark)
     bandwidth = float(facts["copy_gbs"])
-    roofs = {dtype: float(facts[f"product_gflops_{dtype}"]) for dtype in sorted({row.setting.dtype for row in rows})}
+    roofs = {dtype: fastest_product(facts, rows, dtype) for dtype in sorted({row.setting.dtype for row in rows})}
     low = min(roofs.values()) / bandwidth / 3
     high = 2 * max(row.setting.flops / compulsory_bytes(row.setting) for row in rows)
     for dtype, roof in roofs.items():
@@ -119,9 +129,16 @@ def roofline(rows: list[Row], facts: dict[str, str], under: str, path: Path) -> 
     axes.set_xlabel("useful flops a byte of operands and gradients")
     axes.set_ylabel("useful GFLOP/s")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=7, loc="lower right")
+    legend_below(plot, axes)
     axes.set_title(under, fontsize=9)
     return saved(plot, path)
+
+
+def fastest_product(facts: dict[str, str], rows: list[Row], dtype: str) -> float:
+    """GFLOP/s of the probe before the run, or of a larger head in it, whichever is more."""
+    floors = (row for row in rows if row.figure.contestant == FLOOR and row.setting.dtype == dtype)
+    of_floors = (row.setting.flops / row.figure.p50_ms / 1e6 for row in floors)
+    return max(float(facts[f"product_gflops_{dtype}"]), *of_floors)
 
 
 def compulsory_bytes(setting: Setting) -> float:
@@ -133,7 +150,6 @@ def compulsory_bytes(setting: Setting) -> float:
 
 
 def saved(plot, path: Path) -> Path:
-    plot.tight_layout()
     plot.savefig(path, dpi=120)
     plt.close(plot)
     return path

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.problem import IGNORED, Problem, Rival
+from benchmarks.problem import IGNORED, Problem, Rival, Setting
 from wrpo_kernels.budget import check_budget
 
 Loss = Callable[[], Tensor]
@@ -188,21 +188,29 @@ def first_of(*reasons: WhyNot) -> WhyNot:
 
 def packaged(name: str, module: str, loss: Callable[[Problem], Loss], *reasons: WhyNot) -> Rival:
     """A rival from a package of its own, which may not be installed; `reasons` are its others."""
-    return Rival(name, first_of(without(module), *reasons), loss, module)
+    return Rival(name, first_of(*reasons, without(module)), loss, module)
 
 
-def missing(rivals: Iterable[Rival]) -> dict[str, str]:
-    """Name and package of those whose package is not installed."""
-    absent = {rival for rival in rivals if rival.module and importlib.util.find_spec(top(rival.module)) is None}
-    return {rival.name: PACKAGES[top(rival.module)] for rival in absent}
+def missing(rivals: Iterable[Rival], device: str) -> dict[str, str]:
+    """Name and package of those that only need to be installed to run on this device."""
+    pair = Problem(Setting(vocabulary=2, width=1, response=1), device)  # what every rival has a form of
+    packaged_ones = {rival.name: rival for rival in rivals if rival.module}
+    return {
+        name: PACKAGES[top(rival.module)]
+        for name, rival in packaged_ones.items()
+        if rival.why_not(pair) == not_installed(rival.module)
+    }
+
+
+def not_installed(module: str) -> str:
+    return f"{PACKAGES[top(module)]} is not installed: pip install '{PACKAGES[top(module)]}'"
 
 
 def without(module: str) -> WhyNot:
     def reason(_problem: Problem) -> str | None:
-        package = PACKAGES[top(module)]
         if importlib.util.find_spec(top(module)) is None:
-            return f"{package} is not installed: pip install '{package}'"
-        return None if importlib.util.find_spec(module) else f"the installed {package} has no {module}"
+            return not_installed(module)
+        return None if importlib.util.find_spec(module) else f"the installed {PACKAGES[top(module)]} has no {module}"
 
     return reason
 
@@ -254,7 +262,7 @@ RIVALS = (
     Rival("plain torch", lambda _problem: None, plain),
     Rival("torch.compile", no_compiler, compiled_plain),
     Rival("torch linear CE", first_of(old_torch, softcapped), partial(torch_linear_ce, chunks="auto")),
-    Rival("torch linear CE, budget", first_of(old_torch, softcapped), partial(torch_linear_ce, chunks="budget")),
+    Rival("torch linear CE (budget)", first_of(old_torch, softcapped), partial(torch_linear_ce, chunks="budget")),
     packaged("TRL selective", "trl", trl_selective),
     packaged("TRL fused head", "trl.kernels", trl_fused_head),
     packaged("Liger DPO", "liger_kernel", partial(liger_dpo, compiled=False), softcapped, not_pairs),

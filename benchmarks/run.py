@@ -9,6 +9,7 @@ benchmarks/results/, then a table and pictures beside them. benchmarks/README.md
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from benchmarks.arguments import arguments
 from benchmarks.contestants import CONTESTANTS, FLOOR, FUSED
 from benchmarks.measure import measured
 from benchmarks.problem import Rival, Setting
-from benchmarks.results import ResultFile, Row, file_name, make_room, read
+from benchmarks.results import Figure, ResultFile, Row, file_name, make_room, read
 from benchmarks.rivals import missing
 from benchmarks.scenarios import Scenario
 
@@ -65,22 +66,34 @@ def run(
     expected = [machine.point_seconds(s, device, len(takes_part(scenario, only))) for scenario, _, s in points]
     minutes = sum(seconds for seconds in expected if seconds < allowance) / 60
     print(f"{counted(points)}, {spoken(minutes)} and the time to compile", flush=True)
-    absent = missing({rival for scenario in chosen.values() for rival in takes_part(scenario, only)})
+    absent = missing({rival for scenario in chosen.values() for rival in takes_part(scenario, only)}, device)
     if absent:
         names = ", ".join(f"{name} ({package})" for name, package in sorted(absent.items()))
         print(f'not installed: {names}; pip install -e ".[bench]" brings all that run on a CPU', flush=True)
-    start = time.perf_counter()
+    start, skipped, busy = time.perf_counter(), [], []
     with tqdm(total=len(points), unit="problem", dynamic_ncols=True, disable=None) as progress:
         for scenario, point, setting in points:
             progress.set_description(f"{scenario.name}: {point}")
             rows: Iterable[Row] = [row for row in done if row.figure[:2] == (scenario.name, point)]
             for row in rows or measured(scenario.name, point, setting, takes_part(scenario, only), device, allowance):
                 file.add(row)
+                skipped += [f"{scenario.name}: {point}"] if row.figure.contestant == "" else []
+                busy += [f"{scenario.name}: {point}"] if was_disturbed(row.figure) else []
                 if row.figure.contestant not in absent:
                     progress.write(line(row), file=sys.stdout)
             progress.update()
     seconds = time.perf_counter() - start
     print(f"{counted(points)} in", f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.1f} minutes")
+    if skipped:
+        print("skipped, for the reason above:", "; ".join(skipped))
+    if busy:
+        print("the machine was busy, p80 is over twice p20; repeat in quiet:", "; ".join(dict.fromkeys(busy)))
+
+
+def was_disturbed(figure: Figure) -> bool:
+    """Whether steps of the same products took very different times. Below a millisecond that says nothing."""
+    timed = figure.contestant in (FUSED.name, FLOOR) and figure.p20_ms is not None and figure.p50_ms >= 1
+    return timed and figure.p80_ms > 2 * figure.p20_ms
 
 
 def finished_rows(path: Path, facts: dict[str, str]) -> list[Row]:
@@ -160,6 +173,8 @@ def pass_op_tests(device: str) -> None:
     """Those of the kernels that run here: Triton's are interpreted on a CPU, and timed nowhere there."""
     files = [f"tests/test_{op}.py" for op in OP_TESTS]
     which = ("-m", "gpu") if device == "cuda" else ("-m", "not gpu and not slow", "-k", "not triton")
+    if importlib.util.find_spec("pytest") is None:
+        raise SystemExit('benchmarks.run: the op tests need pytest: pip install -e ".[bench]", or pass --skip-tests')
     print(f"op tests of what is timed: {', '.join(OP_TESTS)}", flush=True)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-r", "", *which, *files]
     if subprocess.run(command, cwd=machine.ROOT, check=False).returncode:

@@ -17,8 +17,8 @@ HEADS = {  # V, D
     "Llama-3-8B": (128256, 4096),
 }
 # For curves and variants, where all contestants would take an hour: ours, what people write, and one of each kind.
-FEW = ("fused", "plain torch", "torch linear CE, budget", "TRL fused head", "Liger DPO")
-SOME = ("fused", "plain torch", "torch linear CE, budget")
+FEW = ("fused", "plain torch", "torch linear CE (budget)", "TRL fused head", "Liger DPO")
+SOME = ("fused", "plain torch", "torch linear CE (budget)")
 
 
 class Scenario(NamedTuple):
@@ -73,7 +73,7 @@ def full(rows: int, dtype: str) -> dict[str, Scenario]:
         Scenario("vocabulary", "growing vocabularies", vocabularies, FEW, "vocabulary"),
         Scenario("response", "longer responses", responses, FEW, "response"),
         Scenario("prompt", "the same tokens, more of them prompt", prompts, FEW, "prompt_share"),
-        Scenario("budget", "bytes for logits", budgets, ("fused", "torch linear CE, budget"), "budget_mib"),
+        Scenario("budget", "bytes for logits", budgets, ("fused", "torch linear CE (budget)"), "budget_mib"),
         Scenario("toy", "all overhead", toys(), None),
     )  # fmt: skip
     return {scenario.name: scenario for scenario in scenarios}

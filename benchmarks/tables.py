@@ -9,7 +9,10 @@ from pathlib import Path
 from benchmarks.contestants import FLOOR, FUSED
 from benchmarks.results import Figure, Row
 
-READING = ("Times of others are multiples of the fused step, memory is MiB beside inputs and gradients.",)
+READING = (
+    "Times of others are multiples of the fused step, memory is MiB beside inputs and gradients.",
+    "Ratios are medians over rounds of neighbouring steps, so they need not be the ratios of the medians.",
+)
 READING_OF = {
     "cpu": (
         "The floor is torch's own products in the same dtype; a CPU without AVX-512 multiplies 16-bit matrices slowly,",

@@ -171,7 +171,7 @@ def draw(rows: list[Figure], facts: dict[str, str], path: Path) -> None:
     left.set_yticks(range(len(rows)), [f"{row.model}, {row.comparison}: {row.contestant}" for row in rows], fontsize=8)
     left.invert_yaxis()
     ends_are = "95 % interval" if all(row.steps >= 6 for row in rows) else "smallest, largest"
-    left.set_xlabel(f"tokens a second, whole optimizer steps (median, {ends_are})")
+    left.set_xlabel(f"tokens a second, whole optimizer steps\n(median, {ends_are})")
     right.set_xlabel("peak memory that training adds, MiB")
     plot.suptitle(dated_table.caption(facts), fontsize=9)
     plot.tight_layout()

@@ -134,8 +134,7 @@ def test_every_head_is_trained_as_far_as_it_asks(name, head):
 def test_what_cannot_run_here_says_why():
     pairs, triples, capped = (Problem(SETTINGS[kind]) for kind in ("pairs", "triples", "softcap and scale"))
     assert NAMED["plain torch"].why_not(triples) is None
-    if importlib.util.find_spec("quack") is None:
-        assert "pip install 'quack-kernels'" in NAMED["quack"].why_not(pairs)
+    assert "Hopper" in NAMED["quack"].why_not(pairs)
     if importlib.util.find_spec("liger_kernel") is not None:
         assert "chosen and rejected only" in NAMED["Liger DPO"].why_not(triples)
         assert "softcap" in NAMED["Liger DPO"].why_not(capped)

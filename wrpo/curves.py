@@ -148,7 +148,7 @@ def _draw_legend(ax: Any, panels: list[Panel], has_evaluation: bool) -> None:
     for name, colour in COLOURS.items():
         if name and name in used:
             ax.plot([], [], color=colour, linewidth=3, label=name)
-    ax.plot([], [], color="#444444", linewidth=1.6, label="training")
     if has_evaluation:
+        ax.plot([], [], color="#444444", linewidth=1.6, label="training")
         ax.plot([], [], color="#444444", label="evaluation", **_EVALUATION)
     ax.legend(fontsize=10, frameon=False, loc="center left")

@@ -34,7 +34,8 @@ class Estimate(NamedTuple):
     seeds: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f}" if self.seeds < 2 else f"{self.mean:.1f} ± {self.half:.1f}"
+        mean = f"{round(self.mean, 1) + 0.0:.1f}"  # + 0.0: no negative zero
+        return mean if self.seeds < 2 else f"{mean} ± {self.half:.1f}"
 
     @property
     def excludes_zero(self) -> bool:

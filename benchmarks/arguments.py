@@ -22,7 +22,7 @@ MOST_THREADS = 1024
 def arguments(description: str | None) -> argparse.Namespace:
     parser = Flags("python -m benchmarks.run", description)
     have_gpu = torch.cuda.is_available()
-    parser.add_argument("--full", action="store_true", help="every scenario, up to 25 minutes on 2 cores")
+    parser.add_argument("--full", action="store_true", help="every scenario, 15 to 40 minutes on 2 cores")
     parser.add_argument("--scenario", action="append", metavar="NAME", choices=scenarios.NAMES,
                         help="only this one of the full set; repeatable: " + ", ".join(scenarios.NAMES))  # fmt: skip
     parser.add_argument("--only", action="append", metavar="CONTESTANT", default=[], choices=list(CONTESTANTS),

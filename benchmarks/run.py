@@ -1,7 +1,7 @@
 """python -m benchmarks.run [--full] [--scenario NAME] [--only CONTESTANT] [--base COMMIT]
 
 The fused loss beside everything a user would pick instead, on this machine: time, memory and accuracy of each on the
-same problems in the same run. Without options the quick set, under 5 minutes on 2 cores; `--full` takes up to 25.
+same problems in the same run. Without options the quick set, under 5 minutes on 2 cores; `--full` takes 15 to 40.
 The op tests run first: where they are red there are no numbers. Figures are written as they come to
 benchmarks/results/, then a table and pictures beside them. benchmarks/README.md says how to read them.
 """

@@ -105,15 +105,23 @@ def test_the_command_gives_the_accuracies_of_two_saved_models(saved_models, caps
 def test_the_policy_is_gone_before_the_reference_is_loaded(saved_models, monkeypatch):
     loaded, load = [], implicit_reward.load_model
 
-    def counted(settings):
+    def counted(settings, named):
         assert not [model for model in loaded if model() is not None]
-        model = load(settings)
+        model = load(settings, named)
         loaded.append(weakref.ref(model))
         return model
 
     monkeypatch.setattr(implicit_reward, "load_model", counted)
     assert cli.main(arguments(saved_models)) == 0
     assert len(loaded) == 2
+
+
+@pytest.mark.parametrize("flag", ["--policy", "--reference"])
+def test_a_model_that_is_not_there_is_named_by_its_flag(flag, saved_models, capsys):
+    flags = arguments(saved_models)
+    flags[flags.index(flag) + 1] = "nowhere"
+    assert cli.main(flags) == 2
+    assert f"{flag} 'nowhere': " in capsys.readouterr().err
 
 
 def test_a_reference_of_another_vocabulary_is_refused(saved_models, capsys):

@@ -61,7 +61,7 @@ wheel: | $(VENV)
 	$(PIP) wheel --no-deps --wheel-dir dist .
 
 # On a machine with a GPU: no virtual environment and no network, but nvcc and a PYTHON with torch, triton, pytest,
-# setuptools, pybind11, ninja and, for bench-gpu, matplotlib.
+# setuptools, pybind11, ninja and, for bench-gpu, matplotlib and psutil.
 GPU_TESTS := $(addprefix tests/test_,token_logp.py linear_token_logp.py preference_loss.py linear_preference_loss.py \
 	wrpo_loss.py adapter.py column_filter.py compile.py triton.py cuda.py gpu.py)
 IN_PLACE := $(PYTHON) setup.py --quiet build_ext --inplace

@@ -100,7 +100,7 @@ def point_seconds(setting: Setting, device: str, contestants: int) -> float:
 def why_too_long(setting: Setting, device: str, contestants: int, allowance: float) -> str | None:
     """The rule for time: a point must fit its allowance."""
     if (seconds := point_seconds(setting, device, contestants)) > allowance:
-        most = f"{allowance:.0f} s that one point may take; --allow {math.ceil(seconds)} times it"
+        most = f"{allowance:.0f} s that one point may take; to time it pass --allow {math.ceil(seconds)}"
         return f"about {seconds:.0f} s for {contestants} contestants, of {most}"
     return None
 

@@ -18,7 +18,7 @@ from benchmarks.timing import Phases, floor_of, milliseconds, ratio, step_of
 FEWEST, MOST = 3, 200  # rounds
 FEWEST_CLOSE = 7  # of those that come close to the fastest, where a round or two would decide who that is
 CLOSE = 2.0  # times the fastest step
-ENOUGH = 6.0  # seconds of rounds, after the fewest
+ENOUGH = 6.0  # seconds of rounds in all, where the fewest take less
 FIRST_STEP = 60.0  # seconds that a contestant's first step may take beside the point's allowance, to compile
 
 
@@ -110,7 +110,8 @@ def failure(name: str, error: Exception) -> str:
 def rounds_within(steps: dict[str, Callable[[], Phases]], deadline: float) -> dict[str, list[Phases]]:
     """Rounds in which every contestant steps once, in order; each has stepped before.
 
-    After the fewest rounds those that are not close to the fastest have had enough; the others, and the floor, go on.
+    After the fewest rounds those that are not close to the fastest have had enough; the others, the fused loss and the
+    floor go on.
     """
     taken: dict[str, list[Phases]] = {name: [] for name in steps}
     start, racing = time.perf_counter(), list(steps)

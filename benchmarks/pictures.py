@@ -138,7 +138,7 @@ def fastest_product(facts: dict[str, str], rows: list[Row], dtype: str) -> float
     """GFLOP/s of the probe before the run, or of a larger head in it, whichever is more."""
     floors = (row for row in rows if row.figure.contestant == FLOOR and row.setting.dtype == dtype)
     of_floors = (row.setting.flops / row.figure.p50_ms / 1e6 for row in floors)
-    return max(float(facts[f"product_gflops_{dtype}"]), *of_floors)
+    return max([float(facts[f"product_gflops_{dtype}"]), *of_floors])
 
 
 def compulsory_bytes(setting: Setting) -> float:

@@ -86,11 +86,15 @@ def summary(facts: dict[str, str], rows: list[Row], table: str, *pictures: str) 
         "| | fused | x floor | fastest other | plain torch | memory: fused | leanest other | plain torch |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    skipped = []
     for (scenario, point), some in by_point(rows):
         found = {row.figure.contestant: row.figure for row in some if row.figure.p50_ms is not None}
         if scenario in IN_README and FUSED.name in found:
             lines.append(summary_line(point, some[0], found))
-    lines += ["", *READING, *READING_OF[facts["device"]], ""]
+        elif scenario in IN_README:
+            skipped.append(f"{point}, N = {some[0].setting.num_rows}")
+    lines += ["", *READING, *READING_OF[facts["device"]]]
+    lines += [f"Skipped, the whole table says why: {'; '.join(skipped)}.", ""] if skipped else [""]
     lines += [f"![time and memory: {Path(picture).stem.rsplit('_', 1)[1]}]({picture})\n" for picture in pictures]
     return [*lines, f"[Every contestant on every problem]({table}), with errors against float64 and more pictures."]
 

@@ -122,7 +122,7 @@ def test_a_size_beyond_the_time_of_a_point_is_skipped_with_both_times(monkeypatc
     monkeypatch.setattr(machine, "speed", lambda dtype, device: machine.Speed(1e3, 1e3, 1e3))
     (row,) = measured("scenario", "point", TINY, [FUSED], "cpu", 20.0)
     assert row.figure.note.startswith("skipped: about ")
-    assert "of 20 s that one point may take; --allow " in row.figure.note
+    assert "of 20 s that one point may take; to time it pass --allow " in row.figure.note
 
 
 def test_a_size_beyond_the_memory_is_skipped_with_both_sizes(monkeypatch):

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator
 
 from benchmarks.contestants import FLOOR, FUSED
+from benchmarks.dated_table import caption
 from benchmarks.problem import RANK, Setting
 from benchmarks.results import Row
 from benchmarks.scenarios import Scenario
@@ -27,7 +28,7 @@ COLOURS = plt.get_cmap("tab10").colors
 
 def draw(facts: dict[str, str], rows: list[Row], scenarios: dict[str, Scenario], stem: Path) -> Iterator[Path]:
     """Writes `stem`_<scenario>.png for each sweep that has two points or more, and `stem`_roofline.png."""
-    under = f"{facts['machine']}, torch {facts['torch']}, {facts['date']}, {facts['commit']}"
+    under = caption(facts)
     timed = [row for row in rows if row.figure.p50_ms is not None]
     for scenario in scenarios.values():
         some = [row for row in timed if row.figure.scenario == scenario.name]

@@ -40,7 +40,7 @@ fuse: $(VENV)/installed-demo
 	PATH="$(abspath $(BIN)):$$PATH" examples/fuse/fuse.sh
 
 experiment: $(VENV)/installed-demo
-	$(BIN)/python -m wrpo.experiment $(ARGS)
+	$(BIN)/python -m benchmarks.fusion $(ARGS)
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m "not gpu" $(WORKERS) $(ARGS)
@@ -62,7 +62,7 @@ wheel: | $(VENV)
 
 # On a machine with a GPU: no virtual environment and no network, but nvcc and a PYTHON with torch, triton, pytest,
 # setuptools, pybind11, ninja and, for bench-gpu, matplotlib and psutil.
-GPU_TESTS := $(addprefix tests/test_,token_logp.py linear_token_logp.py preference_loss.py linear_preference_loss.py \
+GPU_TESTS := $(addprefix tests/kernels/test_,token_logp.py linear_token_logp.py preference_loss.py linear_preference_loss.py \
 	wrpo_loss.py adapter.py column_filter.py compile.py triton.py cuda.py gpu.py)
 IN_PLACE := $(PYTHON) setup.py --quiet build_ext --inplace
 SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=. compute-sanitizer --error-exitcode 1
@@ -73,8 +73,8 @@ test-gpu:
 
 sanitize:
 	WRPO_BUILD=cuda $(IN_PLACE)
-	$(SANITIZE) --tool memcheck $(PYTHON) tests/sanitize.py $(ARGS)
-	$(SANITIZE) --tool racecheck $(PYTHON) tests/sanitize.py $(ARGS)
+	$(SANITIZE) --tool memcheck $(PYTHON) tests/kernels/sanitize.py $(ARGS)
+	$(SANITIZE) --tool racecheck $(PYTHON) tests/kernels/sanitize.py $(ARGS)
 
 bench-gpu:
 	WRPO_BUILD=cuda $(IN_PLACE)

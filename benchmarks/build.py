@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.results import writable_folder
+from benchmarks.suite.results import writable_folder
 from wrpo.flags import whole_number
 
 

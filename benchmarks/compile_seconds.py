@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import dated_table
-from benchmarks.contestants import CONTESTANTS, FUSED
-from benchmarks.problem import Problem, Setting
-from benchmarks.rivals import COMPILED
-from benchmarks.timing import floor_of, in_fresh_process, step_of
+from benchmarks.suite import dated_table
+from benchmarks.suite.contestants import CONTESTANTS, FUSED
+from benchmarks.suite.problem import Problem, Setting
+from benchmarks.suite.rivals import COMPILED
+from benchmarks.suite.timing import floor_of, in_fresh_process, step_of
 
 FIRST = Setting(vocabulary=32768, width=256, examples=2, response=128, prompt=64)  # pairs, which all of them can do
 NEXT = FIRST._replace(response=160)

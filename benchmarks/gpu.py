@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import dated_table
-from benchmarks.timing import milliseconds
+from benchmarks.suite import dated_table
+from benchmarks.suite.timing import milliseconds
 from wrpo.flags import whole_number
 from wrpo_kernels import linear_preference_loss
 from wrpo_kernels.logit_transform import LogitTransform

@@ -19,10 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import dated_table
+from benchmarks.suite import dated_table
 from wrpo.flags import whole_number
 from wrpo_kernels import linear_token_logp
-from wrpo_kernels.column_filter import columns_that_count
+from wrpo_kernels.lm_head.column_filter import columns_that_count
 
 BOUNDS = (None, 1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 

@@ -30,12 +30,12 @@ import numpy
 import torch
 from tqdm import tqdm
 
-from benchmarks import dated_table
 from benchmarks.build import write_candidates
-from benchmarks.contestants import FUSED
-from benchmarks.memory import MIB, peak_above_now, peak_of
-from benchmarks.problem import Problem, Setting
-from benchmarks.timing import milliseconds, step_of, steps_in_turns
+from benchmarks.suite import dated_table
+from benchmarks.suite.contestants import FUSED
+from benchmarks.suite.memory import MIB, peak_above_now, peak_of
+from benchmarks.suite.problem import Problem, Setting
+from benchmarks.suite.timing import milliseconds, step_of, steps_in_turns
 from wrpo.flags import whole_number
 
 BASE = Setting(vocabulary=16384, width=128, examples=16, sources=1, response=32, prompt=32, budget_mib=64)
@@ -103,7 +103,7 @@ def of_the_loss(axis: str, settings: dict[int, Setting], device: str, rounds: in
 def of_candidates(prompts: tuple[int, ...], rounds: int) -> Iterator[Figure]:
     # Forked from a server that has imported everything and built nothing.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.contestants", "wrpo.building"])
+    context.set_forkserver_preload(["benchmarks.suite.contestants", "wrpo.building"])
     peaks, seconds = {}, {number: [] for number in prompts}
     with tempfile.TemporaryDirectory() as folder:
         for number in (50, *prompts):

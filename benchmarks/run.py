@@ -21,15 +21,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks import machine, pictures, scenarios, tables
-from benchmarks.arguments import arguments
-from benchmarks.contestants import CONTESTANTS, FLOOR, FUSED
-from benchmarks.measure import measured
-from benchmarks.problem import Rival, Setting
-from benchmarks.results import Figure, ResultFile, Row, file_name, make_room, read
-from benchmarks.rivals import missing
-from benchmarks.scenarios import Scenario
-from wrpo_kernels.scratch import none_kept
+from benchmarks.suite import machine, pictures, scenarios, tables
+from benchmarks.suite.arguments import arguments
+from benchmarks.suite.contestants import CONTESTANTS, FLOOR, FUSED
+from benchmarks.suite.measure import measured
+from benchmarks.suite.problem import Rival, Setting
+from benchmarks.suite.results import Figure, ResultFile, Row, file_name, make_room, read
+from benchmarks.suite.rivals import missing
+from benchmarks.suite.scenarios import Scenario
+from wrpo_kernels.lm_head.scratch import none_kept
 
 OP_TESTS = ("linear_preference_loss",)
 TYPICAL_ROWS = {"cpu": (512, 256), "cuda": (16384, 8192)}  # N of a typical point: full, quick
@@ -50,7 +50,7 @@ def main() -> None:
     if not args.skip_tests:
         pass_op_tests(device)
     if args.base is not None:
-        from benchmarks.commits import compare
+        from benchmarks.suite.commits import compare
 
         return compare(args.base, chosen, device, args.allow)
     facts |= speeds(chosen, device)

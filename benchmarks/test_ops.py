@@ -9,9 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.contestants import CONTESTANTS, FUSED
-from benchmarks.problem import IGNORED, Problem, Setting
-from benchmarks.timing import step_of
+from benchmarks.suite.contestants import CONTESTANTS, FUSED
+from benchmarks.suite.problem import IGNORED, Problem, Setting
+from benchmarks.suite.timing import step_of
 from wrpo_kernels import linear_token_logp, preference_loss, token_logp
 
 pytest.importorskip("pytest_benchmark", reason="its fixture times the entries; `pip install pytest-benchmark`")

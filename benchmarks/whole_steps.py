@@ -24,9 +24,9 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from benchmarks import dated_table
-from benchmarks.training_contestants import CONTESTANTS, serve, why_not
-from benchmarks.training_models import NAMES
+from benchmarks.suite import dated_table
+from benchmarks.suite.training_contestants import CONTESTANTS, serve, why_not
+from benchmarks.suite.training_models import NAMES
 from wrpo.flags import whole_number
 from wrpo.user_error import UserError
 

@@ -30,7 +30,8 @@ if not torch.cuda.is_available():
 
 import interpreter
 
-from wrpo_kernels import token_logp, triton_backend
+from wrpo_kernels import token_logp
+from wrpo_kernels.dispatch import triton_backend
 
 # Backend and the device it is tested on. The same test files run on all of them.
 PLACES = (

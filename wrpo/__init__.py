@@ -12,22 +12,22 @@ import importlib
 from typing import TYPE_CHECKING
 
 _MODULE_OF = {
-    "SFTConfig": "wrpo.config",
-    "WRPOConfig": "wrpo.config",
+    "SFTConfig": "wrpo.training.config",
+    "WRPOConfig": "wrpo.training.config",
     "install_fused_head": "wrpo.head",
     "run_in_head": "wrpo.head",
-    "SFTTrainer": "wrpo.sft",
-    "WRPOTrainer": "wrpo.trainer",
+    "SFTTrainer": "wrpo.training.sft_trainer",
+    "WRPOTrainer": "wrpo.training.wrpo_trainer",
     "__version__": "wrpo_kernels",
 }
 
 __all__ = ["SFTConfig", "SFTTrainer", "WRPOConfig", "WRPOTrainer", "__version__", "install_fused_head", "run_in_head"]
 
 if TYPE_CHECKING:
-    from wrpo.config import SFTConfig, WRPOConfig
-    from wrpo.head import install_fused_head, run_in_head
-    from wrpo.sft import SFTTrainer
-    from wrpo.trainer import WRPOTrainer
+    from wrpo.head.fused_head import install_fused_head, run_in_head
+    from wrpo.training.config import SFTConfig, WRPOConfig
+    from wrpo.training.sft_trainer import SFTTrainer
+    from wrpo.training.wrpo_trainer import WRPOTrainer
     from wrpo_kernels import __version__
 
 

@@ -172,7 +172,7 @@ def _fit(trainer_class: Any, config: Any, model: ModelSettings, data: DataSettin
     from transformers import set_seed
 
     from wrpo.pretrained import load_model, load_tokenizer, warn_of_coarse_weights
-    from wrpo.resuming import find_checkpoint, train_from
+    from wrpo.training.resuming import find_checkpoint, train_from
 
     set_seed(config.seed)
     checkpoint = find_checkpoint(config)
@@ -256,7 +256,7 @@ def build(arguments: list[str]) -> None:
 
 def logp(arguments: list[str]) -> None:
     """The source models' own log-probs of the triples' responses."""
-    from wrpo.source_logp import run
+    from wrpo.reference.source_logp import run
 
     run(arguments)
 

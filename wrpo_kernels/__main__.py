@@ -9,11 +9,11 @@ import sys
 
 import torch
 
-from wrpo_kernels import cuda_launch
-from wrpo_kernels.backends import load_extension, why_not
-from wrpo_kernels.budget import DEFAULT_BUDGET, DEFAULT_BUDGET_OF_ACCELERATOR
+from wrpo_kernels.dispatch import cuda_launch
+from wrpo_kernels.dispatch.backends import load_extension, why_not
+from wrpo_kernels.lm_head.budget import DEFAULT_BUDGET, DEFAULT_BUDGET_OF_ACCELERATOR
+from wrpo_kernels.lm_head.products import multiplies, prefers_transposed
 from wrpo_kernels.preference_loss import contract as preference_contract
-from wrpo_kernels.products import multiplies, prefers_transposed
 from wrpo_kernels.token_logp import contract as token_contract
 from wrpo_kernels.version import __version__
 

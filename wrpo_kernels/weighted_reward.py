@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from wrpo_kernels.checks import check_constant, check_number, check_tensor
+from wrpo_kernels.dispatch.transfer import sent
 from wrpo_kernels.linear_preference_loss import linear_preference_loss
 from wrpo_kernels.preference_loss import PreferenceOutput, preference_loss
-from wrpo_kernels.transfer import sent
 
 
 def wrpo_loss(

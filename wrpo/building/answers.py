@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
-from wrpo.data.errors import BadRows, DataError, shown
-from wrpo.data.triple import Message
+from wrpo.rows.candidate import Answer
+from wrpo.rows.errors import BadRows, DataError, shown
+from wrpo.rows.messages import Message
 
-from .candidate import Answer
 from .grouping import Record
 
 REPEATED = "the same row again"

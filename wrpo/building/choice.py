@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from wrpo.data.softmax import softmax
+from wrpo.rows.candidate import Answer
+from wrpo.rows.softmax import softmax
 
 from .answers import Prompt
-from .candidate import Answer
 from .settings import BuildSettings
 
 

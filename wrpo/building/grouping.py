@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
-from wrpo.shards import ORDER_BITS
+from wrpo.rows.shards import ORDER_BITS
 
 PARTITION_BYTES = 32 << 20  # of temporary file that is held in memory at a time, about three times that as objects
 BITS = 6  # 64 files open a level

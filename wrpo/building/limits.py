@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from wrpo.data.triple import Message
+from wrpo.rows.candidate import Answer
+from wrpo.rows.messages import Message
 from wrpo.user_error import UserError
 
-from .candidate import Answer
 from .settings import BuildSettings
 
 

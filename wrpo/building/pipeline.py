@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from wrpo.data.errors import BadRows, DataError
-from wrpo.data.reading import read_rows
-from wrpo.shards import Shard, place
+from wrpo.rows.candidate import checked_candidate, checked_text
+from wrpo.rows.errors import BadRows, DataError
+from wrpo.rows.reading import read_rows
+from wrpo.rows.shards import Shard, place
 from wrpo.user_error import UserError
 
 from .answers import Prompt, one_prompt
-from .candidate import checked_candidate, checked_text
 from .choice import Unusable, choose_sources, sft_row, triple
 from .grouping import PARTITION_BYTES, PromptGroups, Record
 from .limits import Limits, distinct

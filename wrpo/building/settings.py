@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from wrpo.shards import Shard
+from wrpo.rows.shards import Shard
 
 
 def _knob(default: Any, text: str) -> Any:

@@ -22,11 +22,10 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wrpo.data.triple import prompt_messages
-from wrpo.shards import Shard
+from wrpo.rows.lock import held
+from wrpo.rows.messages import prompt_messages
+from wrpo.rows.shards import Shard
 from wrpo.user_error import UserError
-
-from .lock import held
 
 ROWS_PER_GROUP = 1000  # of Parquet, held as Python objects until written
 OURS = re.compile(

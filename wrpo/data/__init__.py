@@ -15,18 +15,19 @@ import importlib
 from typing import TYPE_CHECKING
 
 _MODULE_OF = {
-    "DataError": "errors",
-    "PreferenceCollator": "collation",
-    "SFTCollator": "collation",
-    "load_triples": "loading",
-    "tokenize_triples": "tokenization",
+    "DataError": "wrpo.rows.errors",
+    "PreferenceCollator": "wrpo.data.collation",
+    "SFTCollator": "wrpo.data.collation",
+    "load_triples": "wrpo.data.loading",
+    "tokenize_triples": "wrpo.data.tokenization",
 }
 
 __all__ = ["DataError", "PreferenceCollator", "SFTCollator", "load_triples", "tokenize_triples"]
 
 if TYPE_CHECKING:
+    from wrpo.rows.errors import DataError
+
     from .collation import PreferenceCollator, SFTCollator
-    from .errors import DataError
     from .loading import load_triples
     from .tokenization import tokenize_triples
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> object:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'wrpo.data' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"wrpo.data.{_MODULE_OF[name]}"), name)
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from .errors import DataError, shown
-from .softmax import softmax
+from wrpo.rows.errors import DataError, shown
+from wrpo.rows.softmax import softmax
 
 IGNORE = -100
 
@@ -148,7 +149,7 @@ def _source_logp(row: dict, number: int, models: int) -> list[list[float]]:
             f"{expected} lists of {models or 'some'} log-probs, one list each of {expected - 2} sources, target and "
             "rejected",
             shown(values),
-            "Make the column with wrpo.source_logp, from all rows and by the same models.",
+            "Make the column with `wrpo logp`, from all rows and by the same models.",
             field="source_logp", file="batch", row=number,
         )  # fmt: skip
     return values
@@ -189,3 +190,12 @@ def pad_sequences(
         attention_mask[s, :end] = 1
         labels[s, max(len(prompt) - 1, 0) : end - 1] = torch.tensor(response if prompt else response[1:])
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def pad_token(tokenizer: Any, model: Any) -> int:
+    """A token id for padding, which no label or attention ever sees."""
+    for owner in (tokenizer, getattr(model, "config", None)):
+        value = getattr(owner, "pad_token_id", None)
+        if isinstance(value, int):
+            return value
+    return 0

@@ -10,8 +10,9 @@ import datasets
 import pyarrow as pa
 from datasets import Features, Value
 
-from .errors import BadRows, DataError
-from .reading import read_rows
+from wrpo.rows.errors import BadRows, DataError
+from wrpo.rows.reading import read_rows
+
 from .triple import normalise
 
 logger = logging.getLogger("wrpo.data")

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from jinja2.exceptions import TemplateError
 
-from .errors import DataError, shown
-from .triple import Message
+from wrpo.rows.errors import DataError, shown
+from wrpo.rows.messages import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -21,10 +21,10 @@ import datasets
 from datasets import Features, Value
 from datasets.fingerprint import Hasher
 
+from wrpo.rows.errors import BadRows, DataError
 from wrpo_kernels import __version__
 
 from . import rendering, truncation
-from .errors import BadRows, DataError
 from .rendering import Renderer
 from .truncation import truncate
 

@@ -20,9 +20,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .errors import DataError, shown
+from wrpo.rows.errors import DataError, shown
+from wrpo.rows.messages import Message, checked_messages, checked_text, prompt_messages, utf8
 
-Message = dict[str, str]
 EXPLICIT = ("source_chosen", "target_chosen")
 WEIGHT_TOLERANCE = 1e-4  # what ten shares written with five decimals can miss 1 by
 LARGEST_NUMBER = 1e30  # sums and differences stay finite, in float32 too
@@ -31,7 +31,6 @@ _FORMS = (
     "A row is {'prompt', 'source_chosen', 'target_chosen', 'rejected'} or {'prompt', 'chosen': [source, target], "
     "'rejected'}."
 )
-_MESSAGE = "A message is an object with the strings 'role' and 'content'."
 _RESPONSE = "A response is text, an assistant's message, or messages that end with one."
 _SFT_FORMS = "A row is {'prompt', 'response'}, {'prompt', 'source_chosen'} or {'prompt', 'chosen'}."
 
@@ -139,8 +138,8 @@ def _is_conversation(value: Any) -> bool:
 def _split_response(value: Any, field: str) -> tuple[list[Message], str]:
     """(the messages that repeat the prompt, the response's text)."""
     if isinstance(value, str):
-        return [], _text(value, field)
-    messages = _messages(value, field)
+        return [], checked_text(value, field)
+    messages = checked_messages(value, field)
     if messages[-1]["role"] != "assistant":
         raise DataError(
             "an assistant message at the end", f"role {messages[-1]['role']!r}", "End with the answer.", field=field
@@ -167,44 +166,8 @@ def _prompt(row: dict, repeated: dict[str, list[Message]]) -> list[Message]:
     return shared
 
 
-def prompt_messages(value: Any) -> list[Message]:
-    if isinstance(value, str):
-        return [{"role": "user", "content": _text(value, "prompt")}]
-    return _messages(value, "prompt")
-
-
 def _is_turn_of(turn: Message, conversation: list[Message]) -> bool:
     return any(m["role"] == turn["role"] and m["content"].strip() == turn["content"].strip() for m in conversation)
-
-
-def _messages(value: Any, field: str) -> list[Message]:
-    messages = [value] if isinstance(value, dict) else value
-    if not isinstance(messages, list) or not messages:
-        raise DataError("a string, a message or a list of messages", shown(value), _MESSAGE, field=field)
-    for message in messages:
-        if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
-            raise DataError("messages with a role", shown(message), _MESSAGE, field=field)
-    return [
-        {"role": _utf8(m["role"], f"{field}.role"), "content": _text(m.get("content"), f"{field}.content")}
-        for m in messages
-    ]
-
-
-def _text(value: Any, field: str) -> str:
-    if not isinstance(value, str):
-        raise DataError("text", f"{type(value).__name__} {shown(value)}", "Write it as a string.", field=field)
-    if not value.strip():
-        raise DataError("text that is not empty", shown(value), "Fill it in, or drop the row.", field=field)
-    return _utf8(value, field)
-
-
-def _utf8(value: str, field: str) -> str:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        got = f"half a surrogate pair, {value[error.start]!r}, at character {error.start}"
-        raise DataError("UTF-8 text", got, "Repair the escape.", field=field) from None
-    return value
 
 
 # -- sources ----------------------------------------------------------------------------------------------------------
@@ -230,7 +193,7 @@ def _models(value: Any, count: int) -> list[str | None]:
     if not all(model is None or isinstance(model, str) for model in models) or len(models) != count:
         todo = "Give one name for each source answer, or leave the field out."
         raise DataError(f"{count} name{'s' * (count > 1)}", shown(value), todo, field="source_model")
-    return [None if model is None else _utf8(model, "source_model") for model in models]
+    return [None if model is None else utf8(model, "source_model") for model in models]
 
 
 def _rewards(value: Any, count: int) -> list[float] | None:

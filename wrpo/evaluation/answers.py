@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wrpo.building.candidate import checked_candidate, checked_text
-from wrpo.data.errors import DataError, shown
-from wrpo.data.reading import read_rows
-from wrpo.data.triple import Message, prompt_messages
+from wrpo.rows.candidate import checked_candidate, checked_text
+from wrpo.rows.errors import DataError, shown
+from wrpo.rows.messages import Message, prompt_messages
+from wrpo.rows.reading import read_rows
 
 from .comparison import Scores
 

@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from wrpo.data.appending import KeySet
+from wrpo.rows.appending import KeySet
 from wrpo.scoring.command import SCORERS
 from wrpo.user_error import UserError
 

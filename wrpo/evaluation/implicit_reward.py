@@ -19,18 +19,22 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from wrpo.data import PreferenceCollator, load_triples, tokenize_triples
-from wrpo.head import install_fused_head
-from wrpo.head_trainer import pad_token
-from wrpo.metrics import preference_metrics
+from wrpo.data.collation import pad_token
+from wrpo.head.fused_head import install_fused_head
 from wrpo.pretrained import load_model, load_tokenizer
-from wrpo.reference import sequence_logp
+from wrpo.reference.reference import sequence_logp
 from wrpo.sampling.memory import free_unused
 from wrpo.settings import ModelSettings
+from wrpo.training.metrics import preference_metrics
 from wrpo.user_error import UserError
 
 from .intervals import Interval, wilson_interval
 
-PAIRS = {"source": "source_accuracies", "target": "pivot_accuracies", "weighted": "accuracies"}  # names in wrpo.metrics
+PAIRS = {
+    "source": "source_accuracies",
+    "target": "pivot_accuracies",
+    "weighted": "accuracies",
+}  # names in wrpo.training.metrics
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from wrpo.data.appending import AppendedRows, KeySet
-from wrpo.data.errors import DataError, shown
+from wrpo.rows.appending import AppendedRows, KeySet
+from wrpo.rows.errors import DataError, shown
 
 from .halving import Refusal
 from .prompts import Prompts, Request

@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> int:
         kinds = (f"fields of an entry with kind: {kind}\n{describe_fields(cls)}" for kind, cls in KINDS.items())
         parser.epilog = "\n\n".join(kinds)
     options = parser.read(arguments)
-    from wrpo.shards import in_shard
+    from wrpo.rows.shards import in_shard
 
     from .asking import sample
     from .prompts import Prompts

@@ -16,12 +16,11 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
-from wrpo.data.appending import hash_of
-from wrpo.data.errors import BadRows, DataError, shown
-from wrpo.data.reading import read_rows
-from wrpo.data.triple import Message, prompt_messages
-
-from .files import files_once
+from wrpo.rows.appending import hash_of
+from wrpo.rows.errors import BadRows, DataError, shown
+from wrpo.rows.files import files_once
+from wrpo.rows.messages import Message, prompt_messages
+from wrpo.rows.reading import read_rows
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Prompts:
     """The prompts of a shard, each once: `len`, and iterate as often as you like.
 
     Args:
-        paths: files or globs that `wrpo.data.reading` reads; a file named twice is read once.
+        paths: files or globs that `wrpo.rows.reading` reads; a file named twice is read once.
         keep: fields of the rows that the answers' rows carry on, e.g. what a verifier compares with.
         in_shard: which prompt ids are asked. Default: all.
         skip_bad_rows: leave bad prompts out and count them, instead of raising.

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import openai
 
-from wrpo.data.triple import Message
+from wrpo.rows.messages import Message
 
 from .prompts import Reply
 from .sources import ServerSource

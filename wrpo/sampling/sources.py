@@ -33,7 +33,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from wrpo.data.errors import shown
+from wrpo.rows.errors import shown
 from wrpo.settings import SettingsError, UniqueFields, settings_from
 
 SETTLED = ("model", "messages", "stream", "n")  # fields of a request that no setting may touch

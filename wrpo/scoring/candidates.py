@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wrpo.building.candidate import checked_candidate, checked_text
-from wrpo.data.errors import BadRows, DataError
-from wrpo.data.reading import read_rows
-from wrpo.data.triple import Message, prompt_messages
-from wrpo.sampling.files import files_once
+from wrpo.rows.candidate import checked_candidate, checked_text
+from wrpo.rows.errors import BadRows, DataError
+from wrpo.rows.files import files_once
+from wrpo.rows.messages import Message, prompt_messages
+from wrpo.rows.reading import read_rows
 from wrpo.user_error import UserError
 
 

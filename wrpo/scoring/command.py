@@ -61,7 +61,7 @@ def run(arguments: list[str], belongs: Callable[[str, dict], bool] = lambda file
         parser.epilog = f"fields of JUDGE.yaml\n{describe_fields(JudgeSource)}"
     options = parser.read(arguments)
     refuse_empty(options)
-    from wrpo.shards import in_shard
+    from wrpo.rows.shards import in_shard
 
     from .candidates import Candidates
     from .scoring import score

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wrpo.data.appending import hash_of
+from wrpo.rows.appending import hash_of
 from wrpo.sampling.prompts import Reply
 from wrpo.sampling.sources import Sampling, ServerSource, check_ready, read_yaml, source_from
 from wrpo.settings import SettingsError

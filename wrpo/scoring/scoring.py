@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from wrpo.data.appending import AppendedRows, KeySet, hash_of
-from wrpo.data.errors import DataError, shown
+from wrpo.rows.appending import AppendedRows, KeySet, hash_of
+from wrpo.rows.errors import DataError, shown
 from wrpo.sampling.tally import Tally
 
 from .candidates import Candidate, Candidates, checked

@@ -7,18 +7,18 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from wrpo_kernels.adapter import Adapter, checked_adapter
-from wrpo_kernels.budget import check_budget, rows_within
 from wrpo_kernels.checks import check_grad_filter
+from wrpo_kernels.dispatch.transfer import sent
 from wrpo_kernels.linear_preference_loss import contract
 from wrpo_kernels.linear_token_logp import contract as token_contract
 from wrpo_kernels.linear_token_logp import gradients_asked, logp_of_rows
-from wrpo_kernels.linear_token_logp.head import LabelsByPosition
+from wrpo_kernels.lm_head.adapter import Adapter, checked_adapter
+from wrpo_kernels.lm_head.budget import check_budget, rows_within
+from wrpo_kernels.lm_head.head import LabelsByPosition
+from wrpo_kernels.lm_head.rows import count_labels, count_rows, nan_unless_counted
 from wrpo_kernels.logit_transform import LogitTransform
 from wrpo_kernels.preference_loss import PreferenceOutput, preference_loss, reduce_loss, settle
-from wrpo_kernels.rows import count_labels, count_rows, nan_unless_counted
 from wrpo_kernels.token_logp.contract import logp_dtype
-from wrpo_kernels.transfer import sent
 
 SMALL_HEAD = 1 << 18  # elements of a weight [V, D] that is at home in the cache
 

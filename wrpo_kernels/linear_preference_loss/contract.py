@@ -11,19 +11,19 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from wrpo_kernels.autograd import owns_saved, register_differentiable, register_kernel
-from wrpo_kernels.backends import choose
-from wrpo_kernels.budget import rows_within
 from wrpo_kernels.checks import check_tensor
-from wrpo_kernels.gradients import Gradients, total_dtype
+from wrpo_kernels.dispatch.autograd import owns_saved, register_differentiable, register_kernel
+from wrpo_kernels.dispatch.backends import choose
 from wrpo_kernels.linear_preference_loss import one_pass
 from wrpo_kernels.linear_token_logp.contract import bound
-from wrpo_kernels.linear_token_logp.head import Head, LabelsByPosition, no_autocast
+from wrpo_kernels.lm_head.budget import rows_within
+from wrpo_kernels.lm_head.gradients import Gradients, total_dtype
+from wrpo_kernels.lm_head.head import Head, LabelsByPosition, no_autocast
+from wrpo_kernels.lm_head.products import STRIPE_BYTES
+from wrpo_kernels.lm_head.rows import Rows
 from wrpo_kernels.logit_transform import LogitTransform
 from wrpo_kernels.preference_loss import contract as preference
 from wrpo_kernels.preference_loss.family import Family
-from wrpo_kernels.products import STRIPE_BYTES
-from wrpo_kernels.rows import Rows
 from wrpo_kernels.token_logp.contract import logp_dtype
 
 torch.library.define(

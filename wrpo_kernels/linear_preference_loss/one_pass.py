@@ -19,14 +19,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wrpo_kernels.budget import even_chunk
-from wrpo_kernels.gradients import Gradients
-from wrpo_kernels.linear_token_logp.head import Head
+from wrpo_kernels.dispatch.transfer import sent
 from wrpo_kernels.linear_token_logp.passes import chunks
+from wrpo_kernels.lm_head.budget import even_chunk
+from wrpo_kernels.lm_head.gradients import Gradients
+from wrpo_kernels.lm_head.head import Head
+from wrpo_kernels.lm_head.rows import Rows, part_of
+from wrpo_kernels.lm_head.scratch import scratch
 from wrpo_kernels.preference_loss.family import Family
-from wrpo_kernels.rows import Rows, part_of
-from wrpo_kernels.scratch import scratch
-from wrpo_kernels.transfer import sent
 
 
 class Sequences(NamedTuple):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wrpo_kernels.adapter import Adapter, checked_adapter
-from wrpo_kernels.budget import check_budget
 from wrpo_kernels.checks import check_grad_filter
 from wrpo_kernels.linear_token_logp import contract
+from wrpo_kernels.lm_head.adapter import Adapter, checked_adapter
+from wrpo_kernels.lm_head.budget import check_budget
+from wrpo_kernels.lm_head.rows import count_labels, count_rows, nan_unless_counted
 from wrpo_kernels.logit_transform import LogitTransform
-from wrpo_kernels.rows import count_labels, count_rows, nan_unless_counted
 
 
 def linear_token_logp(

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from wrpo_kernels.autograd import register_differentiable, register_kernel
-from wrpo_kernels.budget import Plan, plan_rows, rows_within
 from wrpo_kernels.checks import (
     check_backend_name,
     check_device,
@@ -18,12 +16,14 @@ from wrpo_kernels.checks import (
     check_shape,
     check_tensor,
 )
-from wrpo_kernels.gradients import Gradients
+from wrpo_kernels.dispatch.autograd import register_differentiable, register_kernel
 from wrpo_kernels.linear_token_logp import passes
-from wrpo_kernels.linear_token_logp.head import Head, LabelsByPosition, no_autocast
+from wrpo_kernels.lm_head.budget import Plan, plan_rows, rows_within
+from wrpo_kernels.lm_head.gradients import Gradients
+from wrpo_kernels.lm_head.head import Head, LabelsByPosition, no_autocast
+from wrpo_kernels.lm_head.products import scaled_rows
+from wrpo_kernels.lm_head.rows import UNCOUNTED, Rows
 from wrpo_kernels.logit_transform import LogitTransform, check_transform
-from wrpo_kernels.products import scaled_rows
-from wrpo_kernels.rows import UNCOUNTED, Rows
 from wrpo_kernels.token_logp.contract import logp_dtype
 
 # num_rows is how many labels count, or UNCOUNTED; `keeps` says which gradients will be asked for, of hidden, weight,

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from wrpo_kernels.budget import Plan
-from wrpo_kernels.column_filter import columns_that_count, grad_hidden_into
-from wrpo_kernels.gradients import Gradients
-from wrpo_kernels.linear_token_logp.head import Head
-from wrpo_kernels.rows import Rows
-from wrpo_kernels.scratch import scratch
+from wrpo_kernels.lm_head.budget import Plan
+from wrpo_kernels.lm_head.column_filter import columns_that_count, grad_hidden_into
+from wrpo_kernels.lm_head.gradients import Gradients
+from wrpo_kernels.lm_head.head import Head
+from wrpo_kernels.lm_head.rows import Rows
+from wrpo_kernels.lm_head.scratch import scratch
 
 
 def chunks(first: int, last: int, step: int) -> list[tuple[int, int]]:

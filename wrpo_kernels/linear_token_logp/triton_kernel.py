@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wrpo_kernels.dispatch.triton_backend import multiprocessors
+from wrpo_kernels.dispatch.triton_math import LOWEST, transformed
 from wrpo_kernels.logit_transform import LogitTransform
 from wrpo_kernels.token_logp import triton_kernel as row_kernels
-from wrpo_kernels.triton_backend import multiprocessors
-from wrpo_kernels.triton_math import LOWEST, transformed
 
 delta_, forward = row_kernels.delta_, row_kernels.forward  # the chunked passes, for gradients
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from wrpo_kernels.autograd import register_differentiable
-from wrpo_kernels.backends import choose
 from wrpo_kernels.checks import check_constant, check_device, check_int64, check_shape, check_tensor
+from wrpo_kernels.dispatch.autograd import register_differentiable
+from wrpo_kernels.dispatch.backends import choose
+from wrpo_kernels.dispatch.triton_backend import TritonBackend
 from wrpo_kernels.preference_loss import cuda, native, reference
 from wrpo_kernels.preference_loss.family import Family, check_family
-from wrpo_kernels.triton_backend import TritonBackend
 
 CANDIDATES = (native, cuda, TritonBackend("wrpo_kernels.preference_loss.triton_kernel"), reference)
 

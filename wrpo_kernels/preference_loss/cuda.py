@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wrpo_kernels import cuda_launch
+from wrpo_kernels.dispatch import cuda_launch
 from wrpo_kernels.preference_loss.family import LOSS_TYPES, Family
 
 NAME = "cuda"

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wrpo_kernels.dispatch.triton_math import logistic, softplus
 from wrpo_kernels.preference_loss.family import LOSS_TYPES, Family
-from wrpo_kernels.triton_math import logistic, softplus
 
 BLOCK = 256  # sequences at a time
 SIGMOID, HINGE, IPO = (tl.constexpr(LOSS_TYPES.index(name)) for name in ("sigmoid", "hinge", "ipo"))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wrpo_kernels.autograd import register_differentiable, register_kernel
-from wrpo_kernels.backends import choose
 from wrpo_kernels.checks import (
     check_backend_name,
     check_device,
@@ -16,9 +14,11 @@ from wrpo_kernels.checks import (
     check_shape,
     check_tensor,
 )
+from wrpo_kernels.dispatch.autograd import register_differentiable, register_kernel
+from wrpo_kernels.dispatch.backends import choose
+from wrpo_kernels.dispatch.triton_backend import TritonBackend
 from wrpo_kernels.logit_transform import LogitTransform, check_transform
 from wrpo_kernels.token_logp import cuda, native, reference
-from wrpo_kernels.triton_backend import TritonBackend
 
 CANDIDATES = (native, cuda, TritonBackend("wrpo_kernels.token_logp.triton_kernel"), reference)
 

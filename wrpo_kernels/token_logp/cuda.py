@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wrpo_kernels import cuda_launch
 from wrpo_kernels.checks import check_labels
+from wrpo_kernels.dispatch import cuda_launch
 from wrpo_kernels.logit_transform import LogitTransform
 
 NAME = "cuda"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wrpo_kernels.backends import load_extension
+from wrpo_kernels.dispatch.backends import load_extension
 from wrpo_kernels.logit_transform import LogitTransform
 
 NAME = "native"

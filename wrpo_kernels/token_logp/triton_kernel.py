@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from wrpo_kernels.checks import check_labels
+from wrpo_kernels.dispatch.triton_backend import multiprocessors
+from wrpo_kernels.dispatch.triton_math import LOWEST, merged, take_in, tile_columns, transformed
 from wrpo_kernels.logit_transform import LogitTransform
-from wrpo_kernels.triton_backend import multiprocessors
-from wrpo_kernels.triton_math import LOWEST, merged, take_in, tile_columns, transformed
 
 # 8 warps with two loads of 16 bytes a thread under way. Beside a copy of the same bytes the forward takes 0.99 to 1.13
 # times as long and the delta 1.4 to 1.65; with 16 warps and four loads, 1.1 to 1.6 and 2.0 to 3.0 (H200, V = 32000 to

@@ -1,0 +1,42 @@
+"""A dated CSV file of figures with the machine at its head, as `suite.results` writes it, for any columns."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.suite import machine
+from benchmarks.suite.results import file_name, make_room, writable_folder
+
+
+def add_out(parser: ArgumentParser) -> None:
+    """The flag --out of every benchmark that writes files; its default is not touched where nothing is written."""
+    folder = machine.ROOT / "benchmarks/results"
+    parser.add_argument("--out", type=writable_folder, metavar="FOLDER", default=folder, help="for the files")
+
+
+def facts_of(module: str, device: str) -> dict[str, str]:
+    """The facts of this machine and of the command that runs."""
+    return machine.facts(device) | {"command": " ".join([f"python -m {module}", *sys.argv[1:]])}
+
+
+def write(rows: Sequence[NamedTuple], facts: dict[str, str], folder: Path, prefix: str) -> Path:
+    """One line for each row, its fields as columns; numbers with five digits. Returns the path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{prefix}_{file_name(facts)}"
+    make_room(path)
+    with path.open("w", newline="") as file:
+        file.writelines(f"# {name}: {value}\n" for name, value in facts.items())
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(rows[0]._fields)
+        table.writerows([f"{x:.5g}" if isinstance(x, float) else x for x in row] for row in rows)
+    return path
+
+
+def caption(facts: dict[str, str]) -> str:
+    """What stands under a picture."""
+    return f"{facts['machine']}, torch {facts['torch']}, {facts['date']}, {facts['commit']}"

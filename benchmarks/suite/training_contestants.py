@@ -1,0 +1,216 @@
+"""The trainers that `benchmarks.whole_steps` compares: same model, same rows, one optimizer step whenever asked.
+
+    fused          `WRPOTrainer`; on pairs the same trainer with the pair's two weights, [1, -1]
+    full logits    the same trainer and loss, from the model's own logits as plain torch takes their log-softmax
+    TRL            `trl.DPOTrainer`, on pairs
+
+All use the reference log-probs that the rows bring along, AdamW and the same seed, none recomputes activations.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import datasets
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.suite.memory import MIB, peak_above_now
+from benchmarks.suite.training_models import work_of
+from wrpo import WRPOConfig, WRPOTrainer
+from wrpo.head import run_in_head
+from wrpo_kernels import PreferenceOutput, linear_preference_loss, preference_loss, wrpo_loss
+
+BETA = 0.01
+ALPHA = 0.1  # of the source, in triples
+
+
+class Step(NamedTuple):
+    seconds: float  # from the batch to the changed weights
+    tokens: int  # that went through the model; padding is not counted
+    loss: float
+
+
+def pair_layout(examples: int, device: torch.device) -> dict[str, Any]:
+    """DPO's weights: preferred responses first, then the rejected ones."""
+    seq_weight = torch.tensor([1.0, -1.0], device=device).repeat_interleave(examples)
+    return {"seq_weight": seq_weight, "group": torch.arange(examples, device=device).repeat(2), "num_groups": examples}
+
+
+class FusedPairs(WRPOTrainer):
+    """`WRPOTrainer` on rows without sources."""
+
+    def forward_loss(self, model: nn.Module, batch: dict, alpha: float, count: Tensor | None) -> PreferenceOutput:
+        labels, ref_logp = batch["labels"], self.reference(model, batch)
+        options = pair_layout(len(labels) // 2, labels.device) | self.args.head_options() | {"normalizer": count}
+
+        def head_fn(hidden: Tensor, weight: Tensor, **head: Any) -> PreferenceOutput:
+            return linear_preference_loss(hidden, weight, labels, ref_logp, beta=self.args.beta, **options, **head)
+
+        return run_in_head(model, head_fn, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+
+
+class FullLogits(WRPOTrainer):
+    def forward_loss(self, model: nn.Module, batch: dict, alpha: float, count: Tensor | None) -> PreferenceOutput:
+        labels, shares, ref_logp = batch["labels"], alpha * batch["source_weight"], self.reference(model, batch)
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        counts = labels != -100
+        token_logp = logits.float().log_softmax(-1).gather(-1, labels.where(counts, 0)[..., None])[..., 0]
+        logp = (token_logp * counts).sum(1)
+        if shares.shape[1]:
+            sources = {"alpha": shares, "num_sources": shares.shape[1]}
+            return wrpo_loss(logp, ref_logp, beta=self.args.beta, normalizer=count, **sources)
+        pairs = pair_layout(len(labels) // 2, labels.device)
+        return preference_loss(logp, ref_logp, beta=self.args.beta, normalizer=count, **pairs)
+
+
+CONTESTANTS = {"triples": ("fused", "full logits"), "pairs": ("fused", "full logits", "TRL DPOTrainer")}
+
+
+def why_not(contestant: str) -> str | None:
+    if contestant.startswith("TRL") and importlib.util.find_spec("trl") is None:
+        return "trl is not installed: pip install trl"
+    return None
+
+
+def trainer_of(
+    contestant: str, model: nn.Module, tokenizer: Any, rows: list[dict], batch: int, steps: int, folder: str
+) -> Trainer:
+    """A trainer that has not started.
+
+    Args:
+        contestant: a name of `CONTESTANTS`.
+        rows: tokenised triples with `ref_logp`; pairs are rows without sources.
+        batch: rows a step.  steps: how many it will take.
+    """
+    common = {
+        "output_dir": folder,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": False,
+        "max_steps": steps,
+        "learning_rate": 1e-6,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "logging_steps": steps,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": torch.cuda.is_available(),
+        "seed": 42,
+        "beta": BETA,
+    }
+    if contestant == "TRL DPOTrainer":
+        return dpo_trainer(common, model, tokenizer, rows)
+    kind = FullLogits if contestant == "full logits" else WRPOTrainer if rows[0]["source_ids"] else FusedPairs
+    ours = {"alpha": ALPHA, "alpha_schedule": "constant", "reference": "precompute", "draw_curves": False}
+    return kind(model, WRPOConfig(**common, **ours), train_dataset=rows, processing_class=tokenizer)
+
+
+def dpo_trainer(settings: dict[str, Any], model: nn.Module, tokenizer: Any, rows: list[dict]) -> Trainer:
+    from trl import DPOConfig, DPOTrainer
+
+    class OfTokens(DPOTrainer):
+        """The rows are token ids and bring the reference along: nothing is left to prepare."""
+
+        def _prepare_dataset(self, dataset: datasets.Dataset, *_args: Any) -> datasets.Dataset:
+            return dataset
+
+        def _precompute_ref_logps(self, dataset: datasets.Dataset, *_args: Any) -> datasets.Dataset:
+            return dataset
+
+    named = [
+        {
+            "prompt_ids": row["prompt_ids"],
+            "chosen_ids": row["target_ids"],
+            "rejected_ids": row["rejected_ids"],
+            "ref_chosen_logps": row["ref_logp"][0],
+            "ref_rejected_logps": row["ref_logp"][1],
+        }
+        for row in rows
+    ]
+    args = DPOConfig(**settings, precompute_ref_log_probs=True, max_length=None)
+    return OfTokens(model, args=args, train_dataset=datasets.Dataset.from_list(named), processing_class=tokenizer)
+
+
+class OneStepAtATime(TrainerCallback):
+    """Waits for a word before each optimizer step, and answers with what it took."""
+
+    def __init__(self, connection: Connection):
+        self.connection, self.tokens, self.loss, self.start = connection, 0, 0.0, 0.0
+
+    def watch(self, trainer: Trainer) -> None:
+        """Reads tokens and loss where the trainer has them; it rounds what it logs."""
+        inner = trainer.training_step
+
+        def training_step(model: nn.Module, inputs: dict[str, Tensor], *args: Any, **options: Any) -> Tensor:
+            self.tokens = int(inputs["attention_mask"].sum())
+            loss = inner(model, inputs, *args, **options)
+            self.loss = float(loss)
+            return loss
+
+        trainer.training_step = training_step  # type: ignore[method-assign]
+        trainer.add_callback(self)
+
+    def on_step_begin(self, *_args: Any, **_options: Any) -> None:
+        self.connection.recv()
+        self.start = time.perf_counter()
+
+    def on_step_end(self, *_args: Any, **_options: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.connection.send(Step(time.perf_counter() - self.start, self.tokens, self.loss))
+
+
+def serve(
+    connection: Connection, model: str, comparison: str, contestant: str, batch: int, steps: int, threads: int
+) -> None:
+    """A process's whole life: says True when it is ready, takes its steps, and says its peak in MiB at the end.
+
+    The peak is what training added to the process that held model and data: gradients, the optimizer's states,
+    activations and logits.
+    """
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        work = work_of(model, batch * steps, pairs=comparison == "pairs")
+        trainer = trainer_of(contestant, *work, batch, steps, folder)
+        trainer.remove_callback(PrinterCallback)
+        OneStepAtATime(connection).watch(trainer)
+        connection.send(True)
+        connection.send(peak_mib(trainer))
+
+
+def peak_mib(trainer: Trainer) -> float:
+    if not torch.cuda.is_available():
+        return peak_above_now(trainer.train) / MIB
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    trainer.train()
+    return (torch.cuda.max_memory_allocated() - before) / MIB
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """The trainers' own lines and bars would come between the figures."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

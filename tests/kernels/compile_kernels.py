@@ -1,0 +1,221 @@
+"""python tests/kernels/compile_kernels.py [--write]: compiles every Triton kernel for GPUs that are not here.
+
+The launchers run on CPU tensors with the launch itself replaced: what would have been launched (types, alignment,
+constants, warps) is compiled instead. Registers, stack, spills and shared memory are read from the machine code.
+Prints them as JSON; `--write` makes them the table that tests/kernels/test_offline_compile.py compares with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: the compiler, not the interpreter
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from wrpo_kernels.linear_token_logp import triton_kernel as linear_token_logp
+from wrpo_kernels.logit_transform import LogitTransform
+from wrpo_kernels.preference_loss import triton_kernel as preference_loss
+from wrpo_kernels.preference_loss.family import Family
+from wrpo_kernels.token_logp import triton_kernel as token_logp
+
+TABLE = Path(__file__).with_name("kernel_resources.json")
+TARGETS = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 90, 100, 120)}
+TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+class Launch:
+    """A kernel and the arguments it was launched with."""
+
+    def __init__(self, kernel: JITFunction, positional: tuple, named: dict) -> None:
+        self.kernel = kernel
+        self.arguments = dict(zip(kernel.arg_names, positional, strict=False))
+        self.arguments |= {name: value for name, value in named.items() if name in kernel.arg_names}
+        self.options = {name: value for name, value in named.items() if name not in kernel.arg_names}
+
+    def source(self) -> ASTSource:
+        types, constants, attributes = {}, {}, {}
+        for position, parameter in enumerate(self.kernel.params):
+            value = self.arguments[parameter.name]
+            if parameter.is_constexpr or value is None:
+                types[parameter.name], constants[parameter.name] = "constexpr", value
+                continue
+            types[parameter.name] = type_of(value)
+            number = value.data_ptr() if isinstance(value, torch.Tensor) else value
+            if isinstance(number, int) and number % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+        return ASTSource(self.kernel, types, constants, attributes)
+
+
+def type_of(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return POINTERS[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    launches: list[Launch] = []
+    before = JITFunction.__getitem__
+    JITFunction.__getitem__ = lambda kernel, grid: lambda *args, **named: launches.append(Launch(kernel, args, named))
+    try:
+        yield launches
+    finally:
+        JITFunction.__getitem__ = before
+
+
+def row_problem(dtype: torch.dtype, vocabulary: int, capped: bool) -> tuple[tuple, LogitTransform]:
+    logits, target = torch.zeros(2, vocabulary, dtype=dtype), torch.zeros(2, dtype=torch.int64)
+    bias = torch.zeros(vocabulary, dtype=dtype) if capped else None
+    return (logits, target, -100), LogitTransform(bias, 1.3, 30.0 * capped, 0.7)
+
+
+def row_launch(entry: str, dtype: torch.dtype, vocabulary: int = 128256, capped: bool = False) -> Callable[[], object]:
+    def launch():
+        (logits, *rest), transform = row_problem(dtype, vocabulary, capped)
+        row = torch.zeros(2)
+        if entry == "grad":
+            token_logp.grad(logits, *rest, transform, row, row, torch.empty_like(logits))
+        else:
+            getattr(token_logp, entry)(logits, *rest, transform, row, row)
+
+    return launch
+
+
+def preference_launch(loss_type: str, with_all: bool) -> Callable[[], object]:
+    def launch():
+        s, g, count = torch.zeros(6), torch.zeros(2), torch.ones(6, dtype=torch.int64)
+        rest = (s, g) if with_all else (None, None)
+        ref_logp = s if with_all else None
+        family = Family(0.1, 0.2, loss_type, 0.0, with_all)
+        preference_loss.forward(s, ref_logp, s, count, count, *rest, 2, family)
+
+    return launch
+
+
+def sequence_launch(entry: str) -> Callable[[], object]:
+    arguments = {"sequence_sum": (torch.zeros(5), torch.ones(5, dtype=torch.int64))}
+    arguments["over_rows"] = (*arguments["sequence_sum"], 5)
+    return lambda: getattr(preference_loss, entry)(*arguments[entry])
+
+
+def fused_launch(dtype: torch.dtype, large: bool, capped: bool = False) -> Callable[[], object]:
+    def launch():
+        vocabulary, width = 1024, 4096
+        bias = torch.zeros(vocabulary, dtype=dtype) if capped else None
+        transform = LogitTransform(bias, 1.3, 30.0 * capped, 0.7)
+        tensors = torch.zeros(3, width, dtype=dtype), torch.zeros(vocabulary, width, dtype=dtype)
+        before, linear_token_logp.has_large_memory = linear_token_logp.has_large_memory, lambda tensor: large
+        linear_token_logp.logp_of_hidden(*tensors, torch.zeros(3).long(), -100, transform, torch.zeros(3))
+        linear_token_logp.has_large_memory = before
+
+    return launch
+
+
+LARGE_MEMORY = ("sm_90", "sm_100")
+LAUNCHES = {
+    "token_logp forward bf16": row_launch("forward", BF16),
+    "token_logp forward fp32": row_launch("forward", FP32),
+    "token_logp forward bf16, bias and softcap": row_launch("forward", BF16, capped=True),
+    "token_logp forward bf16, odd vocabulary": row_launch("forward", BF16, 50257),
+    "token_logp delta bf16": row_launch("delta_", BF16),
+    "token_logp delta fp32": row_launch("delta_", FP32),
+    "token_logp delta bf16, bias and softcap": row_launch("delta_", BF16, capped=True),
+    "token_logp delta fp32, bias and softcap": row_launch("delta_", FP32, capped=True),
+    "token_logp delta bf16, odd vocabulary": row_launch("delta_", BF16, 50257),
+    "token_logp delta fp32, odd, bias and softcap": row_launch("delta_", FP32, 50257, capped=True),
+    "token_logp gradient bf16, bias and softcap": row_launch("grad", BF16, capped=True),
+    "token_logp gradient fp32": row_launch("grad", FP32),
+    "preference_loss sigmoid, all weights": preference_launch("sigmoid", True),
+    "preference_loss ipo": preference_launch("ipo", False),
+    "preference_loss sums of sequences": sequence_launch("sequence_sum"),
+    "preference_loss coefficients of rows": sequence_launch("over_rows"),
+    "linear_token_logp bf16, large memory": fused_launch(BF16, True),
+    "linear_token_logp bf16, bias and softcap, large memory": fused_launch(BF16, True, capped=True),
+    "linear_token_logp bf16, small memory": fused_launch(BF16, False),
+    "linear_token_logp bf16, bias and softcap, small memory": fused_launch(BF16, False, capped=True),
+    "linear_token_logp fp32": fused_launch(FP32, False),
+}
+
+
+def cuda_resources(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = run(CUOBJDUMP, "--dump-resource-usage", file.name)
+        found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED):(\d+)", usage)}
+        # What a thread spills lies on its stack. To disassemble takes 0.3 s a kernel, so only those that have one.
+        code = run(CUOBJDUMP, "--dump-sass", file.name) if found["STACK"] else ""
+    spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
+    return {"registers": found["REG"], "stack": found["STACK"], "shared": found["SHARED"], "spills": spills}
+
+
+def hip_resources(code: str) -> dict[str, int]:
+    fields = {
+        "registers": "vgpr_count",
+        "stack": "private_segment_fixed_size",
+        "shared": "group_segment_fixed_size",
+        "spills": "vgpr_spill_count",
+    }
+    return {name: int(re.search(rf"\.{field}:\s+(\d+)", code)[1]) for name, field in fields.items()}
+
+
+def run(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def targets_of(name: str) -> dict[str, GPUTarget]:
+    """Those that the launcher would choose this shape for."""
+    size = name.rpartition(", ")[2]
+    if size not in ("large memory", "small memory"):
+        return TARGETS
+    return {target: gpu for target, gpu in TARGETS.items() if (target in LARGE_MEMORY) == (size == "large memory")}
+
+
+def resources() -> dict[str, dict[str, dict[str, int]]]:
+    table: dict[str, dict[str, dict[str, int]]] = {}
+    for name, launch in LAUNCHES.items():
+        with recorded() as launches:
+            launch()
+        for number, one in enumerate(launches):
+            row = table.setdefault(name if len(launches) == 1 else f"{name}, launch {number + 1}", {})
+            for target, gpu in targets_of(name).items():
+                built = triton.compile(one.source(), target=gpu, options=one.options)
+                row[target] = (
+                    cuda_resources(built.asm["cubin"]) if gpu.backend == "cuda" else hip_resources(built.asm["amdgcn"])
+                )
+                row[target]["shared"] = built.metadata.shared  # what the launch asks for, beside what is static
+    return table
+
+
+if __name__ == "__main__":
+    result = {"triton": triton.__version__, "kernels": resources()}
+    text = json.dumps(result, indent=1)
+    # One line a kernel and target: a change shows as one line of a diff.
+    text = re.sub(r"\{[^{}]*\}", lambda innermost: re.sub(r"\s+", " ", innermost[0]), text)
+    print(text)
+    if "--write" in sys.argv:
+        TABLE.write_text(text + "\n")

@@ -1,0 +1,104 @@
+"""The driver never reads from an accelerator once it knows how many labels count.
+
+Tensors of the meta device, which stands for any accelerator here, have shapes and no values: reading one raises. The
+launches themselves, which need a GPU, are left out.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from wrpo_kernels import linear_token_logp
+from wrpo_kernels.dispatch import triton_backend
+from wrpo_kernels.dispatch.backends import choose
+from wrpo_kernels.linear_preference_loss import one_pass
+from wrpo_kernels.linear_token_logp import passes
+from wrpo_kernels.linear_token_logp.contract import _open
+from wrpo_kernels.lm_head.gradients import Gradients
+from wrpo_kernels.lm_head.products import scaled_rows
+from wrpo_kernels.lm_head.rows import UNCOUNTED, Rows
+from wrpo_kernels.preference_loss.contract import CANDIDATES
+from wrpo_kernels.preference_loss.family import Family
+
+M, N, D, V, S, R = 12, 9, 16, 32, 6, 4  # labels, those that count, ..., rank of an adapter
+pytestmark = pytest.mark.skipif(triton_backend.missing() is not None, reason=str(triton_backend.missing()))
+
+
+class NoLaunch:
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: None
+
+
+@pytest.fixture(autouse=True)
+def without_launches(monkeypatch):
+    from wrpo_kernels.preference_loss import triton_kernel as preference_loss
+    from wrpo_kernels.token_logp import triton_kernel as token_logp
+
+    monkeypatch.setattr(triton_backend, "refuses", lambda tensor: None)
+    monkeypatch.setattr(
+        token_logp, "check_labels_where_free", lambda *arguments: None
+    )  # reads them only where it must not wait
+    monkeypatch.setattr(token_logp, "rows_kernel", lambda *arguments, **options: None)
+    for name in ("_preference_loss_fwd", "_sequence_sum_fwd", "_over_rows_fwd"):
+        monkeypatch.setattr(preference_loss, name, NoLaunch())
+
+
+@pytest.fixture
+def tensors():
+    hidden = torch.empty(M, D, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(V, D, dtype=torch.bfloat16, device="meta")
+    low, up = torch.empty(M, R, dtype=torch.float32, device="meta"), torch.empty(V, R, device="meta")
+    return hidden, weight, torch.empty(M, dtype=torch.int64, device="meta"), None, low, up
+
+
+BUDGETS = {"all rows fit": 1 << 20, "three rows fit": 3 * 2 * (V + 3 * D)}
+KEEPS = {
+    "nothing": (False, False, False, False, False),
+    "hidden": (True, False, False, False, False),
+    "head": (True, True, False, True, True),
+}
+
+
+@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS.keys())
+@pytest.mark.parametrize("num_rows", [N, M])
+@pytest.mark.parametrize("keeps", KEEPS.values(), ids=KEEPS.keys())
+def test_token_log_probs_and_their_gradients_read_nothing_back(keeps, num_rows, budget, tensors):
+    hidden = tensors[0]
+    head, rows, plan = _open(*tensors, (1.0, 0.0, 1.0, -100, num_rows, budget, keeps, 0.0, "triton"))
+    logp, unscaled, kept = passes.forward(head, rows, plan, keeps == KEEPS["hidden"])
+    assert rows.spread(logp).shape == (M,)
+    if keeps == KEEPS["hidden"]:
+        assert rows.spread(scaled_rows(unscaled, logp[:, None])).shape == (M, D)
+    if keeps == KEEPS["head"]:
+        gradients = Gradients(hidden, head, keeps, 2)
+        passes.backward(head, rows, plan, kept, logp[:, None], gradients)
+        shapes = [total.shape for total in gradients.totals() if total is not None]
+        assert shapes == [(M, D), (V, D), (M, R), (V, R)]
+
+
+@pytest.mark.parametrize("num_rows", [N, M])
+def test_one_pass_reads_nothing_back_while_the_rows_fit(num_rows, tensors):
+    head, rows, _ = _open(*tensors, (1.0, 0.0, 1.0, -100, num_rows, 1 << 20, KEEPS["head"], 0.0, "triton"))
+    gradients = Gradients(tensors[0], head, KEEPS["head"], 1)
+    size, number = torch.empty(S, device="meta"), torch.empty(S, dtype=torch.int64, device="meta")
+    sequences = one_pass.Sequences(None, size, number, number, None, None)
+    family = Family(0.1, 0.0, "sigmoid", 0.0, False)
+    kernel = choose("preference_loss", "triton", CANDIDATES, size)
+    result = one_pass.run(head, rows, sequences, 2, family, 2, N + M, gradients, kernel)
+    assert result.loss.shape == (2,) and result.logp.shape == (S,)
+
+
+def test_a_count_that_is_not_known_is_read_from_the_device(tensors):
+    """So these tensors do catch what waits."""
+    hidden, _, target, *_ = tensors
+    with pytest.raises(NotImplementedError, match="nonzero"):
+        Rows.that_count(hidden, target, -100, UNCOUNTED)
+
+
+@pytest.mark.parametrize(("num_rows", "error"), [(3, ValueError), (13, ValueError), (-1, ValueError), (4.0, TypeError)])
+def test_a_wrong_count_of_rows_is_named_on_the_cpu(num_rows, error):
+    target = torch.tensor([1, -100, 2, 3, -100, 0])
+    assert linear_token_logp(torch.ones(6, 3), torch.ones(5, 3), target, num_rows=4).shape == (6,)
+    with pytest.raises(error, match="num_rows"):
+        linear_token_logp(torch.ones(6, 3), torch.ones(5, 3), target, num_rows=num_rows)

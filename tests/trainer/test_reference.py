@@ -1,0 +1,288 @@
+"""All sources of reference log-probs agree, none leaves a trace, and a kept one is used only where it is true."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from tiny_models import plain_logp, preference_batch, tiny_model, tiny_rows
+from tiny_runs import SETTINGS, wrpo_trainer
+from torch import nn
+
+from wrpo import WRPOConfig, WRPOTrainer
+from wrpo.reference.reference import adapters_off, choose_reference, refuse_partitioned
+from wrpo.training.head_trainer import HeadTrainer
+
+LORA = LoraConfig(target_modules=["q_proj", "lm_head"], r=2)
+# A batch of other rows pads and multiplies in another order: float32 rounding of sums of at most 9 scores of 64 nats.
+ATOL = 9 * 64 * torch.finfo(torch.float32).eps
+
+
+def opened(folder: Path, model: nn.Module, reference: str, rows: list | None = None, **settings) -> WRPOTrainer:
+    return wrpo_trainer(folder, model, tiny_rows(sources=2) if rows is None else rows, reference=reference, **settings)
+
+
+def reference_of(trainer: WRPOTrainer) -> torch.Tensor:
+    rows = [trainer.train_dataset[i] for i in range(len(trainer.train_dataset))]
+    return trainer.reference(trainer.model, preference_batch(rows))
+
+
+@pytest.mark.parametrize("reference", ["copy", "precompute", "adapter"])
+def test_every_source_gives_the_log_probs_of_the_models_own_logits(reference, tmp_path):
+    model = get_peft_model(tiny_model(), LORA) if reference == "adapter" else tiny_model()
+    trainer = opened(tmp_path, model, reference)
+    with torch.no_grad():
+        expected = plain_logp(tiny_model().eval(), preference_batch(tiny_rows(sources=2)))
+        for parameter in trainer.model.parameters():  # what training does to the policy changes no reference
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    torch.testing.assert_close(reference_of(trainer).double(), expected, rtol=0, atol=ATOL)
+
+
+def test_rows_with_different_numbers_of_sources_keep_their_own_reference(tmp_path):
+    rows = [*tiny_rows(3, sources=1), *tiny_rows(3, sources=3, seed=1)]
+    trainer = opened(tmp_path, tiny_model(), "precompute", rows, per_device_eval_batch_size=4)
+    for i in range(6):
+        row = trainer.train_dataset[i]
+        with torch.no_grad():
+            alone = plain_logp(tiny_model().eval(), preference_batch([rows[i]]))
+        torch.testing.assert_close(torch.tensor(row["ref_logp"]).double(), alone, rtol=0, atol=ATOL)
+        assert {name: value for name, value in row.items() if name != "ref_logp"} == rows[i]
+
+
+def test_a_dataset_gets_a_column_and_so_does_every_evaluation_set(tmp_path):
+    train, first, second = (datasets.Dataset.from_list(tiny_rows(3, seed=seed)) for seed in range(3))
+    trainer = opened(tmp_path, tiny_model(), "precompute", train, eval_dataset={"a": first, "b": second})
+    assert isinstance(trainer.train_dataset, datasets.Dataset)
+    for data in (trainer.train_dataset, *trainer.eval_dataset.values()):
+        assert len(data[2]["ref_logp"]) == 3
+    assert sorted(path.name for path in (tmp_path / "reference").iterdir()) == [
+        "eval_a.safetensors", "eval_b.safetensors", "train.safetensors",
+    ]  # fmt: skip
+    assert trainer.evaluate()["eval_a_loss"] == pytest.approx(np.log(2), abs=1e-6)
+
+
+def test_a_set_that_was_not_gone_through_is_refused_under_precompute(tmp_path):
+    trainer = opened(tmp_path, tiny_model(), "precompute")
+    with pytest.raises(ValueError, match="the batch has no ref_logp"):
+        trainer.evaluate(tiny_rows(2))
+
+
+@pytest.mark.parametrize("reference", ["precompute", "auto"])
+def test_a_reference_that_the_data_brings_along_is_used(reference, tmp_path):
+    rows = [{**row, "ref_logp": [-1.0, -2.0, -3.0]} for row in tiny_rows(2)]
+    trainer = opened(tmp_path, get_peft_model(tiny_model(), LORA), reference, rows)
+    assert reference_of(trainer).tolist() == [-1, -1, -2, -2, -3, -3]
+    assert not (tmp_path / "reference").exists()
+
+
+def brought(rows: list[dict]) -> list[dict]:
+    return [{**row, "ref_logp": [-1.0] * (len(row["source_ids"]) + 2)} for row in rows]
+
+
+@pytest.mark.parametrize("reference", ["copy", "adapter", "none"])
+def test_a_reference_that_the_data_brings_along_and_nothing_would_use_is_refused(reference, tmp_path):
+    data = {"rows": tiny_rows(2), "eval_dataset": {"a": brought(tiny_rows(2)), "b": tiny_rows(2)}}
+    with pytest.raises(ValueError, match=rf"^eval_a of the data sets train, eval_a, eval_b: .*reference='{reference}'"):
+        opened(tmp_path, get_peft_model(tiny_model(), LORA), reference, **data)
+
+
+def test_data_sets_without_the_reference_that_others_bring_are_named_and_gone_through(tmp_path, caplog):
+    trainer = opened(tmp_path, tiny_model(), "auto", brought(tiny_rows(2)), eval_dataset=tiny_rows(2))
+    assert "Only train of the data sets train, eval bring the column ref_logp" in caplog.text
+    assert reference_of(trainer).tolist() == [-1.0] * 6
+    assert trainer.eval_dataset[0]["ref_logp"][0] < -1.0
+
+
+@pytest.mark.parametrize("rows", [tiny_rows(2), brought(tiny_rows(2))], ids=["computed", "brought"])
+def test_an_empty_evaluation_set_is_left_alone(rows, tmp_path, caplog):
+    assert opened(tmp_path, tiny_model(), "auto", rows, eval_dataset=[]).eval_dataset == []
+    assert "ref_logp" not in caplog.text
+
+
+def test_a_log_prob_that_is_no_number_is_refused_and_not_kept(tmp_path, monkeypatch):
+    from wrpo.training import wrpo_trainer as module
+
+    real, bad = module.sequence_logp, tiny_rows(8, sources=2)[5]["target_ids"]
+
+    def broken(model: nn.Module, batch: dict, **options) -> torch.Tensor:
+        own = [row[row != -100].tolist() == bad for row in batch["labels"]]
+        return real(model, batch, **options).masked_fill(torch.tensor(own), float("nan"))
+
+    monkeypatch.setattr(module, "sequence_logp", broken)
+    with pytest.raises(ValueError, match=r"of 1 responses are not finite, the first in row 5 .*: nan"):
+        opened(tmp_path, tiny_model(), "precompute")
+    assert not (tmp_path / "reference").exists()
+
+
+@pytest.fixture
+def passes(monkeypatch) -> list[int]:
+    """One entry for each batch that the precomputation runs through the model."""
+    from wrpo.training import wrpo_trainer as module
+
+    seen, real = [], module.sequence_logp
+    monkeypatch.setattr(module, "sequence_logp", lambda *args, **kwargs: (seen.append(1), real(*args, **kwargs))[1])
+    return seen
+
+
+def partitioned(model: nn.Module) -> nn.Module:
+    """As ZeRO-3 leaves it until a forward of the wrapped model."""
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id, parameter.data = number, torch.empty(0)
+    return model
+
+
+def forbidden(*_args, **_inputs):
+    raise AssertionError("a forward of weights that are not there")
+
+
+@pytest.mark.parametrize("elsewhere", [partitioned, lambda model: model.to("meta")], ids=["ZeRO-3", "meta"])
+def test_weights_that_are_elsewhere_are_not_run_before_they_are_there(elsewhere, tmp_path, monkeypatch):
+    model = elsewhere(get_peft_model(tiny_model(), LORA))
+    monkeypatch.setattr(type(model.get_base_model()), "forward", forbidden)
+    with pytest.raises(ValueError, match="set check_head to false"):
+        HeadTrainer(model, WRPOConfig(output_dir=str(tmp_path), **SETTINGS))
+    for reference in ("copy", "precompute"):
+        with pytest.raises(ValueError, match=f"reference='{reference}' runs .*without sharding.*column ref_logp"):
+            refuse_partitioned(model, reference)
+    with pytest.raises(ValueError, match=r"reference='auto' cannot run .* use reference='adapter'"):
+        choose_reference("auto", model, "sigmoid", has_length=True)
+    assert choose_reference("adapter", model, "sigmoid", has_length=True) == "adapter"
+    assert choose_reference("auto", model, "sigmoid", has_length=True, has_reference=True) == "precompute"
+
+
+@pytest.mark.parametrize("reference", ["copy", "precompute"])
+def test_a_trainer_of_weights_that_are_elsewhere_takes_the_reference_of_the_data_alone(reference, tmp_path):
+    model = partitioned(tiny_model())
+    with pytest.raises(ValueError, match=f"reference='{reference}' runs the model before it is wrapped"):
+        opened(tmp_path, model, reference, check_head=False)
+    trainer = opened(tmp_path, model, "precompute", brought(tiny_rows(2)), check_head=False)
+    assert reference_of(trainer).tolist() == [-1.0] * 6
+
+
+def test_what_was_kept_is_used_again(tmp_path, passes, caplog):
+    first = reference_of(opened(tmp_path, tiny_model(), "precompute", max_prompt_length=9))
+    count = len(passes)
+    assert count > 0
+    second = reference_of(opened(tmp_path, tiny_model(), "precompute", alpha=0.7, learning_rate=1.0))
+    assert len(passes) == count
+    assert torch.equal(first, second)
+    assert "computing" not in caplog.text
+
+
+class Tokenizer:
+    """As much of one as a fingerprint reads."""
+
+    chat_template = "{{ messages }}"
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"a": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"rows": tiny_rows(seed=5, sources=2)}, "data"),
+        ({"model": tiny_model(seed=5)}, "model"),
+        ({"model": tiny_model(rms_norm_eps=1e-3)}, "model"),
+        ({"processing_class": Tokenizer()}, "tokenizer"),
+        ({"bf16": True}, "settings"),
+    ],
+    ids=["data", "weights", "config", "tokenizer", "settings"],
+)
+def test_a_reference_made_from_something_else_is_computed_again_with_a_warning_that_says_what(
+    change, word, tmp_path, passes, caplog
+):
+    opened(tmp_path, tiny_model(), "precompute")
+    passes.clear()
+    with caplog.at_level(logging.WARNING):
+        trainer = opened(tmp_path, **{"model": tiny_model(), "reference": "precompute", **change})
+    assert passes
+    assert f"was made from another {word}: computing" in caplog.text
+    fresh = opened(tmp_path / "fresh", **{"model": tiny_model(), "reference": "precompute", **change})
+    assert torch.equal(reference_of(trainer), reference_of(fresh))
+
+
+@pytest.mark.parametrize("damage", ["cut", "rubbish", "altered"])
+def test_a_damaged_file_is_computed_again_with_a_warning(damage, tmp_path, passes, caplog):
+    expected = reference_of(opened(tmp_path, tiny_model(), "precompute"))
+    path = tmp_path / "reference" / "train.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 0x10
+    path.write_bytes({"cut": bytes(content[:-8]), "rubbish": b"no tensors here", "altered": bytes(content)}[damage])
+    passes.clear()
+    assert torch.equal(reference_of(opened(tmp_path, tiny_model(), "precompute")), expected)
+    assert passes
+    assert "is damaged" in caplog.text or "cannot be read" in caplog.text
+    with safe_open(path, framework="np") as file:
+        assert np.isfinite(file.get_tensor("ref_logp")).all()
+
+
+def test_the_pass_leaves_modes_gradients_and_random_state_alone(tmp_path):
+    model = tiny_model("gpt2-tied-learned-positions", resid_pdrop=0.5)
+    trainer = opened(tmp_path, model, "copy")
+    batch = preference_batch(tiny_rows(2))
+    model.train()
+    model.transformer.h[0].eval()
+    modes, state = [m.training for m in model.modules()], torch.get_rng_state()
+    first = trainer.reference(model, batch)
+    assert torch.equal(first, trainer.reference(model, batch)), "dropout was on"
+    assert not first.requires_grad
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_was_frozen_by_hand_stays_frozen_after_a_pass_without_adapters():
+    model = get_peft_model(tiny_model(), LORA)
+    frozen = next(p for name, p in model.named_parameters() if "layers.0" in name and "lora_A" in name)
+    frozen.requires_grad_(False)
+    trained = [p.requires_grad for p in model.parameters()]
+    with adapters_off(model):
+        pass
+    assert [p.requires_grad for p in model.parameters()] == trained
+
+
+def test_auto_takes_what_is_true_and_cheapest():
+    plain, fresh = tiny_model(), get_peft_model(tiny_model(), LORA)
+    used = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+    assert choose_reference("auto", plain, "sigmoid", has_length=True) == "precompute"
+    assert choose_reference("auto", plain, "sigmoid", has_length=False) == "copy"
+    assert choose_reference("auto", plain, "simpo", has_length=True) == "none"
+    assert choose_reference("auto", fresh, "sigmoid", has_length=True) == "adapter"
+    assert choose_reference("auto", used, "sigmoid", has_length=True) == "precompute"
+    assert choose_reference("auto", fresh, "sigmoid", has_length=True, has_reference=True) == "precompute"
+
+
+def test_adapters_that_hold_a_stage_before_are_warned_of_when_named_as_the_reference(caplog):
+    used = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+    assert choose_reference("adapter", used, "sigmoid", has_length=True) == "adapter"
+    assert "the adapters already change the model's output" in caplog.text
+
+
+@pytest.mark.parametrize("reference", ["auto", "adapter"])
+def test_a_trainer_refuses_a_merged_adapter_and_does_not_take_it_out(reference, tmp_path):
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="adapter 'default' is merged into its weights"):
+        opened(tmp_path, model, reference, check_head=False)
+    assert model.get_base_model().model.layers[0].self_attn.q_proj.merged
+
+
+@pytest.mark.parametrize(
+    ("reference", "has_length", "words"),
+    [("adapter", True, "needs a PEFT model, got LlamaForCausalLM"), ("precompute", False, "needs data with a length")],
+)
+def test_a_source_that_cannot_be_had_is_refused(reference, has_length, words):
+    with pytest.raises(ValueError, match=words):
+        choose_reference(reference, tiny_model(), "sigmoid", has_length=has_length)
+
+
+def test_a_reference_model_that_nothing_would_use_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="ref_model is given but reference='none'"):
+        opened(tmp_path, tiny_model(), "none", ref_model=tiny_model(seed=1))

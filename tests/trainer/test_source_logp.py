@@ -1,0 +1,145 @@
+"""Each source model's mean log-prob of every response, in its own tokens, as the column that the reference takes."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from tiny_models import tiny_model
+from tiny_runs import SETTINGS
+from tiny_tokenizer import CHATML, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from wrpo import WRPOConfig, WRPOTrainer, cli
+from wrpo.data import load_triples, tokenize_triples
+from wrpo.reference.source_logp import with_source_logp
+
+ROWS = [
+    {"prompt": "2 + 3?", "source_chosen": ["five, of course", "5"], "target_chosen": "5.", "rejected": "what is the"},
+    {"prompt": "hello", "source_chosen": ["hello world"], "target_chosen": "world", "rejected": "2"},
+]
+OTHER_TEMPLATE = CHATML.replace("<|im_start|>", "<|start|>")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def models(tmp_path) -> list[str]:
+    """Two of different architectures and ways to write a conversation."""
+    folders = []
+    for name, template in (("gpt2-tied-learned-positions", OTHER_TEMPLATE), ("llama", CHATML)):
+        tokenizer = tiny_tokenizer(template)
+        folder = tmp_path / name
+        tiny_model(name, vocab_size=len(tokenizer)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        folders.append(str(folder))
+    return folders
+
+
+def own_mean_logp(folder: str, prompt: str, response: str) -> float:
+    """From the model's own logits of the conversation as its own template writes it."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    asked = [{"role": "user", "content": prompt}]
+    options = {"tokenize": False}
+    start = tokenizer.apply_chat_template(asked, add_generation_prompt=True, **options)
+    whole = tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": response}], **options).rstrip()
+    ids = tokenizer(whole, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    first = len(tokenizer(start, add_special_tokens=False)["input_ids"])
+    with torch.no_grad():
+        logp = model(ids).logits.double().log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
+    return logp[first - 1 :].mean().item()
+
+
+def test_every_response_has_its_mean_log_prob_under_every_model(models, tmp_path):
+    scored = with_source_logp(load_triples(ROWS), models, tmp_path / "kept", batch_size=2, progress=False)
+    assert len(scored) == 2
+    for row, raw in zip(scored, ROWS, strict=True):
+        responses = [*raw["source_chosen"], raw["target_chosen"], raw["rejected"]]
+        expected = [[own_mean_logp(folder, raw["prompt"], text) for folder in models] for text in responses]
+        assert [len(values) for values in row["source_logp"]] == [2] * len(responses)
+        for got, truth in zip(row["source_logp"], expected, strict=True):
+            assert got == pytest.approx(truth, rel=1e-5)
+        assert row["source_chosen"] == raw["source_chosen"]
+
+
+def test_the_command_writes_triples_that_train_with_a_fused_reference(models, tmp_path, capsys):
+    source, output = tmp_path / "triples.jsonl", tmp_path / "scored.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    command = ["logp", str(source), "-o", str(output), "--models", *models, "--batch_size", "1"]
+    assert cli.main(command) == 0
+    assert f"triples  {output}" in capsys.readouterr().out
+    first = output.read_text()
+
+    tokenizer = tiny_tokenizer()
+    tokens = tokenize_triples(load_triples(str(output)), tokenizer)
+    args = WRPOConfig(
+        output_dir=str(tmp_path / "run"), reference="copy", reference_fusion="max_margin", length_normalize=True,
+        beta=2.5, **SETTINGS,
+    )  # fmt: skip
+    trainer = WRPOTrainer(tiny_model(vocab_size=len(tokenizer)), args, train_dataset=tokens, processing_class=tokenizer)
+    trainer.train()
+    line = trainer.state.log_history[0]
+    assert line["rewards/target_chosen"] < 1e-6, "a preferred response is clipped from below"
+    assert line["rewards/rejected"] > -1e-6, "a rejected one from above"
+    assert line["rewards/margins"] < -1e-3, "no source knew better"
+
+    output.unlink()
+    assert cli.main(command) == 0  # from what the models gave before
+    assert output.read_text() == first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["no.jsonl", "-o", "out.jsonl", "--models", "nowhere"], "no.jsonl"),
+        (["{triples}", "-o", "out.jsonl", "--models", "nowhere"], "'nowhere'"),
+        (["{triples}", "-o", "out.jsonl", "--modles", "nowhere"], "did you mean --models?"),
+        (["{triples}", "-o", "out.parquet", "--models", "nowhere"], "expected a file name ending in .jsonl"),
+        (["{triples}", "-o", "{triples}", "--models", "nowhere"], "triples.jsonl is there already"),
+        (["{triples}", "-o", "{triples}", "--overwrite", "--models", "nowhere"], "is one of the triples"),
+    ],
+)
+def test_what_cannot_be_scored_is_said_in_one_line(arguments, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    triples = Path("triples.jsonl")
+    triples.write_text(json.dumps(ROWS[1]) + "\n")
+    assert cli.main(["logp", *(argument.format(triples=triples) for argument in arguments)]) == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+    assert not Path("out.jsonl").exists()
+    assert triples.read_text() == json.dumps(ROWS[1]) + "\n"
+
+
+def test_what_a_row_holds_besides_stays_in_it(models, tmp_path):
+    source, output = tmp_path / "triples.jsonl", tmp_path / "new" / "scored.jsonl"
+    rows = [{"prompt_id": f"p{k}", "target_reward": 0.5, "note": "\ud800", **row} for k, row in enumerate(ROWS)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["logp", str(source), "-o", str(output), "--models", models[0]]) == 0
+    scored = [json.loads(line) for line in output.read_bytes().splitlines()]
+    assert [len(row.pop("source_logp")) for row in scored] == [4, 3]
+    assert scored == rows
+
+
+def test_a_model_is_gone_before_the_next_one_is_loaded(models, tmp_path, monkeypatch):
+    loaded, load = [], AutoModelForCausalLM.from_pretrained
+
+    def watched(*args, **kwargs):
+        assert not [model for model in loaded if model() is not None], "two models in memory"
+        model = load(*args, **kwargs)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    gc.disable()
+    try:
+        with_source_logp(load_triples(ROWS), models, tmp_path / "kept", progress=False)
+    finally:
+        gc.enable()
+    assert len(loaded) == 2

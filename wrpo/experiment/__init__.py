@@ -1,1 +1,0 @@
-"""Does fusion work? Tiny models, really trained, on skills that a program can judge: `python -m wrpo.experiment`."""

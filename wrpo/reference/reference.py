@@ -1,0 +1,184 @@
+"""Reference log-probs log pi_ref(y|x), [S] float32, summed over each response's tokens.
+
+    copy         a frozen copy of the model, run beside it
+    adapter      the PEFT model itself with its adapters off
+    precompute   one pass over the data before training, see `wrpo.reference.cache`; the batch brings them along
+    none         reference-free
+
+Every pass goes through the same fused head and kernels as the policy, in evaluation mode, without gradients, under the
+policy's autocast. So at step 0, where policy and reference are the same model, both log-probs agree if it has no
+dropout, which is on in the policy's training alone: bit by bit where both passes multiply matrices of the same shapes
+(copy and adapter see the policy's own batches), else up to rounding (precompute batches other rows together). No pass
+draws random numbers or changes the order of the data.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wrpo.head.fused_head import install_fused_head, run_in_head
+from wrpo.head.scores import PROBE_TOKENS, untouched
+from wrpo_kernels import linear_token_logp
+
+logger = logging.getLogger("wrpo.reference")
+
+UNSHARDED_FIRST = (
+    "Compute the reference first, in a run without sharding, and give the data the column ref_logp: for each row the "
+    "log-probs of its sources, target and rejected response"
+)
+Batch = dict[str, Tensor]
+Reference = Callable[[nn.Module, Batch], Tensor | None]  # (policy as the trainer wrapped it, batch) -> [S] or None
+
+
+def sequence_logp(model: nn.Module, batch: Batch, **options: Any) -> Tensor:
+    """Summed log-probs [S] float32 of a batch's responses, without gradients and without a trace in the model.
+
+    Args:
+        model: with a fused head, or a wrapper of one.
+        batch: input_ids, attention_mask, labels, each [S, T] int64; labels[s, t] is predicted at position t.
+        **options: budget_bytes and backend of `linear_token_logp`.
+    """
+    labels = batch["labels"]
+
+    def head_fn(hidden: Tensor, weight: Tensor, **head: Any) -> Tensor:
+        rows = linear_token_logp(hidden, weight, labels, **head, **options)
+        return rows.sum(1, dtype=torch.float64).float()
+
+    with untouched(model):
+        return run_in_head(model, head_fn, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+
+
+def choose_reference(
+    wanted: str, model: nn.Module, loss_type: str, *, has_length: bool, has_reference: bool = False
+) -> str:
+    """What "auto" means here, and whether what was named can be done.
+
+    Args:
+        wanted: "auto", "copy", "adapter", "precompute" or "none".
+        model: the policy before training.
+        loss_type: of WRPOConfig; "simpo" needs no reference.
+        has_length: every data set has a length, so it can be gone through once before training.
+        has_reference: every data set brings `ref_logp` along; "auto" then uses it, as "precompute" does.
+
+    Raises:
+        ValueError: the named source cannot be had from this model or data, or "auto" cannot be found out; the message
+            says why.
+    """
+    is_peft = hasattr(model, "disable_adapter")
+    if wanted == "none" or loss_type == "simpo":
+        return "none"
+    if wanted == "adapter" and not is_peft:
+        raise ValueError(f"reference='adapter' needs a PEFT model, got {type(model).__name__}; use copy or precompute")
+    if wanted == "precompute" and not has_length:
+        raise ValueError("reference='precompute' needs data with a length; use copy for streams")
+    partitioned = is_partitioned(model)
+    if wanted == "adapter" and not partitioned and not adapters_are_fresh(model):
+        logger.warning(
+            "reference='adapter': the adapters already change the model's output, and the reference is the model "
+            "without them. Where they hold the SFT stage, put fresh ones on model.merge_and_unload(), or use "
+            "reference='precompute'."
+        )
+    if wanted != "auto":
+        return wanted
+    if is_peft and not has_reference and partitioned:
+        raise ValueError(
+            "reference='auto' cannot run a model whose weights are spread over ranks or not there yet (ZeRO-3, meta "
+            "device) to see whether its adapters are fresh: use reference='adapter' if they are"
+        )
+    if is_peft and not has_reference and adapters_are_fresh(model):
+        return "adapter"
+    return "precompute" if has_length else "copy"
+
+
+def brings_reference(data: Any) -> bool:
+    """Whether the rows have `ref_logp`: of data with a length the first one says so, of a stream its column names."""
+    columns = data[0] if hasattr(data, "__len__") else getattr(data, "column_names", None)
+    return "ref_logp" in (columns or ())
+
+
+def adapters_are_fresh(model: nn.Module) -> bool:
+    """Whether the model gives the same logits with its adapters on and off, as it does before any training."""
+    embedding = model.get_input_embeddings().weight
+    ids = torch.arange(PROBE_TOKENS, device=embedding.device)[None] % embedding.shape[0]
+    with untouched(model):
+        adapted = model(input_ids=ids, use_cache=False).logits
+        with adapters_off(model):
+            return torch.equal(adapted, model(input_ids=ids, use_cache=False).logits)
+
+
+@contextmanager
+def adapters_off(model: Any) -> Iterator[None]:
+    """PEFT's own switch, which forgets what was frozen by hand: that is put back."""
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
+
+
+class FrozenCopy:
+    """The reference as a model of its own."""
+
+    def __init__(self, model: nn.Module, autocast: Callable[[], AbstractContextManager], check: bool, **options: Any):
+        self.model = model.eval().requires_grad_(False)
+        install_fused_head(self.model, check=check)
+        self.autocast, self.options = autocast, options
+
+    def __call__(self, _policy: nn.Module, batch: Batch) -> Tensor:
+        with self.autocast():
+            return sequence_logp(self.model, batch, **self.options)
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """Raises ValueError for a model whose weights are spread over ranks."""
+    refuse_partitioned(model, "copy")
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise ValueError(f"reference='copy' cannot copy weights that are spread over ranks. {UNSHARDED_FIRST}")
+    return copy.deepcopy(model)
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether the model cannot run before it is wrapped: ZeRO-3 empties its weights, on `meta` they never were."""
+    return any(hasattr(parameter, "ds_id") or parameter.is_meta for parameter in model.parameters())
+
+
+def refuse_partitioned(model: nn.Module, reference: str) -> None:
+    if is_partitioned(model):
+        raise ValueError(
+            f"reference={reference!r} runs the model before it is wrapped, and its weights are spread over ranks or "
+            f"not there yet (ZeRO-3, meta device). {UNSHARDED_FIRST}"
+        )
+
+
+class AdaptersOff:
+    """The policy without its adapters; run through the wrapped policy, which knows where its weights are."""
+
+    def __init__(self, peft_model: nn.Module, **options: Any):
+        self.peft_model, self.options = peft_model, options
+
+    def __call__(self, policy: nn.Module, batch: Batch) -> Tensor:
+        with adapters_off(self.peft_model):
+            return sequence_logp(policy, batch, **self.options)
+
+
+def from_batch(_policy: nn.Module, batch: Batch) -> Tensor:
+    """The reference as the data brings it along."""
+    if "ref_logp" not in batch:
+        raise ValueError(
+            "the batch has no ref_logp, but reference is 'precompute': only the data sets given to the trainer are "
+            "gone through before training. Give it this one as eval_dataset, or use reference='copy'"
+        )
+    return batch["ref_logp"]
+
+
+def no_reference(_policy: nn.Module, _batch: Batch) -> None:
+    return None

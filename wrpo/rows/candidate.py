@@ -1,0 +1,82 @@
+"""One row of the candidates, checked, and the answer that it is."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from .errors import DataError, shown
+from .messages import Message, prompt_messages
+
+LARGEST_REWARD = 1e30  # sums, gaps and softmax stay finite far below the limits of float64
+
+
+class Answer(NamedTuple):
+    """Ordered from best to worst: by reward, then by model, sample number and text."""
+
+    cost: float  # minus the reward
+    model: str
+    sample: int
+    response: str
+    file: str
+    row: int
+
+    @property
+    def reward(self) -> float:
+        return -self.cost
+
+
+def checked_candidate(row: dict) -> tuple[str | list[Message], float, str, int, str]:
+    """(prompt, minus the reward, model, sample, response) of a raw row.
+
+    A prompt that is one user message is its text. A row without `sample` has number 0. The response may be empty: a
+    model can say nothing, and that is no fault of the row.
+
+    Raises:
+        DataError: with the field, without file and row.
+    """
+    model, response = checked_text(row, "model"), checked_text(row, "response", may_be_empty=True)
+    return _prompt(row), -_reward(row.get("reward")), model, _sample(row.get("sample", 0)), response
+
+
+def checked_text(row: dict, name: str, may_be_empty: bool = False) -> str:
+    value = row.get(name)
+    if not isinstance(value, str) or not (may_be_empty or (value and not value.isspace())):
+        expected = "text" if may_be_empty else "text that is not empty"
+        got = shown(value) if name in row else "no such field"
+        raise DataError(expected, got, "Fill it in, or drop the row.", field=name)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        got = f"half a surrogate pair, {value[error.start]!r}, at character {error.start}"
+        raise DataError("UTF-8 text", got, "Repair the escape.", field=name) from None
+    return value
+
+
+def _prompt(row: dict) -> str | list[Message]:
+    if isinstance(row.get("prompt"), str):
+        return checked_text(row, "prompt")
+    messages = prompt_messages(row.get("prompt"))
+    if messages[-1]["role"] == "assistant":
+        todo = "End the prompt with the user's turn."
+        raise DataError("a last message that is not the assistant's", shown(messages[-1]), todo, field="prompt")
+    return messages[0]["content"] if len(messages) == 1 and messages[0]["role"] == "user" else messages
+
+
+def _reward(value: Any) -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # An integer may be too large for a float, so it is compared before it is converted; NaN fails the comparison.
+    if not is_number or not -LARGEST_REWARD <= value <= LARGEST_REWARD:
+        expected = f"a finite number, at most {LARGEST_REWARD:g} in size"
+        raise DataError(expected, shown(value), "Score the answer, or drop the row.", field="reward")
+    return float(value)
+
+
+def _sample(value: Any) -> int:
+    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+        return int(value)  # a column of whole numbers that passed through pandas
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise DataError(
+            "a whole number from 0", shown(value), "Number a model's answers to one prompt.", field="sample"
+        )
+    return value

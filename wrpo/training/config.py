@@ -1,0 +1,290 @@
+"""The knobs of both stages: what each means, its unit, its default and where that comes from.
+
+`FusedHeadConfig` holds what SFT and WRPO share. Defaults of `transformers.TrainingArguments` that the paper sets
+otherwise are set here; every other field of it works as documented there.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+from wrpo.reference.fused import FUSIONS
+
+from .schedule import SCHEDULES
+
+LOSS_TYPES = ("sigmoid", "hinge", "ipo", "simpo", "dpo")
+ALPHA_SCHEDULES = (*SCHEDULES, "adaptive")
+MEASURES = ("margin", "accuracy")  # of a source model's performance
+SOURCE_WEIGHTINGS = ("rows", "reward", *MEASURES)
+REFERENCES = ("auto", "copy", "adapter", "precompute", "none")
+EMPTY_RESPONSES = ("raise", "zero")
+LARGEST_SEED = 2**32 - 1  # NumPy takes no larger one
+
+
+def knob(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class FusedHeadConfig(TrainingArguments):
+    """What both stages share. Raises ValueError naming the field when a value is out of range."""
+
+    num_train_epochs: float = knob(1.0, "Passes over the data. Default: 1 (paper).")
+    per_device_train_batch_size: int = knob(2, "Rows of data a device and micro-batch. Default: 2 (paper, WRPO).")
+    gradient_accumulation_steps: int = knob(
+        8,
+        "Micro-batches an optimizer step; their sum is exactly the mean over all their rows (WRPO) or tokens (SFT), "
+        "however uneven they are. Default: 8 (paper, with 8 devices: 128 rows a step).",
+    )
+    lr_scheduler_type: str = knob("cosine", "Learning-rate schedule. Default: cosine (paper).")
+    warmup_steps: float = knob(0.1, "Learning-rate warm-up: steps, or below 1 a share of them. Default: 0.1 (paper).")
+    logging_steps: float = knob(10, "Optimizer steps between log lines, or below 1 a share of all. Default: 10.")
+    logging_nan_inf_filter: bool = knob(
+        False,
+        "Hide NaN losses in the log. Default: False: a NaN should be seen, and looking costs a device sync a step.",
+    )
+    bf16: bool | None = knob(
+        None,
+        "Compute in bfloat16 (autocast). Default: yes on a GPU that supports it, unless fp16 is set (paper: bf16).",
+    )
+    dataloader_pin_memory: bool | None = knob(
+        None, "Batches in pinned memory, for copies to an accelerator. Default: yes where training runs on one."
+    )
+    remove_unused_columns: bool = knob(
+        False, "Default: False, and it must stay so: the collator reads columns that the model does not."
+    )
+    max_length: int | None = knob(2048, "Most tokens in prompt + one response; none: no limit. Default: 2048 (paper).")
+    max_prompt_length: int | None = knob(1800, "Most tokens in the prompt; none: no limit. Default: 1800 (paper).")
+    budget_bytes: int | None = knob(
+        None,
+        "Bytes that the logits which exist at a time may take. Default: that of the kernels, 512 MiB, on an "
+        "accelerator 1 GiB.",
+    )
+    kernel_backend: str | None = knob(
+        None, "Kernel by name; it runs or raises. Default: the best that runs here, see `python -m wrpo_kernels`."
+    )
+    check_head: bool = knob(
+        True,
+        "Before training, compare the fused head with the model's own logits on a few tokens; raise if they disagree. "
+        "Default: True. Switch it off only where the model cannot run before it is wrapped (ZeRO-3, meta device).",
+    )
+    draw_curves: bool = knob(True, "Draw training_curves.png beside metrics.json at the end. Default: True.")
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not (self.fp16 or self.use_cpu) and is_torch_bf16_gpu_available()
+        self._check_inherited()
+        super().__post_init__()
+        if self.dataloader_pin_memory is None:
+            self.dataloader_pin_memory = self.device.type != "cpu"
+        self._check_at_least("max_length", 2)
+        self._check_at_least("max_prompt_length", 1)
+        self._check_at_least("budget_bytes", 1)
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be False: the collator reads columns that the model does not")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                "label_smoothing_factor smooths the tokens of a cross-entropy, which no loss here has; set it to 0 "
+                "(the smoothing of preferences is WRPOConfig's loss_label_smoothing)"
+            )
+
+    def _check_inherited(self) -> None:
+        """Fields of `TrainingArguments` that it takes as they come: the run would fail later, or end in NaN."""
+        at_least_0 = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "num_train_epochs")
+        for name in (*at_least_0, "dataloader_num_workers"):
+            if name != "max_grad_norm" or self.max_grad_norm is not None:  # none: no clipping
+                self._check_range(name, 0)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            self._check_range(name, 1)
+        self._check_range("seed", 0, LARGEST_SEED)
+        if self.data_seed is not None:
+            self._check_range("data_seed", 0, LARGEST_SEED)
+
+    def head_options(self) -> dict:
+        """How the kernels are to run: keyword arguments of every `linear_...` op."""
+        return {"budget_bytes": self.budget_bytes, "backend": self.kernel_backend}
+
+    def _check_at_least(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+    def _check_range(
+        self, name: str, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
+    ) -> None:
+        value = getattr(self, name)
+        # Compared, not converted: an integer may be too large for a float. NaN fails the comparison.
+        inside = isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+        if not inside or value < low or value > high or (open_low and value == low):
+            bounds = [f" > {low:g}" if open_low else f" >= {low:g}"] if low > -math.inf else []
+            bounds += [f" <= {high if isinstance(high, int) else f'{high:g}'}"] if high < math.inf else []
+            raise ValueError(f"{name} must be a finite number{' and'.join(bounds)}, got {value}")
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+
+
+@dataclass
+class SFTConfig(FusedHeadConfig):
+    """The stage before WRPO: fine-tuning on each row's best source response."""
+
+    learning_rate: float = knob(7e-6, "Peak learning rate. Default: 7e-6 (paper).")
+    per_device_train_batch_size: int = knob(8, "Rows of data a device and micro-batch. Default: 8 (paper, SFT).")
+    gradient_accumulation_steps: int = knob(2, "Micro-batches an optimizer step. Default: 2 (paper, SFT).")
+
+
+@dataclass
+class WRPOConfig(FusedHeadConfig):
+    """Weighted-Reward Preference Optimization.
+
+    With r(y) = beta * (log pi(y|x) - log pi_ref(y|x)) and sources weighted by their shares q_k,
+
+        m = alpha * sum_k q_k r(source_k) + (1 - alpha) * r(target) - r(rejected) - gamma
+
+    Settings of the paper's variants: WRPO_IPO loss_type ipo, beta 0.01, alpha 0.1, learning_rate 1e-6;
+    WRPO_SimPO loss_type simpo, beta 10, gamma 0, alpha 0.5, learning_rate 6e-7.
+    """
+
+    learning_rate: float = knob(3e-7, "Peak learning rate. Default: 3e-7 (paper).")
+    alpha: float = knob(
+        0.1, "Fusion coefficient at the end: share of the source in the chosen reward. Default: 0.1 (paper)."
+    )
+    alpha_start: float = knob(0.0, "Fusion coefficient at the start. Default: 0 (paper).")
+    alpha_schedule: str = knob(
+        "linear",
+        "How alpha rises: linear, cosine, constant at `alpha`, or adaptive: from alpha_start to alpha as the running "
+        "share a of rows whose target answer beats the rejected one goes from 1/2 to alpha_goal_accuracy, alpha_start "
+        "+ (alpha - alpha_start) * clip((a - 1/2) / (alpha_goal_accuracy - 1/2), 0, 1). Default: linear (paper).",
+    )
+    alpha_goal_accuracy: float = knob(
+        0.75, "Running accuracy of the target at which an adaptive alpha is at its end, in (0.5, 1]. Default: 0.75."
+    )
+    alpha_warmup_ratio: float = knob(1.0, "Share of training over which alpha rises. Default: 1, all of it (paper).")
+    source_weighting: str = knob(
+        "rows",
+        "The shares q_k of several sources. rows: source_weight of the data, equal where it has none; reward: "
+        "softmax(source_reward / source_temperature) over the row's sources; margin, accuracy: source_weight times "
+        "exp(s / source_temperature), to sum 1, with s the running mean of r(source) - r(rejected), or of the share of "
+        "rows where it is above 0, over the rows of the source's model (see training/source_performance.py). Default: "
+        "rows (paper: one source).",
+    )
+    source_temperature: float = knob(
+        1.0, "Temperature of the shares, in units of the reward, margin or accuracy that they follow. Default: 1."
+    )
+    performance_decay: float = knob(
+        0.9,
+        "What a row counts in a running mean one optimizer step later, in [0, 1); the mean reaches back about "
+        "1 / (1 - this) steps. For source_weighting margin and accuracy, and alpha_schedule adaptive. Default: 0.9.",
+    )
+    beta: float = knob(0.01, "Scale of the implicit reward, 1/nats; for ipo the paper's tau. Default: 0.01 (paper).")
+    gamma: float = knob(0.0, "Margin that the chosen reward must win by, in units of reward. Default: 0 (paper).")
+    loss_type: str = knob(
+        "sigmoid",
+        "sigmoid: -log sigmoid(m), the paper's; hinge: max(0, 1 - m); ipo: ((m - 1/2) / beta)^2; simpo: sigmoid with "
+        "each log-prob divided by its length and no reference; dpo: sigmoid with alpha 0; the source responses "
+        "still go through the model, for their metrics. Default: sigmoid.",
+    )
+    loss_label_smoothing: float = knob(
+        0.0, "Probability that a preference is flipped, in [0, 0.5); sigmoid losses only. Default: 0 (paper)."
+    )
+    nll_weight: float = knob(
+        0.0,
+        "Weight of -log pi of the preferred responses beside the preference loss, shared among them as the chosen "
+        "reward is: alpha * q_k a source, 1 - alpha the target. -log pi is a sum over tokens, or with length_normalize "
+        "their mean. Default: 0.",
+    )
+    length_normalize: bool = knob(
+        False, "Divide each response's log-ratio by its number of tokens. Default: False (paper); simpo always does."
+    )
+    reference: str = knob(
+        "auto",
+        "Where reference log-probs come from. copy: a frozen copy of the model. adapter: the PEFT model with its "
+        "adapters off. precompute: once before training, kept on disk. none: reference-free. auto: none for simpo; "
+        "adapter if the adapters are fresh; else precompute, or copy where the data has no length. Under FSDP, copy "
+        "and precompute need the whole model on every GPU; under ZeRO-3, give the data the column ref_logp. Default: "
+        "auto.",
+    )
+    reference_cache_dir: str | None = knob(
+        None, "Folder of the precomputed reference log-probs. Default: `reference` in output_dir."
+    )
+    reference_fusion: str = knob(
+        "none",
+        "Put the source models' own log-probs, column source_logp, into the reference (InfiFPO, arXiv:2505.13878): a "
+        "response's mean log-prob a token under each source, clipped at the policy's (from below if preferred, from "
+        "above if rejected), then max_margin: the source farthest from the policy; average; or confidence: weights "
+        "proportional to 1 / -log-prob. Needs length_normalize; the paper's beta for it is 2.5. Default: none.",
+    )
+    empty_response: str = knob(
+        "raise",
+        "A response without a token to count. raise: an error; zero: its row counts nothing and leaves the mean. "
+        "Default: raise.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("alpha", "alpha_start", "alpha_warmup_ratio"):
+            self._check_range(name, 0.0, 1.0)
+        self._check_range("beta", 0.0, open_low=True)
+        self._check_range("gamma")
+        self._check_range("nll_weight", 0.0)
+        self._check_range("source_temperature", 0.0, open_low=True)
+        self._check_range("alpha_goal_accuracy", 0.5, 1.0, open_low=True)
+        self._check_choice("alpha_schedule", ALPHA_SCHEDULES)
+        self._check_choice("source_weighting", SOURCE_WEIGHTINGS)
+        self._check_choice("reference_fusion", ("none", *FUSIONS))
+        self._check_choice("loss_type", LOSS_TYPES)
+        self._check_choice("reference", REFERENCES)
+        self._check_choice("empty_response", EMPTY_RESPONSES)
+        if not 0 <= self.performance_decay < 1:
+            raise ValueError(f"performance_decay must be in [0, 1), got {self.performance_decay}")
+        if not 0 <= self.loss_label_smoothing < 0.5:
+            raise ValueError(f"loss_label_smoothing must be in [0, 0.5), got {self.loss_label_smoothing}")
+        if self.loss_label_smoothing and self.loss_type in ("hinge", "ipo"):
+            raise ValueError(f"loss_label_smoothing belongs to the sigmoid losses, got loss_type {self.loss_type!r}")
+        if self.loss_type == "simpo" and self.reference not in ("auto", "none"):
+            raise ValueError(f"reference must be none (or auto) for loss_type 'simpo', got {self.reference!r}")
+        self._check_weights_that_adapt()
+
+    def _check_weights_that_adapt(self) -> None:
+        adaptive, is_dpo = self.alpha_schedule == "adaptive", self.loss_type == "dpo"
+        fused = self.reference_fusion != "none"
+        contradictions = {
+            "alpha_warmup_ratio is a share of the steps, which alpha_schedule 'adaptive' does not go by": (
+                adaptive and self.alpha_warmup_ratio != 1
+            ),
+            "alpha_schedule 'adaptive' would change nothing: loss_type 'dpo' has alpha 0": adaptive and is_dpo,
+            f"source_weighting {self.source_weighting!r} would change nothing: loss_type 'dpo' has alpha 0": (
+                is_dpo and self.source_weighting != "rows"
+            ),
+            "reference_fusion needs the policy's own reference, which reference 'none' and loss_type 'simpo' lack": (
+                fused and (self.reference == "none" or self.loss_type == "simpo")
+            ),
+            "reference_fusion compares log-probs a token; set length_normalize to true": (
+                fused and not self.length_normalize
+            ),
+        }
+        for words, holds in contradictions.items():
+            if holds:
+                raise ValueError(words)
+
+    def follows_performance(self) -> bool:
+        """Whether a weight depends on the running means of `wrpo.training.source_performance`."""
+        return self.source_weighting in MEASURES or self.alpha_schedule == "adaptive"
+
+    def loss_options(self) -> dict:
+        """The loss that the fields single out: keyword arguments of `linear_wrpo_loss`."""
+        return {
+            "beta": self.beta,
+            "gamma": self.gamma,
+            "loss_type": self.loss_type if self.loss_type in ("hinge", "ipo") else "sigmoid",
+            "label_smoothing": self.loss_label_smoothing,
+            "length_normalize": self.length_normalize or self.loss_type == "simpo",
+            "empty": self.empty_response,
+        }

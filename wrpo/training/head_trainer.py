@@ -1,0 +1,175 @@
+"""A `transformers.Trainer` whose loss is computed in the model's head; what SFT and WRPO share.
+
+Exact normalisation. The Trainer hands over all micro-batches of an optimizer step at once. Their items (examples or
+tokens) are counted together and over all ranks, and each micro-batch's loss is its sum divided by that count. So the
+gradient of a step is that of the mean over all its items, however they are dealt out to micro-batches and ranks: DDP,
+FSDP and ZeRO average over ranks, and the loss is multiplied by the number of ranks to undo it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from wrpo.head.fused_head import adapts_tied_weight, install_fused_head
+from wrpo.reference.reference import is_partitioned
+from wrpo.user_error import UserError
+from wrpo_kernels import token_logp
+from wrpo_kernels.lm_head.scratch import none_kept
+
+from .config import FusedHeadConfig
+from .curves import TrainingCurves
+from .metrics import RunningMeans
+
+logger = logging.getLogger("wrpo.head")
+
+Batch = dict[str, Tensor]
+
+
+class HeadTrainer(Trainer):
+    """Base of `SFTTrainer` and `WRPOTrainer`; `batch_loss` says what the loss is, `item_weight` what it counts."""
+
+    loss_is_scaled_for_ga = True  # by the count of the whole step
+
+    def __init__(self, model: nn.Module, args: FusedHeadConfig, **options: Any):
+        for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
+            if options.get(name) is not None:
+                raise ValueError(f"{name} needs logits, which never exist here; the metrics are in the log instead")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process (DataParallel) are not supported: start one process a GPU with "
+                f"`torchrun --nproc_per_node {args.n_gpu} ...`, or show this process one GPU with CUDA_VISIBLE_DEVICES"
+            )
+        if args.check_head and model is not None and is_partitioned(model):
+            raise ValueError(
+                "check_head runs the model before it is wrapped, and its weights are spread over ranks or not there "
+                "yet (ZeRO-3, meta device): set check_head to false"
+            )
+        if args.kernel_backend is not None:
+            check_backend(args.kernel_backend, args.device)
+        super().__init__(model=model, args=args, **options)
+        self.model_accepts_loss_kwargs = True  # what transformers before `loss_is_scaled_for_ga` reads
+        install_fused_head(self.model, check=args.check_head)
+        if adapts_tied_weight(self.model):
+            logger.warning(
+                "An adapter is on the output head or the embedding, which share one weight: merge_and_unload() would "
+                "change both, and give another model than was trained. Keep the adapter unmerged, or start from a head "
+                "of its own, before get_peft_model: head = model.get_output_embeddings(); head.weight = "
+                "torch.nn.Parameter(head.weight.detach().clone()); model.config.tie_word_embeddings = False"
+            )
+        self.add_callback(TrainingCurves(draw=args.draw_curves))
+        self.train_means, self.eval_means = RunningMeans(), RunningMeans()
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """As the Trainer's.
+
+        Raises:
+            UserError: the run ended with weights or a loss that are no numbers.
+        """
+        with none_kept():
+            output = super().train(*args, **options)
+        weights = [name for name, p in self.model.named_parameters() if p.requires_grad and not is_finite(p)]
+        bad = torch.tensor(float(bool(weights) or not math.isfinite(output.training_loss)), device=self.args.device)
+        if self.accelerator.reduce(bad, "sum").item():  # all ranks stop, or none: a rank of FSDP sees its share alone
+            raise UserError(
+                f"training ended in NaN or infinity (mean loss {output.training_loss}; not finite: {len(weights)} "
+                f"parameters, the first {weights[0] if weights else 'on another process, if any'}). Do not use these "
+                "weights: lower learning_rate, set max_grad_norm, and go on from a checkpoint before the first such "
+                "loss in the log"
+            )
+        return output
+
+    def item_weight(self, batch: Batch) -> Tensor:
+        """[B], what each row of the batch weighs in the mean that is the loss."""
+        raise NotImplementedError
+
+    def batch_loss(self, model: nn.Module, batch: Batch, count: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The batch's share of the loss, its sum divided by `count`; and the values to log, each [B].
+
+        With `count` None (evaluation) the values hold "loss", and the first result is not used.
+        """
+        raise NotImplementedError
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor]:
+        """The micro-batches of one optimizer step, and the weight of their rows together, over all ranks."""
+        batches = list(islice(epoch_iterator, num_batches))
+        count = sum((self.item_weight(batch).sum() for batch in batches), torch.zeros(())).to(device)
+        return batches, self.accelerator.reduce(count, "sum").clamp(min=1)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        weight = self.item_weight(inputs)
+        count = weight.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        loss, values = self.batch_loss(model, inputs, count)
+        if values:
+            self.train_means.add(values, weight)
+        if num_items_in_batch is not None:  # that count is over all ranks; without it the loss is this rank's own mean
+            loss = loss * self.accelerator.num_processes
+        return (loss, values) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:  # a training line; those of evaluation say "eval_loss"
+            logs.update(self.training_values() | self.train_means.pop(self.accelerator))
+        super().log(logs, *args, **kwargs)
+
+    def training_values(self) -> dict[str, float]:
+        """What a training line of the log holds besides the means."""
+        return {}
+
+    def _prepare_input(self, data: Any) -> Any:
+        # Moved, never cast: DeepSpeed's half precision would round log-probs of hundreds of nats.
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            _, values = self.batch_loss(model, inputs, None)
+        weight = self.item_weight(inputs)
+        weight[self.rows_of_the_data(len(weight)) :] = 0
+        self.eval_means.add(values, weight)
+        return values["loss"].mean(), None, None
+
+    def rows_of_the_data(self, rows: int) -> int:
+        """How many rows of this batch are not repeats that make the last batches of all ranks equally large."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return rows
+        return min(rows, max(0, state.remainder - rows * self.accelerator.process_index))
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """The Trainer's own loop; its loss is replaced by the exact mean over the data, and the other means join it."""
+        self.eval_means.pop(self.accelerator)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self.eval_means.pop(self.accelerator)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+
+def is_finite(parameter: Tensor) -> bool:
+    """Of a parameter that FSDP has sharded: this rank's share."""
+    own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return not own.is_floating_point() or own.is_meta or bool(own.detach().isfinite().all())
+
+
+def check_backend(name: str | None, device: torch.device) -> None:
+    """Raises ValueError if the backend that was named cannot run there; now rather than in the first step."""
+    try:
+        token_logp(torch.zeros(1, 1, device=device), torch.zeros(1, dtype=torch.int64, device=device), backend=name)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"kernel_backend={name!r}: {error}. Leave it out for the best that runs here") from error

@@ -1,0 +1,58 @@
+"""The stage before WRPO: fine-tuning on the source responses.
+
+    loss = -(sum of log-probs of all response tokens) / (number of response tokens)        over one optimizer step
+
+Every token of a step counts alike, across micro-batches and ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wrpo.data import SFTCollator
+from wrpo.data.collation import pad_token
+from wrpo.head.fused_head import run_in_head
+from wrpo_kernels import linear_token_logp
+
+from .config import SFTConfig
+from .head_trainer import Batch, HeadTrainer
+
+
+class SFTTrainer(HeadTrainer):
+    """Supervised fine-tuning with the fused head.
+
+    Args:
+        model: a causal language model of transformers, or a PEFT model.
+        args: `SFTConfig`.
+        train_dataset, eval_dataset: rows of `wrpo.data.tokenize_triples`.
+        processing_class: the tokenizer, saved with the model; its padding token fills the batches.
+        data_collator: rows to a batch. Default: `SFTCollator`, each row's best source response.
+        **options: of `transformers.Trainer`.
+
+    Logs loss in nats a token.
+    """
+
+    def __init__(self, model: nn.Module, args: SFTConfig, *, data_collator: Any = None, **options: Any):
+        collator = data_collator or SFTCollator(pad_token(options.get("processing_class"), model))
+        super().__init__(model, args, data_collator=collator, **options)
+
+    def item_weight(self, batch: Batch) -> Tensor:
+        return (batch["labels"] != -100).sum(1).float()
+
+    def batch_loss(self, model: nn.Module, batch: Batch, count: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        labels = batch["labels"]
+
+        def head_fn(hidden: Tensor, weight: Tensor, **head: Any) -> Tensor:
+            return linear_token_logp(hidden, weight, labels, **head, **self.args.head_options())
+
+        rows = run_in_head(model, head_fn, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        nll = -rows.sum(1, dtype=torch.float64)  # [B]
+        if count is None:
+            return nll.sum(), {"loss": nll / self.item_weight(batch).clamp(min=1)}
+        return (nll.sum() / count).float(), {}
+
+
+__all__ = ["SFTConfig", "SFTTrainer"]

@@ -1,0 +1,259 @@
+"""Weighted-Reward Preference Optimization as a `transformers.Trainer`.
+
+    trainer = WRPOTrainer(model, WRPOConfig(output_dir="out"), train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+
+A step: reference log-probs of the batch, alpha of the step, then the model's forward with `linear_wrpo_loss` in the
+place of its logits. Source: WRPO, arXiv:2412.03187.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wrpo.data import PreferenceCollator
+from wrpo.data.collation import pad_token
+from wrpo.head.fused_head import install_fused_head, run_in_head
+from wrpo.reference.cache import model_fingerprint, with_reference
+from wrpo.reference.fused import FusedReference
+from wrpo.reference.reference import (
+    AdaptersOff,
+    FrozenCopy,
+    Reference,
+    brings_reference,
+    choose_reference,
+    from_batch,
+    frozen_copy,
+    no_reference,
+    refuse_partitioned,
+    sequence_logp,
+)
+from wrpo_kernels import PreferenceOutput, linear_wrpo_loss
+
+from .config import MEASURES, WRPOConfig
+from .head_trainer import Batch, HeadTrainer
+from .metrics import preference_metrics
+from .schedule import adaptive_alpha, alpha_at
+from .source_performance import RunningPerformance, source_models_of
+
+logger = logging.getLogger("wrpo.reference")
+
+
+class WRPOTrainer(HeadTrainer):
+    """Trainer of the weighted-reward preference loss.
+
+    Args:
+        model: the policy, a causal language model of transformers or a PEFT model. Its weights now are the reference.
+        args: `WRPOConfig`.
+        train_dataset, eval_dataset: rows of `wrpo.data.tokenize_triples`; eval_dataset may be a dict of several.
+        processing_class: the tokenizer, saved with the model; its padding token fills the batches.
+        ref_model: another model as the reference, for copy and precompute. Default: the policy before training.
+        data_collator: rows to a batch in WRPO layout. Default: `PreferenceCollator`, which also sees to
+            `empty_response`; without it that is checked on the CPU alone.
+        **options: of `transformers.Trainer`.
+
+    Logs the values of `wrpo.training.metrics` for training and evaluation, over all ranks, and alpha. To resume, give
+    the same model again and `train(resume_from_checkpoint=...)`: the reference stays the model of the first start.
+    """
+
+    train_dataset: Any
+    eval_dataset: Any
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: WRPOConfig,
+        *,
+        ref_model: nn.Module | None = None,
+        data_collator: Any = None,
+        **options: Any,
+    ):
+        follows = args.source_weighting in MEASURES
+        names = source_models_of(options.get("train_dataset")) if follows else []
+        by_reward = args.source_weighting == "reward"
+        if by_reward and data_collator is not None:
+            raise ValueError("source_weighting='reward' is the work of PreferenceCollator: give it reward_temperature")
+        collator = data_collator or PreferenceCollator(
+            pad_token(options.get("processing_class"), model),
+            empty_response=args.empty_response,
+            reward_temperature=args.source_temperature if by_reward else None,
+            source_models=names if follows else None,
+            with_source_logp=args.reference_fusion != "none",
+        )
+        super().__init__(model, args, data_collator=collator, **options)
+        if args.follows_performance():
+            measure = args.source_weighting if follows else "accuracy"
+            self.add_callback(RunningPerformance(names, measure, args.source_temperature, args.performance_decay))
+        self.last_alpha = self.alpha()
+        self.reference = self.open_reference(ref_model)
+        if args.reference_fusion != "none":
+            self.reference = FusedReference(self.reference, args.reference_fusion)
+
+    @property
+    def performance(self) -> RunningPerformance:
+        """The running means, where a weight follows them; looked up, since resuming may put another into its place."""
+        callbacks = self.callback_handler.callbacks
+        return next(callback for callback in callbacks if isinstance(callback, RunningPerformance))
+
+    def open_reference(self, ref_model: nn.Module | None) -> Reference:
+        """What gives the reference log-probs of a batch; goes through the data here if they are precomputed."""
+        args, options = self.args, self.args.head_options()
+        datasets = self.filled_datasets()
+        has_length = all(hasattr(data, "__len__") for data in datasets.values())
+        brought = [name for name, data in datasets.items() if brings_reference(data)]
+        has_reference = has_length and bool(datasets) and len(brought) == len(datasets)
+        wanted = "copy" if ref_model is not None and args.reference == "auto" else args.reference
+        source = choose_reference(
+            wanted, self.model, args.loss_type, has_length=has_length, has_reference=has_reference
+        )
+        if ref_model is not None and source in ("adapter", "none"):
+            raise ValueError(f"ref_model is given but reference={source!r} does not use it; use copy or precompute")
+        if brought and source != "precompute":
+            raise ValueError(
+                f"{', '.join(brought)} of the data sets {', '.join(datasets)}: the column ref_logp would not be used "
+                f"by reference={source!r}; use precompute, or remove the column"
+            )
+        if brought and not has_reference:
+            logger.warning(
+                "Only %s of the data sets %s bring the column ref_logp: the reference model computes it for the others",
+                ", ".join(brought), ", ".join(datasets),
+            )  # fmt: skip
+        if source == "adapter":
+            return AdaptersOff(self.model, **options)
+        if source == "none":
+            return no_reference
+        if has_reference:
+            return from_batch
+        refuse_partitioned(self.model if ref_model is None else ref_model, source)
+        model = ref_model if ref_model is not None else frozen_copy(self.model) if source == "copy" else self.model
+        self.place_reference(model, is_own=ref_model is None)
+        if source == "copy":
+            return FrozenCopy(model, self.accelerator.autocast, args.check_head, **options)
+        self.precompute(model)
+        return from_batch
+
+    def place_reference(self, model: nn.Module, is_own: bool) -> None:
+        """On the device: the Trainer never saw `ref_model`, and under FSDP and DeepSpeed leaves its own on the CPU."""
+        parts = set((getattr(model, "hf_device_map", None) or {}).values())
+        is_spread = len(parts) > 1 or any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+        if not is_spread and not (is_own and (self.place_model_on_device or self.is_model_parallel)):
+            model.to(self.args.device)
+
+    def datasets(self) -> dict[str, Any]:
+        """All data sets by the name of their cache file."""
+        if isinstance(self.eval_dataset, dict):
+            return {"train": self.train_dataset, **{f"eval_{name}": data for name, data in self.eval_dataset.items()}}
+        return {"train": self.train_dataset, "eval": self.eval_dataset}
+
+    def filled_datasets(self) -> dict[str, Any]:
+        """Those that are given and not empty."""
+        return {
+            name: data
+            for name, data in self.datasets().items()
+            if data is not None and (not hasattr(data, "__len__") or len(data))
+        }
+
+    def precompute(self, model: nn.Module) -> None:
+        """Give every data set its column `ref_logp`. One that brings the column along keeps it."""
+        args = self.args
+        install_fused_head(model, check=args.check_head)
+        settings = {"mixed_precision": self.accelerator.mixed_precision, "head": str(install_fused_head(model))}
+        fingerprint = model_fingerprint(model, self.processing_class, settings)
+        folder = Path(args.reference_cache_dir or Path(args.output_dir) / "reference")
+
+        def logp_of(rows: list[dict]) -> Tensor:
+            batch = self._prepare_input(self.data_collator(rows))
+            with self.accelerator.autocast():
+                return sequence_logp(model, batch, **args.head_options())
+
+        lacking = [name for name, data in self.filled_datasets().items() if not brings_reference(data)]
+        done = {
+            name: data
+            if name not in lacking
+            else with_reference(
+                data,
+                folder / f"{name}.safetensors",
+                fingerprint,
+                logp_of,
+                batch_size=args.per_device_eval_batch_size,
+                accelerator=self.accelerator,
+                progress=not args.disable_tqdm,
+            )
+            for name, data in self.datasets().items()
+        }
+        self.train_dataset = done.pop("train")
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = dict(zip(self.eval_dataset, done.values(), strict=True))
+        else:
+            (self.eval_dataset,) = done.values()
+
+    def alpha(self) -> float | Tensor:
+        """The fusion coefficient of the present optimizer step; the final one where nothing is being trained."""
+        args, state = self.args, self.state
+        if args.loss_type == "dpo":
+            return 0.0
+        if args.alpha_schedule == "adaptive":
+            if not state.max_steps:
+                return args.alpha
+            accuracy = self.performance.target_accuracy()
+            return adaptive_alpha(accuracy, start=args.alpha_start, end=args.alpha, goal=args.alpha_goal_accuracy)
+        return alpha_at(
+            state.global_step / state.max_steps if state.max_steps else 1.0,
+            schedule=args.alpha_schedule,
+            start=args.alpha_start,
+            end=args.alpha,
+            warmup_ratio=args.alpha_warmup_ratio,
+        )
+
+    def item_weight(self, batch: Batch) -> Tensor:
+        """1 for each example, 0 if one of its responses has no token to count."""
+        counted = (batch["labels"] != -100).any(1).view(-1, len(batch["source_weight"]))  # [K + 2, B]
+        return counted.all(0).float()
+
+    def batch_loss(self, model: nn.Module, batch: Batch, count: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        alpha = self.alpha()
+        if self.args.source_weighting in MEASURES:
+            batch = {**batch, "source_weight": self.performance.source_weight(batch)}
+        out = self.forward_loss(model, batch, alpha, count)
+        if count is not None:
+            self.last_alpha = alpha
+            if self.args.follows_performance():
+                self.performance.add(out.reward, batch, self.item_weight(batch))
+        values = preference_metrics(out.logp, out.reward, batch["source_weight"], alpha)
+        return out.loss.sum(), values if count is not None else {"loss": out.loss, **values}
+
+    def forward_loss(
+        self, model: nn.Module, batch: Batch, alpha: float | Tensor, count: Tensor | None
+    ) -> PreferenceOutput:
+        """The loss of a batch divided by `count`, or without it the loss of each example [B]."""
+        labels, shares = batch["labels"], alpha * batch["source_weight"]  # [S, T], [B, K]
+        ref_logp = self.reference(model, batch)
+        options = {
+            **self.args.loss_options(),
+            **self.args.head_options(),
+            "num_sources": shares.shape[1],
+            "nll_weight": self.nll_weight(shares),
+            "normalizer": count,
+            "reduction": "none" if count is None else "mean",
+        }
+
+        def head_fn(hidden: Tensor, weight: Tensor, **head: Any) -> PreferenceOutput:
+            return linear_wrpo_loss(hidden, weight, labels, ref_logp, alpha=shares, **options, **head)
+
+        return run_in_head(model, head_fn, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+
+    def nll_weight(self, shares: Tensor) -> Tensor | float:
+        """[S], `nll_weight` shared among the preferred responses as the chosen reward is; the rejected one has none."""
+        if not self.args.nll_weight:
+            return 0.0
+        target = 1.0 - shares.sum(1)
+        return self.args.nll_weight * torch.cat([shares.t().reshape(-1), target, torch.zeros_like(target)])
+
+    def training_values(self) -> dict[str, float]:
+        shares = self.performance.logged() if self.args.source_weighting in MEASURES else {}
+        return {"alpha": float(self.last_alpha), **shares}

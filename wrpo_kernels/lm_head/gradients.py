@@ -1,0 +1,137 @@
+"""The gradients of a head, added up from one chunk of rows after the other.
+
+    dh_t = c_t (delta_t W)          dW = sum_t delta_t^T (c_t h_t)          db = sum_t c_t delta_t
+
+`c_t` is the one number that a row knows of the loss; it scales rows of h and of dh, never the [n, V] delta. The
+low [N, r] and up [V, r] of an adapter are to each other what h and W are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from wrpo_kernels.lm_head import column_filter
+from wrpo_kernels.lm_head.products import (
+    add_grad_weight,
+    grad_weight_into,
+    scale_rows_,
+    scaled_rows,
+    stripe_of,
+    writes_float32,
+)
+from wrpo_kernels.lm_head.rows import Rows
+from wrpo_kernels.lm_head.scratch import scratch
+from wrpo_kernels.token_logp.contract import logp_dtype
+
+if TYPE_CHECKING:
+    from wrpo_kernels.lm_head.head import Head
+
+
+def total_dtype(products: torch.dtype, wanted: torch.dtype, chunks: int) -> torch.dtype:
+    """Of a sum over rows, which is handed out as `wanted`: no wider than that takes while one product is all of it."""
+    return products if chunks <= 1 and wanted.itemsize <= products.itemsize else logp_dtype(products)
+
+
+class Gradients:
+    """dh [..., D], dW [V, D], db [V], dlow [..., r] and dup [V, r]; each None unless its flag in `keeps` is set.
+
+    One chunk of dW is summed in float32 inside the product and rounded once, where its tensor has the type of the
+    products; several are added up in a float32 total, and so is what belongs to a float32 head of 16-bit products.
+    With a `grad_filter` dh and dW leave out what `column_filter` says.
+    """
+
+    def __init__(
+        self, hidden: Tensor, head: Head, keeps: Sequence[bool], chunks: int, grad_filter: float = 0.0
+    ) -> None:
+        weight, up, products = head.weight, head.up, hidden.dtype
+        self.dh = hidden.new_empty(hidden.shape) if keeps[0] else None
+        self.dw = self.db = self.dlow = self.dup = None
+        if keeps[1]:
+            dtype = total_dtype(products, head.weight_dtype, chunks)
+            self.dw = scratch(weight.shape[0], weight.shape[1], dtype, weight.device)
+        if keeps[2]:
+            self.db = torch.zeros(weight.shape[0], dtype=logp_dtype(products), device=weight.device)
+        if keeps[3]:
+            self.dlow = hidden.new_empty(*hidden.shape[:-1], up.shape[1])
+        if keeps[4]:
+            self.dup = up.new_empty(up.shape, dtype=total_dtype(products, head.up_dtype, chunks))
+        self._weight, self._up = weight, up
+        self._filter = grad_filter
+        self._is_empty = True
+
+    def add(self, rows: Rows, first: int, delta: Tensor, coef: Tensor) -> None:
+        """The share of rows [first, first + n): delta [n, V], coef [n, 1]."""
+        last = first + delta.shape[0]
+        columns = None
+        if self._filter and not (self.dh is self.dw is None):
+            columns = column_filter.columns_that_count(delta, rows.target[first:last], self._filter)
+        if self.dh is not None:
+            self._put_rows(self.dh, rows, first, delta, coef, self._weight, columns)
+        if self.dw is not None:
+            self._add_weight(self.dw, delta, scaled_rows(rows.hidden(first, last), coef), columns)
+        if self.db is not None:
+            self._add_bias(delta, coef)
+        if self.dlow is not None:
+            self._put_rows(self.dlow, rows, first, delta, coef, self._up, None)
+        if self.dup is not None:
+            self._add_weight(self.dup, delta, scaled_rows(rows.low(first, last), coef), None)
+        self._is_empty = False
+
+    def totals(self) -> tuple[Tensor | None, ...]:
+        """dh, dW, db, dlow and dup as they were accumulated."""
+        for total in (self.dh, self.dw, self.dlow, self.dup):
+            if self._is_empty and total is not None:
+                total.zero_()
+        return self.dh, self.dw, self.db, self.dlow, self.dup
+
+    def _put_rows(
+        self,
+        out: Tensor,
+        rows: Rows,
+        first: int,
+        delta: Tensor,
+        coef: Tensor,
+        operand: Tensor,
+        columns: Tensor | None,
+    ) -> None:
+        """c_t (delta_t operand) of rows [first, first + n) to their places in `out`."""
+        out = out.view(-1, out.shape[-1])
+        if self._is_empty and rows.index is not None:
+            out.zero_()
+        share = rows.room_in(out, first, first + delta.shape[0])
+        column_filter.grad_hidden_into(share, delta, operand, columns)
+        rows.put_(out, first, scale_rows_(share, coef))
+
+    def _add_weight(self, total: Tensor, delta: Tensor, scaled: Tensor, columns: Tensor | None) -> None:
+        if columns is not None:
+            if self._is_empty:
+                total.zero_()
+            column_filter.add_grad_weight(total, delta, scaled, columns)
+        elif total.dtype != delta.dtype and writes_float32(delta):
+            add_grad_weight(total, delta, scaled, first=self._is_empty)
+        elif total.dtype != delta.dtype:
+            self._widen_in_stripes(total, delta, scaled)
+        elif self._is_empty:
+            grad_weight_into(total, delta, scaled)
+        else:
+            total.addmm_(delta.t(), scaled)
+
+    def _widen_in_stripes(self, total: Tensor, delta: Tensor, scaled: Tensor) -> None:
+        """Where a product of 16-bit matrices cannot write float32: a stripe of the vocabulary at a time is widened."""
+        vocabulary, width = total.shape
+        step = stripe_of(width, delta.dtype)
+        part = scratch(min(step, vocabulary), width, delta.dtype, delta.device)
+        for first in range(0, vocabulary, step):
+            some = total[first : first + step]
+            grad_weight_into(part[: len(some)], delta[:, first : first + step], scaled)
+            some.copy_(part[: len(some)]) if self._is_empty else some.add_(part[: len(some)])
+
+    def _add_bias(self, delta: Tensor, coef: Tensor) -> None:
+        step = stripe_of(len(delta), self.db.dtype)
+        for first in range(0, delta.shape[1], step):
+            part = delta[:, first : first + step].to(self.db.dtype)
+            self.db[first : first + step] += (coef.to(part.dtype).t() @ part)[0]

@@ -1,0 +1,87 @@
+"""A language-model head over one chunk of rows: the logits of the chunk live in a buffer, then become their delta."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from wrpo_kernels.checks import check_labels
+from wrpo_kernels.dispatch.backends import choose
+from wrpo_kernels.dispatch.triton_backend import FusedTritonBackend
+from wrpo_kernels.lm_head.products import logits_into
+from wrpo_kernels.lm_head.rows import Rows, part_of
+from wrpo_kernels.logit_transform import LogitTransform
+from wrpo_kernels.token_logp.contract import CANDIDATES as ROW_KERNELS
+from wrpo_kernels.token_logp.contract import logp_dtype
+
+CANDIDATES = (*ROW_KERNELS, FusedTritonBackend("wrpo_kernels.linear_token_logp.triton_kernel"))
+
+
+def no_autocast(like: Tensor) -> AbstractContextManager:
+    """The types of the products are settled: autocast, which would cast them again, stays out."""
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+class LabelsByPosition:
+    """A row kernel sees compacted rows; a label that it refuses is reported where the caller wrote it."""
+
+    def __init__(self, name: str, target: Tensor, ignore_index: int, vocabulary: int) -> None:
+        self._labels = (name, target, ignore_index, vocabulary)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, ValueError):
+            name, target, *expected = self._labels
+            check_labels(name, target.reshape(-1), *expected)
+
+
+class Head:
+    """The transform of the logits, the row kernel, and `weight` [V, D] and an adapter's `up` [V, r] in the type of the
+    hidden states."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        transform: LogitTransform,
+        ignore_index: int,
+        backend: str | None,
+        up: Tensor | None = None,
+    ):
+        self.weight_dtype, self.up_dtype = weight.dtype, None if up is None else up.dtype  # as the caller has them
+        self.weight = weight if weight.dtype == hidden.dtype else weight.to(hidden.dtype)
+        self.up = None if up is None else up.to(hidden.dtype)
+        self.transform = transform
+        self.ignore_index = ignore_index
+        self.kernel = choose("linear_token_logp", backend, CANDIDATES, hidden)
+        self.logp_dtype = logp_dtype(hidden.dtype)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether log-probs come straight from the hidden states, without a buffer of logits."""
+        return isinstance(self.kernel, FusedTritonBackend) and self.up is None
+
+    def logp_of(self, rows: Rows, logp: Tensor) -> None:
+        hidden = rows.hidden(0, len(rows))
+        self.kernel.logp_of_hidden(hidden, self.weight, rows.target, self.ignore_index, self.transform, logp)
+
+    def logp_into(self, logp: Tensor, rows: Rows, first: int, last: int, buffer: Tensor) -> None:
+        """Log-probs of rows [first, last) into `logp` [n]; the buffer [>= n, V] is left with the logits."""
+        self._run(self.kernel.forward, logp, rows, first, last, buffer)
+
+    def delta_into(self, logp: Tensor, rows: Rows, first: int, last: int, buffer: Tensor) -> Tensor:
+        """The same, and returns the part of the buffer [n, V] that now holds d logp / d (h W^T)."""
+        return self._run(self.kernel.delta_, logp, rows, first, last, buffer)
+
+    def _run(self, kernel: Callable, logp: Tensor, rows: Rows, first: int, last: int, buffer: Tensor) -> Tensor:
+        lse = logp.new_empty(last - first)
+        out, hidden, low = part_of(buffer, 0, last - first), rows.hidden(first, last), rows.low(first, last)
+        logits = logits_into(out, hidden, self.weight, low, self.up)
+        kernel(logits, part_of(rows.target, first, last), self.ignore_index, self.transform, logp, lse)
+        return logits

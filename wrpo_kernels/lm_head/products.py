@@ -1,0 +1,141 @@
+"""The three matrix products of a language-model head, each in the form that is fastest here.
+
+logits = h W^T          dh = delta W          dW = delta^T (c h), accumulated in float32
+
+A CPU that multiplies 16-bit matrices in software only takes a stripe of the vocabulary at a time: what the stripe needs
+is widened to float32, multiplied there, and rounded once on its way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from wrpo_kernels.dispatch.backends import load_extension
+from wrpo_kernels.lm_head.scratch import scratch
+
+STRIPE_BYTES = 8 << 20  # scratch of one stripe of the vocabulary; 2..32 MiB measure alike
+
+
+@cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether the CPU products of torch in this type are at least as fast as those in float32.
+
+    Without AVX-512 they are not: on 2 cores with AVX2 h W^T runs at 9 GFLOP/s a core in bfloat16, dh = delta W at 1,
+    and float32 at 75 (torch 2.13, 2026-11-24, see docs/log.md).
+    """
+    question = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    if question is None:
+        return True
+    return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, question)())
+
+
+def is_widened(operand: Tensor) -> bool:
+    return operand.dtype.itemsize == 2 and operand.device.type == "cpu" and not multiplies(operand.dtype)
+
+
+def _wide_stripes(vocabulary: int, *widths: int) -> Iterator[slice]:
+    """Parts of the vocabulary whose float32 matrices [part, width] fill STRIPE_BYTES at most each."""
+    step = stripe_of(max(*widths, 1), torch.float32)
+    return (slice(first, first + step) for first in range(0, vocabulary, step))
+
+
+def logits_into(
+    out: Tensor, hidden: Tensor, weight: Tensor, low: Tensor | None = None, up: Tensor | None = None
+) -> Tensor:
+    """out [n, V] = hidden [n, D] @ weight^T, and of an adapter + low [n, r] @ up^T"""
+    if not is_widened(hidden):
+        if low is None:
+            return torch.mm(hidden, weight.t(), out=out)
+        # The small term first: added to 16-bit logits it would be rounded away wherever it is below half their ulp.
+        return torch.mm(low, up.t(), out=out).addmm_(hidden, weight.t())
+    wide, wide_low = hidden.float(), None if low is None else low.float()
+    for part in _wide_stripes(len(weight), *hidden.shape):
+        scores = wide @ weight[part].float().t()
+        out[:, part] = scores if low is None else scores.addmm_(wide_low, up[part].float().t())
+    return out
+
+
+def grad_hidden_into(out: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
+    """out [n, D] = delta [n, V] @ weight"""
+    if not is_widened(delta):
+        return torch.mm(delta, weight, out=out)
+    total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+    for part in _wide_stripes(len(weight), *out.shape):
+        total.addmm_(delta[:, part].float(), weight[part].float())
+    return out.copy_(total)
+
+
+@cache
+def prefers_transposed() -> bool:
+    """Whether a bfloat16 product is so fast with both operands row-major that transposing delta first pays.
+
+    With AMX, [65536, 1024] = delta^T [1024, 1024]: 102 ms as a transposed view, 51 ms from a contiguous transpose
+    (2 cores, bfloat16, 2026-11-23). Without AMX both forms run alike and the copy would be lost.
+    """
+    module, _ = load_extension("_cpu")
+    return module is not None and bool(module.features()["amx_bf16"])
+
+
+def grad_weight_into(out: Tensor, delta: Tensor, scaled: Tensor) -> None:
+    """out [v, D] = delta^T [v, n] @ scaled [n, D], summed in float32 inside the product and rounded once."""
+    if is_widened(delta):
+        wide = scaled.float()
+        for part in _wide_stripes(len(out), *scaled.shape):
+            out[part] = delta[:, part].float().t() @ wide
+    elif delta.device.type == "cpu" and delta.dtype == torch.bfloat16 and prefers_transposed():
+        _grad_weight_transposed(out, delta, scaled)
+    else:
+        torch.mm(delta.t(), scaled, out=out)
+
+
+def _grad_weight_transposed(out: Tensor, delta: Tensor, scaled: Tensor) -> None:
+    rows, columns = delta.shape
+    native, _ = load_extension("_cpu")
+    step = stripe_of(rows, delta.dtype)
+    buffer = scratch(min(step, columns), rows, delta.dtype, delta.device)
+    for first in range(0, columns, step):
+        last = min(first + step, columns)
+        part, turned = delta[:, first:last], buffer[: last - first]
+        native.transpose(
+            part.data_ptr(), 2, rows, last - first, part.stride(0), turned.data_ptr(), rows, torch.get_num_threads()
+        )
+        torch.mm(turned, scaled, out=out[first:last])
+
+
+def writes_float32(delta: Tensor) -> bool:
+    """Whether a product of these 16-bit matrices can leave its float32 sums as they are."""
+    return is_widened(delta) or (
+        delta.device.type == "cuda" and torch.version.hip is None and delta.dtype != torch.float64
+    )
+
+
+def add_grad_weight(total: Tensor, delta: Tensor, scaled: Tensor, first: bool) -> None:
+    """total [v, D] float32 += delta^T @ scaled in one product, its sum never rounded; the first one overwrites."""
+    if is_widened(delta):
+        wide = scaled.float()
+        for part in _wide_stripes(len(total), *scaled.shape):
+            total[part].addmm_(delta[:, part].float().t(), wide, beta=0 if first else 1)
+    elif first:
+        torch.ops.aten.mm.dtype_out(delta.t(), scaled, total.dtype, out=total)
+    else:
+        torch.ops.aten.addmm.dtype_out(total, delta.t(), scaled, total.dtype, out=total)
+
+
+def stripe_of(width: int, dtype: torch.dtype) -> int:
+    """Columns of the vocabulary whose [columns, width] scratch fills STRIPE_BYTES."""
+    return max(64, STRIPE_BYTES // (width * dtype.itemsize) // 64 * 64)
+
+
+def scaled_rows(rows: Tensor, coef: Tensor) -> Tensor:
+    """coef [n, 1] * rows [n, D], rounded once: a coefficient rounded to 16 bits first would bias its whole sequence."""
+    scaled = rows * coef
+    return scaled if scaled.dtype == rows.dtype else scaled.to(rows.dtype)
+
+
+def scale_rows_(rows: Tensor, coef: Tensor) -> Tensor:
+    """The same in place."""
+    return rows.mul_(coef)

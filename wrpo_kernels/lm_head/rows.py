@@ -1,0 +1,139 @@
+"""The rows that count: positions whose label is a response token. Prompt and padding never reach the head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from wrpo_kernels.checks import check_int
+from wrpo_kernels.dispatch.autograd import is_plain
+from wrpo_kernels.dispatch.backends import load_extension
+
+UNCOUNTED = -1
+
+
+def part_of(values: Tensor, first: int, last: int) -> Tensor:
+    """values[first:last]; the tensor itself where that is all of it, for a view costs 1 to 4 us."""
+    return values if last - first == values.shape[0] else values[first:last]
+
+
+class Rows:
+    """Rows of `hidden` [M, D], or [S, T, D] of any strides, and `target` [M], compacted chunk by chunk.
+
+    Attributes:
+        index: [N] int64, their positions in `hidden`; None when all M rows are taken as they stand.
+        target: [N] int64, their labels.
+
+    `low` [M, r] is what an adapter on the head multiplies beside the hidden states.
+    """
+
+    def __init__(self, hidden: Tensor, target: Tensor, index: Tensor | None, low: Tensor | None = None) -> None:
+        self._hidden, self._labels, self._low = hidden, target, low
+        self.index = index
+        self.target = target.contiguous() if index is None else target[index]
+
+    @classmethod
+    def that_count(
+        cls, hidden: Tensor, target: Tensor, ignore_index: int, num_rows: int = UNCOUNTED, low: Tensor | None = None
+    ) -> Rows:
+        """The rows whose label is not `ignore_index`; on an accelerator `num_rows` of them, without waiting for it."""
+        target = target.reshape(-1)
+        if hidden.dim() != 3 or hidden.is_contiguous():  # a slice such as hidden[:, :-1] is not copied to be flattened
+            hidden = hidden.reshape(-1, hidden.shape[-1])
+        if low is not None:
+            low = low.reshape(-1, low.shape[-1])
+        if num_rows == target.shape[0]:
+            return cls(hidden, target, None, low)
+        if num_rows == UNCOUNTED or target.device.type == "cpu":
+            index = (target != ignore_index).nonzero()[:, 0]
+        else:
+            # A count that is too large is filled with row 0; `nan_unless_counted` tells.
+            index = torch.nonzero_static(target != ignore_index, size=num_rows, fill_value=0)[:, 0]
+        return cls(hidden, target, None if index.shape[0] == target.shape[0] else index, low)
+
+    def __len__(self) -> int:
+        return self.target.numel()
+
+    def at(self, positions: Tensor) -> Rows:
+        """The rows at these positions of `hidden`, in this order."""
+        return Rows(self._hidden, self._labels, positions, self._low)
+
+    def positions(self) -> Tensor:
+        """[N] int64, where each row stands in `hidden`."""
+        return torch.arange(len(self), device=self.target.device) if self.index is None else self.index
+
+    def hidden(self, first: int, last: int) -> Tensor:
+        """[last - first, D], a view where nothing was left out."""
+        if self._hidden.dim() == 3:
+            positions, width = self.positions()[first:last], self._hidden.shape[1]
+            return self._hidden[positions // width, positions % width]
+        if self.index is None:
+            return part_of(self._hidden, first, last)
+        return self._hidden.index_select(0, self.index[first:last])
+
+    def low(self, first: int, last: int) -> Tensor | None:
+        """[last - first, r] of an adapter, in the type of the hidden states."""
+        if self._low is None:
+            return None
+        low = part_of(self._low, first, last) if self.index is None else self._low[self.index[first:last]]
+        return low.to(self._hidden.dtype)
+
+    def take(self, values: Tensor) -> Tensor:
+        """[M, ...] -> [N, ...]"""
+        return values if self.index is None else values.index_select(0, self.index)
+
+    def room_in(self, out: Tensor, first: int, last: int) -> Tensor:
+        """Where values of rows [first, last) are to be written: in `out` [M, ...] itself if nothing was left out."""
+        if self.index is None:
+            return part_of(out, first, last)
+        return out.new_empty(last - first, *out.shape[1:])
+
+    def put_(self, out: Tensor, first: int, values: Tensor) -> None:
+        """Takes values that were written into `room_in(out, first, ...)` to their places in `out`."""
+        if self.index is not None:
+            out.index_copy_(0, self.index[first : first + values.shape[0]], values)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[N, ...] -> [M, ...], zero where the label does not count."""
+        if self.index is None:
+            return values
+        out = values.new_zeros(len(self._labels), *values.shape[1:])
+        return out.index_copy_(0, self.index, values)
+
+
+def count_labels(labels: Tensor, ignore_index: int) -> Tensor:
+    """[S, T] -> [S] int64, how many labels of each sequence count."""
+    module = load_extension("_cpu")[0] if is_plain((labels,)) and labels.is_cpu else None
+    if module is None:
+        return (labels != ignore_index).sum(1)
+    counts = labels.new_empty(labels.shape[0])
+    module.count_labels(labels.data_ptr(), *labels.shape, *labels.stride(), ignore_index, counts.data_ptr())
+    return counts
+
+
+def count_rows(length: Tensor, most: int, num_rows: int | None) -> int:
+    """How many of `most` labels count: `num_rows` where the caller says so, else the sum of `length` [S], read back.
+
+    UNCOUNTED where it cannot be read, while compiling.
+    """
+    if num_rows is not None:
+        check_int("num_rows", num_rows)
+        if not 0 <= num_rows <= most:
+            raise ValueError(f"num_rows must be in [0, {most}], the number of labels, got {num_rows}")
+    if is_compiling():
+        return UNCOUNTED if num_rows is None else num_rows
+    if num_rows is not None and length.device.type != "cpu":
+        return num_rows
+    # Small tensors are added up by Python, past the dispatcher.
+    counted = sum(length.tolist()) if length.device.type == "cpu" else int(length.sum())
+    if num_rows not in (None, counted):
+        raise ValueError(f"num_rows must be the number of labels that count, {counted}, got {num_rows}")
+    return counted
+
+
+def nan_unless_counted(values: Tensor, length: Tensor, num_rows: int | None) -> Tensor:
+    """A wrong `num_rows` would leave rows out in silence, and raising would wait for the device: it gives NaN."""
+    if num_rows is None or length.device.type == "cpu":
+        return values
+    return values * torch.where(length.sum() == num_rows, 1.0, torch.nan).to(values.dtype)

@@ -73,9 +73,10 @@ def tiny_model(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = tor
     return model
 
 
-def tiny_rows(count: int = 8, *, sources: int = 1, seed: int = 0) -> list[dict]:
+def tiny_rows(count: int = 8, *, sources: int = 1, targets: int = 1, rejected: int = 1, seed: int = 0) -> list[dict]:
     """Tokenised rows with prompts of 2 to 5 tokens and responses of 1 to 9, all of different lengths."""
     generator = torch.Generator().manual_seed(seed)
+    numbers = {"source": sources, "target": targets, "rejected": rejected}
 
     def ids(low: int, high: int) -> list[int]:
         length = int(torch.randint(low, high + 1, (), generator=generator))
@@ -84,10 +85,9 @@ def tiny_rows(count: int = 8, *, sources: int = 1, seed: int = 0) -> list[dict]:
     return [
         {
             "prompt_ids": ids(2, 5),
-            "source_ids": [ids(1, 9) for _ in range(sources)],
-            "source_weight": [1 / sources] * sources,
-            "target_ids": ids(1, 9),
-            "rejected_ids": ids(1, 9),
+            "response_ids": [ids(1, 9) for _ in range(sources + targets + rejected)],
+            "role": [role for role, number in numbers.items() for _ in range(number)],
+            "share": [1 / number for number in numbers.values() for _ in range(number)],
         }
         for _ in range(count)
     ]

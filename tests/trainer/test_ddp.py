@@ -32,8 +32,9 @@ RUNS = ("full-precompute", "full-copy", "lora-adapter", "sft", "adaptive-copy")
 def rows() -> list[dict]:
     """Eight rows, one with nothing to count in its rejected response: 4 examples on one rank, 3 on the other."""
     names = [["a", "b"], ["b", "c"], ["c", "a"]]
-    out = [{**row, "source_model": names[i % 3]} for i, row in enumerate(tiny_rows(8, sources=2))]
-    out[5] = {**out[5], "prompt_ids": [], "rejected_ids": out[5]["rejected_ids"][:1]}
+    out = [{**row, "model": [*names[i % 3], None, None]} for i, row in enumerate(tiny_rows(8, sources=2))]
+    *preferred, rejected = out[5]["response_ids"]
+    out[5] = {**out[5], "prompt_ids": [], "response_ids": [*preferred, rejected[:1]]}
     return out
 
 

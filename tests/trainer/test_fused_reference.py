@@ -57,7 +57,7 @@ def rows_with_log_probs(count: int = 3) -> list[dict]:
     """Two sources an example, and each response's mean log-prob under three other models: between -6 and 0 nats."""
     generator = torch.Generator().manual_seed(7)
     return [
-        {**row, "source_weight": [0.25, 0.75], "source_logp": (-6 * torch.rand(4, 3, generator=generator)).tolist()}
+        {**row, "share": [0.25, 0.75, 1, 1], "source_logp": (-6 * torch.rand(4, 3, generator=generator)).tolist()}
         for row in tiny_rows(count, sources=2)
     ]
 
@@ -78,8 +78,8 @@ def test_the_loss_is_infifpos_with_the_weighted_reward(fusion, reference, tmp_pa
 
     with torch.no_grad():
         length = (batch["labels"] != -100).sum(1)
-        mean = (plain_logp(policy, batch) / length).view(4, 3)
-        own = (plain_logp(start.eval(), batch) / length).view(4, 3)
+        mean = (plain_logp(policy, batch) / length).view(3, 4).t()
+        own = (plain_logp(start.eval(), batch) / length).view(3, 4).t()
     losses = []
     for i, row in enumerate(rows):
         ratio = []

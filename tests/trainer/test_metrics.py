@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +13,11 @@ from tiny_models import plain_logp, preference_batch, tiny_model, tiny_rows
 from tiny_runs import wrpo_trainer
 
 from wrpo.training.curves import draw_curves, running_mean, source_panels
-from wrpo.training.metrics import RunningMeans, preference_metrics
+from wrpo.training.metrics import Measured, RunningMeans, preference_metrics
 
 
 def test_metrics_are_what_their_names_say_for_several_examples_and_sources(tmp_path):
-    rows = [{**row, "source_weight": [0.25, 0.75]} for row in tiny_rows(5, sources=2)]
+    rows = [{**row, "share": [0.25, 0.75, 1.0, 1.0]} for row in tiny_rows(5, sources=2)]
     policy, reference = tiny_model(seed=0), tiny_model(seed=1)
     trainer = wrpo_trainer(
         tmp_path,
@@ -33,7 +34,7 @@ def test_metrics_are_what_their_names_say_for_several_examples_and_sources(tmp_p
     batch = preference_batch(rows)
     with torch.no_grad():
         logp = plain_logp(policy.eval(), batch)
-        first, second, target, rejected = (0.1 * (logp - plain_logp(reference.eval(), batch))).view(4, 5)
+        first, second, target, rejected = (0.1 * (logp - plain_logp(reference.eval(), batch))).view(5, 4).t()
     source = 0.25 * first + 0.75 * second
     chosen = 0.3 * source + 0.7 * target
     share = [tuple((part > rejected).double().mean().item() for part in (chosen, source, target))]
@@ -48,9 +49,9 @@ def test_metrics_are_what_their_names_say_for_several_examples_and_sources(tmp_p
         "eval_rewards/accuracies": share[0][0],
         "eval_rewards/source_accuracies": share[0][1],
         "eval_rewards/pivot_accuracies": share[0][2],
-        "eval_logps/source_chosen": (0.25 * logp[:5] + 0.75 * logp[5:10]).mean(),
-        "eval_logps/target_chosen": logp[10:15].mean(),
-        "eval_logps/rejected": logp[15:].mean(),
+        "eval_logps/source_chosen": (0.25 * logp[::4] + 0.75 * logp[1::4]).mean(),
+        "eval_logps/target_chosen": logp[2::4].mean(),
+        "eval_logps/rejected": logp[3::4].mean(),
     }
     for name, value in expected.items():
         assert got[name] == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
@@ -58,12 +59,37 @@ def test_metrics_are_what_their_names_say_for_several_examples_and_sources(tmp_p
 
 def test_an_accuracy_compares_each_example_with_its_own_rejected_response():
     """Both targets beat their own rejected response; of all four pairs of target and rejected, one does not."""
-    reward = torch.tensor([0.0, 3.0, 1.0, 2.0, 0.5, 1.5])  # source, target, rejected of two examples
-    values = preference_metrics(reward, reward, torch.ones(2, 1), alpha=0.5)
-    assert values["rewards/pivot_accuracies"].tolist() == [1, 1]
-    assert values["rewards/source_accuracies"].tolist() == [0, 1]
-    assert values["rewards/accuracies"].tolist() == [0, 1]
-    assert values["rewards/margins"].tolist() == [0.0, 1.0]
+    reward = torch.tensor([0.0, 1.0, 0.5, 3.0, 2.0, 1.5])  # source, target, rejected of two examples
+    values = preference_metrics(reward, reward, preference_batch(tiny_rows(2)), alpha=0.5)
+    assert values["rewards/pivot_accuracies"].value.tolist() == [1, 1]
+    assert values["rewards/source_accuracies"].value.tolist() == [0, 1]
+    assert values["rewards/accuracies"].value.tolist() == [0, 1]
+    assert values["rewards/margins"].value.tolist() == [0.0, 1.0]
+
+
+def test_a_value_of_sources_is_the_mean_of_the_rows_that_have_one():
+    """A triple, a pair, and a row whose only preferred answer is a source's; two rejected ones in the pair."""
+    rows = [*tiny_rows(1), *tiny_rows(1, sources=0, rejected=2), *tiny_rows(1, targets=0)]
+    batch = preference_batch(rows)
+    reward = torch.tensor([4.0, 2.0, 1.0, 3.0, 0.0, 1.0, 6.0, 8.0])
+    means = RunningMeans()
+    means.add(preference_metrics(reward, reward, batch, alpha=0.25), torch.ones(3))
+    got = means.pop(SimpleNamespace(reduce=lambda sums, _: sums))
+    assert got["rewards/source_chosen"] == pytest.approx((4 + 6) / 2)
+    assert got["rewards/target_chosen"] == pytest.approx((2 + 3) / 2)
+    assert got["rewards/rejected"] == pytest.approx((1 + 0.5 + 8) / 3)
+    assert got["rewards/chosen"] == pytest.approx((0.25 * 4 + 0.75 * 2 + 3 + 6) / 3)
+    assert got["rewards/source_accuracies"] == pytest.approx(1 / 2)
+    assert got["rewards/accuracies"] == pytest.approx(2 / 3)
+
+
+def test_without_a_source_in_any_row_nothing_of_sources_is_logged(tmp_path):
+    trainer = wrpo_trainer(tmp_path, rows=tiny_rows(sources=0), eval_dataset=tiny_rows(2, sources=0), max_steps=1)
+    trainer.train()
+    (line,) = [line for line in trainer.state.log_history if "loss" in line]
+    logged = {*line, *trainer.evaluate()}
+    assert not [name for name in logged if "source" in name]
+    assert {"rewards/target_chosen", "rewards/pivot_accuracies", "eval_rewards/margins"} <= logged
 
 
 def test_several_evaluation_sets_are_logged_under_their_names_and_may_choose_the_best_checkpoint(tmp_path):
@@ -81,7 +107,8 @@ def test_sums_of_metrics_never_wait_for_the_device():
     """Tensors without data: whatever had to read one would fail."""
     means = RunningMeans()
     for _ in range(2):
-        means.add({"rewards/chosen": torch.empty(3, device="meta")}, torch.ones(3, device="meta"))
+        value = Measured(torch.empty(3, device="meta"), torch.empty(3, dtype=torch.bool, device="meta"))
+        means.add({"rewards/chosen": value}, torch.ones(3, device="meta"))
     assert means.sums.device.type == "meta"
 
 

@@ -78,12 +78,12 @@ def test_a_set_that_was_not_gone_through_is_refused_under_precompute(tmp_path):
 def test_a_reference_that_the_data_brings_along_is_used(reference, tmp_path):
     rows = [{**row, "ref_logp": [-1.0, -2.0, -3.0]} for row in tiny_rows(2)]
     trainer = opened(tmp_path, get_peft_model(tiny_model(), LORA), reference, rows)
-    assert reference_of(trainer).tolist() == [-1, -1, -2, -2, -3, -3]
+    assert reference_of(trainer).tolist() == [-1, -2, -3, -1, -2, -3]
     assert not (tmp_path / "reference").exists()
 
 
 def brought(rows: list[dict]) -> list[dict]:
-    return [{**row, "ref_logp": [-1.0] * (len(row["source_ids"]) + 2)} for row in rows]
+    return [{**row, "ref_logp": [-1.0] * (len(row["role"]))} for row in rows]
 
 
 @pytest.mark.parametrize("reference", ["copy", "adapter", "none"])
@@ -109,7 +109,7 @@ def test_an_empty_evaluation_set_is_left_alone(rows, tmp_path, caplog):
 def test_a_log_prob_that_is_no_number_is_refused_and_not_kept(tmp_path, monkeypatch):
     from wrpo.training import wrpo_trainer as module
 
-    real, bad = module.sequence_logp, tiny_rows(8, sources=2)[5]["target_ids"]
+    real, bad = module.sequence_logp, tiny_rows(8, sources=2)[5]["response_ids"][2]
 
     def broken(model: nn.Module, batch: dict, **options) -> torch.Tensor:
         own = [row[row != -100].tolist() == bad for row in batch["labels"]]

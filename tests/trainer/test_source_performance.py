@@ -24,17 +24,27 @@ def closed(performance: RunningPerformance) -> RunningPerformance:
 
 
 def batch_of(ids: list[list[int]], share: list[list[float]] | None = None) -> dict[str, torch.Tensor]:
-    source_id = torch.tensor(ids)
-    share = torch.full(source_id.shape, 1 / source_id.shape[1]) if share is None else torch.tensor(share)
-    return {"source_id": source_id, "source_weight": share}
+    """Rows with these sources, one target and one rejected response each."""
+    share = share or [[1 / len(row)] * len(row) for row in ids]
+    return {
+        "num_responses": torch.tensor([len(row) + 2 for row in ids]),
+        "role": torch.tensor([role for row in ids for role in (*[0] * len(row), 1, 2)]),
+        "share": torch.tensor([value for row in share for value in (*row, 1.0, 1.0)]),
+        "source_id": torch.tensor([number for row in ids for number in (*row, -1, -1)]),
+    }
+
+
+def of_sources(batch: dict[str, torch.Tensor], values: torch.Tensor) -> list[list[float]]:
+    """What the sources of each row have of [S] values."""
+    return [part[:-2].tolist() for part in values.split(batch["num_responses"].tolist())]
 
 
 def two_steps(measure: str, temperature: float = 1.0) -> RunningPerformance:
     """a: margins 1 and 3, then 8; b: -1, then nothing; c: never. Target: margins 2 and -4, then 1."""
     performance = RunningPerformance(MODELS, measure, temperature, decay=0.5)
     both, one = torch.ones(2), torch.ones(1)
-    # sources 1 of two rows, sources 2 (the second row has none), targets, rejected
-    performance.add(torch.tensor([1.5, 4.0, -0.5, 99.0, 2.5, -3.0, 0.5, 1.0]), batch_of([[0, 1], [0, -1]]), both)
+    # Two sources, target, rejected; one source, target, rejected.
+    performance.add(torch.tensor([1.5, -0.5, 2.5, 0.5, 4.0, -3.0, 1.0]), batch_of([[0, 1], [0]]), both)
     closed(performance)
     performance.add(torch.tensor([9.0, 2.0, 1.0]), batch_of([[0]]), one)
     return closed(performance)
@@ -57,12 +67,15 @@ def test_a_running_mean_is_a_mean_of_rows_that_count_less_with_every_step(measur
 def test_shares_are_the_rows_own_times_the_exponential_of_the_mean_over_the_temperature():
     performance = two_steps("margin", temperature=2.0)
     a, b, unseen = 5.0, -1.0, 3.8
-    got = performance.source_weight(batch_of([[1, 0], [2, 3], [0, -1]], [[0.75, 0.25], [0.5, 0.5], [1.0, 0.0]]))
+    batch = batch_of([[1, 0], [2, 3], [0]], [[0.75, 0.25], [0.5, 0.5], [1.0]])
+    shares = performance.shares(batch)
+    got = of_sources(batch, shares)
     first = 0.75 * math.exp(b / 2) / (0.75 * math.exp(b / 2) + 0.25 * math.exp(a / 2))
-    assert got.dtype == torch.float32
-    assert got[0].tolist() == pytest.approx([first, 1 - first], rel=1e-6)
-    assert got[1].tolist() == pytest.approx([0.5, 0.5], rel=1e-6)  # both unheard of
-    assert got[2].tolist() == [1.0, 0.0]
+    assert shares.dtype == torch.float32
+    assert got[0] == pytest.approx([first, 1 - first], rel=1e-6)
+    assert got[1] == pytest.approx([0.5, 0.5], rel=1e-6)  # both unheard of
+    assert got[2] == [1.0]
+    assert shares[batch["role"] != 0].tolist() == [1.0] * 6, "targets and rejected ones keep theirs"
     logged = performance.logged()
     assert logged["source_margin/a"] == pytest.approx(a)
     total = sum(math.exp(mean / 2) for mean in (a, b, unseen))
@@ -74,13 +87,14 @@ def test_shares_are_the_rows_own_times_the_exponential_of_the_mean_over_the_temp
 def test_before_the_first_step_the_shares_are_those_of_the_rows():
     performance = RunningPerformance(MODELS, "accuracy", 0.1, decay=0.9)
     own = [[0.125, 0.875], [0.25, 0.75]]
-    torch.testing.assert_close(performance.source_weight(batch_of([[0, 1], [2, 0]], own)), torch.tensor(own))
+    batch = batch_of([[0, 1], [2, 0]], own)
+    torch.testing.assert_close(performance.shares(batch), batch["share"])
     assert performance.target_accuracy().item() == 0.0
 
 
 def test_a_row_that_counts_nothing_leaves_no_trace_whatever_its_rewards():
     performance = RunningPerformance(MODELS, "margin", 1.0, decay=0.5)
-    reward = torch.tensor([1.0, math.nan, 2.0, math.inf, 0.0, math.nan])
+    reward = torch.tensor([1.0, 2.0, 0.0, math.nan, math.inf, math.nan])
     performance.add(reward, batch_of([[0], [1]]), torch.tensor([1.0, 0.0]))
     assert closed(performance).sums[:, -1].tolist() == [1, 0, 0, 0, 1]
     assert performance.source_means()[0].item() == 1.0
@@ -89,10 +103,10 @@ def test_a_row_that_counts_nothing_leaves_no_trace_whatever_its_rewards():
 def test_following_performance_never_waits_for_the_device():
     """Tensors without data: whatever had to read one would fail."""
     performance = RunningPerformance(MODELS, "margin", 1.0, decay=0.5)
-    batch = {name: value.to("meta") for name, value in batch_of([[0, 1], [2, -1]]).items()}
-    performance.add(torch.empty(8, device="meta"), batch, torch.ones(2, device="meta"))
+    batch = {name: value.to("meta") for name, value in batch_of([[0, 1], [2]]).items()}
+    performance.add(torch.empty(7, device="meta"), batch, torch.ones(2, device="meta"))
     closed(performance)
-    assert performance.source_weight(batch).device.type == "meta"
+    assert performance.shares(batch).device.type == "meta"
     alpha = adaptive_alpha(performance.target_accuracy(), start=0.0, end=0.5, goal=0.75)
     assert alpha.device.type == "meta"
 
@@ -101,7 +115,7 @@ def test_names_are_numbered_the_same_in_any_order_of_the_rows():
     import datasets
 
     rows = [
-        {**row, "source_model": names}
+        {**row, "model": names and [*names, "target", "target"]}
         for row, names in zip(tiny_rows(3, sources=2), (["b", "a"], ["a", None], None), strict=True)
     ]
     expected = ["a", "b", "source 1", "source 2"]
@@ -111,8 +125,8 @@ def test_names_are_numbered_the_same_in_any_order_of_the_rows():
 
 
 def test_rows_with_one_source_each_have_nothing_to_share_and_that_is_said(caplog):
-    assert source_models_of([{**row, "source_model": ["a"]} for row in tiny_rows(2)]) == ["a"]
-    assert "Every row has one source answer" in caplog.text
+    assert source_models_of([{**row, "model": ["a", None, None]} for row in tiny_rows(2)]) == ["a"]
+    assert "No row has more than one source answer" in caplog.text
     caplog.clear()
     source_models_of(named_rows(2))
     assert not caplog.text
@@ -132,7 +146,7 @@ def test_a_stream_whose_models_cannot_be_listed_is_refused(tmp_path):
 def named_rows(count: int = 8) -> list[dict]:
     """Rows with two sources each, of three models in turn."""
     names = [["a", "b"], ["b", "c"], ["c", "a"]]
-    return [{**row, "source_model": names[i % 3]} for i, row in enumerate(tiny_rows(count, sources=2))]
+    return [{**row, "model": [*names[i % 3], None, None]} for i, row in enumerate(tiny_rows(count, sources=2))]
 
 
 ADAPTIVE = {
@@ -147,8 +161,9 @@ def recorded(trainer) -> list[dict]:
 
     def record(model, batch, alpha, count):
         out = forward_loss(model, batch, alpha, count)
-        seen.append({"alpha": float(alpha), "shares": batch["source_weight"], "ids": batch["source_id"],
-                     "reward": out.reward.view(4, -1).double(), "step": trainer.state.global_step})  # fmt: skip
+        seen.append({"alpha": float(alpha), "shares": batch["share"].view(-1, 4)[:, :2],
+                     "ids": batch["source_id"].view(-1, 4)[:, :2], "step": trainer.state.global_step,
+                     "reward": out.reward.view(-1, 4).t().double()})  # fmt: skip
         return out
 
     trainer.forward_loss = record
@@ -261,8 +276,8 @@ def test_evaluation_uses_the_weights_of_the_training_and_leaves_them_alone(tmp_p
     trainer.evaluate()
     assert torch.equal(trainer.performance.sums, sums)
     assert not trainer.performance.step_sums.any()
-    expected = trainer.performance.source_weight(batch_of(seen[0]["ids"].tolist()))
-    assert torch.equal(seen[0]["shares"], expected)
+    expected = trainer.performance.shares(batch_of(seen[0]["ids"].tolist()))
+    assert torch.equal(seen[0]["shares"], expected.view(-1, 4)[:, :2])
     assert seen[0]["alpha"] == float(trainer.alpha())
 
 
@@ -281,10 +296,10 @@ def test_a_collator_of_ones_own_that_names_no_models_is_refused(tmp_path):
 def test_weights_from_rewards_train_like_the_same_weights_in_the_rows(tmp_path):
     """softmax of rewards over a temperature of 1/2, beside rows that bring those shares."""
     rewards = [[0.0, 1.0], [3.0, 2.0], [0.5, 0.5]]
-    plain = [{**row, "source_reward": rewards[i % 3]} for i, row in enumerate(tiny_rows(sources=2))]
+    plain = [{**row, "reward": [*rewards[i % 3], None, None]} for i, row in enumerate(tiny_rows(sources=2))]
     low, high = 1 / (1 + math.exp(2)), 1 / (1 + math.exp(-2))
     shares = [[low, high], [high, low], [0.5, 0.5]]
-    weighted = [{**row, "source_weight": shares[i % 3]} for i, row in enumerate(plain)]
+    weighted = [{**row, "share": [*shares[i % 3], 1.0, 1.0]} for i, row in enumerate(plain)]
     settings = {"alpha": 0.5, "alpha_schedule": "constant", "beta": 1.0, "max_steps": 2, **ONE_GRADIENT}
     ours = wrpo_trainer(tmp_path, rows=plain, source_weighting="reward", source_temperature=0.5, **settings)
     theirs = wrpo_trainer(tmp_path, rows=weighted, **settings)

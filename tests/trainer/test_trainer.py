@@ -45,7 +45,7 @@ def papers_loss(name: str, source, target, rejected, alpha, beta, gamma=0.0, eps
 )
 def test_the_loss_is_the_papers_formula_of_the_models_own_logits(settings, alpha, tmp_path):
     """Two sources with shares 1/4 and 3/4; policy and reference are different models."""
-    rows = [{**row, "source_weight": [0.25, 0.75]} for row in tiny_rows(3, sources=2)]
+    rows = [{**row, "share": [0.25, 0.75, 1.0, 1.0]} for row in tiny_rows(3, sources=2)]
     policy, reference = tiny_model(seed=0), tiny_model(seed=1)
     needs_reference = settings["loss_type"] != "simpo"
     settings = {"alpha": 0.3, "alpha_schedule": "constant", "beta": 0.1, **settings}
@@ -58,12 +58,12 @@ def test_the_loss_is_the_papers_formula_of_the_models_own_logits(settings, alpha
         score = logp - plain_logp(reference.eval(), batch) if needs_reference else logp
         if settings["loss_type"] == "simpo" or settings.get("length_normalize"):
             score = score / (batch["labels"] != -100).sum(1)
-        first, second, target, rejected = score.view(4, 3)
+        first, second, target, rejected = score.view(3, 4).t()
         loss = papers_loss(
             settings["loss_type"], 0.25 * first + 0.75 * second, target, rejected, alpha, settings["beta"],
             settings.get("gamma", 0.0), settings.get("loss_label_smoothing", 0.0),
         )  # fmt: skip
-        first, second, target, _ = logp.view(4, 3)
+        first, second, target, _ = logp.view(3, 4).t()
         preferred = alpha * (0.25 * first + 0.75 * second) + (1 - alpha) * target
         expected = (loss - settings.get("nll_weight", 0.0) * preferred).mean().item()
     assert got.item() == pytest.approx(expected, rel=1e-5)
@@ -196,13 +196,14 @@ def test_training_with_bfloat16_autocast_lowers_the_loss_and_keeps_float32_weigh
 
 
 def without_response(row: dict) -> dict:
-    return {**row, "prompt_ids": [], "rejected_ids": row["rejected_ids"][:1]}  # a token that nothing precedes
+    *preferred, rejected = row["response_ids"]
+    return {**row, "prompt_ids": [], "response_ids": [*preferred, rejected[:1]]}  # a token that nothing precedes
 
 
 def test_a_row_with_an_empty_response_raises_or_counts_nothing(tmp_path):
     rows = tiny_rows(4)
     rows[1] = without_response(rows[1])
-    with pytest.raises(ValueError, match=r"batch, row ., field 'rejected_ids': .* empty_response='zero'"):
+    with pytest.raises(ValueError, match=r"batch, row ., field 'response_ids\[2\]': .* empty_response='zero'"):
         wrpo_trainer(tmp_path, rows=rows, per_device_train_batch_size=4, reference="none").train()
     settings = {"per_device_train_batch_size": 4, "reference": "none", **ONE_GRADIENT}
     with_it = wrpo_trainer(tmp_path, rows=rows, empty_response="zero", **settings)
@@ -252,7 +253,7 @@ def test_metrics_that_need_logits_are_refused(tmp_path):
 def test_reference_log_probs_keep_float32_where_deepspeed_would_halve_the_inputs(tmp_path):
     trainer = wrpo_trainer(tmp_path)
     trainer.is_deepspeed_enabled = True
-    batch = trainer._prepare_inputs({"ref_logp": torch.tensor([-500.25]), "source_weight": torch.ones(1, 1)})
+    batch = trainer._prepare_inputs({"ref_logp": torch.tensor([-500.25]), "share": torch.ones(1)})
     assert batch["ref_logp"].item() == -500.25
 
 

@@ -1,4 +1,4 @@
-"""Triples to token ids, through `datasets.map`.
+"""Examples to token ids, through `datasets.map`.
 
 Prompt and response are tokenised so that they join as the model sees them: the ids of the whole conversation, cut where
 the prompt's own ids end. Where the tokenizer would merge the last character of the prompt with the first of the
@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import datasets
 from datasets import Features, Value
@@ -34,12 +35,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger("wrpo.data")
 
 _IDS = [Value("int32")]
-# Columns that are handed on as they are; null where the rows do not have them.
-_NUMBERS = [Value("float64")]
-_OF_SOURCES = {"source_weight": _NUMBERS, "source_model": [Value("string")], "source_reward": _NUMBERS}
-_OF_RESPONSES = {"source_logp": [_NUMBERS]}
-_SOURCES = {"prompt_ids": _IDS, "source_ids": [_IDS], **_OF_SOURCES}
-_TARGETS = {"target_ids": _IDS, "rejected_ids": _IDS, **_OF_RESPONSES}
+_TOKENS = {"prompt_ids": _IDS, "response_ids": [_IDS]}
+# What each response has, handed on as it is; null where the rows do not have it.
+_OF_RESPONSES = {
+    "role": [Value("string")],
+    "share": [Value("float64")],
+    "model": [Value("string")],
+    "reward": [Value("float64")],
+    "ref_logp": [Value("float64")],
+    "source_logp": [[Value("float64")]],
+}
 # Tokens cut from the prompt and from each response, and why a row is unusable: read for the report, then dropped.
 _NOTES = {
     "prompt_cut": Value("int64"),
@@ -49,7 +54,7 @@ _NOTES = {
 }
 
 
-def tokenize_triples(
+def tokenize_examples(
     dataset: datasets.Dataset,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -59,29 +64,27 @@ def tokenize_triples(
     chat_template_kwargs: dict | None = None,
     num_proc: int | None = None,
 ) -> datasets.Dataset:
-    """Token ids of explicit rows, truncated as `wrpo.data.truncation` says.
+    """Token ids of each row's prompt and responses, truncated as `wrpo.data.truncation` says.
 
     Args:
-        dataset: what `load_triples` returns (rows without `target_chosen` and `rejected` too: the SFT stage).
+        dataset: what `load_examples` returns, of either stage.
         tokenizer: a `PreTrainedTokenizerBase`; its chat template is used if it has one.
         max_length: most tokens in prompt + one response; None: no limit. Default: 2048 (the paper's).
         max_prompt_length: most tokens in the prompt; None: no limit of its own. Default: 1800 (the paper's).
         skip_bad_rows: leave out and count rows that the chat template refuses, instead of raising. Default: False.
-        chat_template_kwargs: passed on to the chat template.
+        chat_template_kwargs: passed on to the chat template; a row's own come on top.
         num_proc: processes; None: this one (fast tokenizers use threads already).
 
     Returns:
-        Dataset of prompt_ids [P], source_ids K x [R_k], source_weight, source_model and source_reward [K] and, where
-        the rows have targets, target_ids, rejected_ids and source_logp [K + 2][M]; responses end with the end-of-turn
-        token unless they were cut. Kept on disk in the `datasets` cache under a fingerprint of rows, tokenizer, options
-        and of the code that decides the ids.
+        Dataset of prompt_ids [P], response_ids R x [R_k], role, share, model, reward [R] and, where any row has them,
+        ref_logp [R] and source_logp [R][M]; responses end with the end-of-turn token unless they were cut. Kept on disk
+        in the `datasets` cache under a fingerprint of rows, tokenizer, options and of the code that decides the ids.
 
     Raises:
         DataError: the first bad row, or no good row at all.  ValueError: limits that cannot be met.
     """
     _check_limits(max_length, max_prompt_length)
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
-    has_targets = "target_chosen" in dataset.column_names
     fingerprint = _fingerprint(dataset, tokenizer, limits, chat_template_kwargs, skip_bad_rows)
     noted = dataset.map(
         functools.partial(
@@ -95,7 +98,7 @@ def tokenize_triples(
         batch_size=128,
         with_indices=True,
         remove_columns=dataset.column_names,
-        features=Features(_SOURCES | (_TARGETS if has_targets else {}) | _NOTES),
+        features=Features(_TOKENS | _OF_RESPONSES | _NOTES),
         new_fingerprint=fingerprint,
         cache_file_name=_cache_file(fingerprint),
         num_proc=num_proc,
@@ -129,7 +132,7 @@ def _tokenize_batch(
     rendered: list[tuple[str, dict[str, str]] | DataError] = []
     for index, row in zip(indices, rows, strict=True):
         try:
-            rendered.append(renderer(row["prompt"], _responses(row)))
+            rendered.append(_rendered(row, renderer))
         except DataError as error:
             placed = error.at(row.get("file", "dataset"), row.get("row", index + 1))
             if not skip_bad_rows:
@@ -146,9 +149,12 @@ def _tokenize_batch(
     return {name: [row[name] for row in out] for name in out[0]}
 
 
-def _responses(row: dict) -> dict[str, str]:
-    responses = {f"source_chosen[{k}]": text for k, text in enumerate(row["source_chosen"])}
-    return responses | {name: row[name] for name in ("target_chosen", "rejected") if name in row}
+def _rendered(row: dict, renderer: Renderer) -> tuple[str, dict[str, str]]:
+    """(prompt text, {response: prompt and response text}) of a row, whose messages are JSON."""
+    names = [f"response {number} ({role})" for number, role in enumerate(row["role"], 1)]
+    responses = dict(zip(names, map(json.loads, row["responses"]), strict=True))
+    tools, options = (json.loads(row.get(name) or "null") for name in ("tools", "chat_template_kwargs"))
+    return renderer(json.loads(row["prompt"]), responses, tools=tools, chat_template_kwargs=options)
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -168,10 +174,7 @@ def _good_row(
     full_prompt = next(ids)
     full = [_response_ids(full_prompt, next(ids), text[len(start) :], tokenizer) for text in whole.values()]
     prompt, responses = truncate(full_prompt, full, **limits)
-    out = {"prompt_ids": prompt, "source_ids": responses} | {name: row.get(name) for name in _OF_SOURCES}
-    if "target_chosen" in row:
-        out |= {name: row.get(name) for name in _OF_RESPONSES}
-        *out["source_ids"], out["target_ids"], out["rejected_ids"] = responses
+    out = {"prompt_ids": prompt, "response_ids": responses} | {name: row.get(name) for name in _OF_RESPONSES}
     cuts = [len(a) - len(b) for a, b in zip(full, responses, strict=True)]
     return out | {"prompt_cut": len(full_prompt) - len(prompt), "response_cut": cuts, "problem": None, "field": None}
 
@@ -183,9 +186,7 @@ def _response_ids(prompt: list[int], whole: list[int], response: str, tokenizer:
 
 
 def _bad_row(row: dict, error: DataError) -> dict:
-    empty: dict[str, Any] = dict.fromkeys(_SOURCES)
-    if "target_chosen" in row:
-        empty |= dict.fromkeys(_TARGETS)
+    empty = dict.fromkeys([*_TOKENS, *_OF_RESPONSES])
     return empty | {"prompt_cut": 0, "response_cut": [], "problem": str(error), "field": error.field}
 
 
@@ -247,5 +248,6 @@ def _without_notes(noted: datasets.Dataset, skip_bad_rows: bool) -> datasets.Dat
     )  # fmt: skip
     if bad.count == len(noted):
         raise DataError("at least one usable row", bad.report(), "Look at the first one.")
-    tokens = noted.remove_columns(list(_NOTES))
+    absent = [name for name in ("ref_logp", "source_logp") if noted.data.column(name).null_count == len(noted)]
+    tokens = noted.remove_columns([*_NOTES, *absent])
     return tokens.select([i for i, problem in enumerate(notes["problem"]) if problem is None]) if bad.count else tokens

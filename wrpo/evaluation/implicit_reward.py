@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from wrpo.data import PreferenceCollator, load_triples, tokenize_triples
+from wrpo.data import PreferenceCollator, load_examples, tokenize_examples
 from wrpo.data.collation import pad_token
+from wrpo.data.roles import ROLES
 from wrpo.head.fused_head import install_fused_head
 from wrpo.pretrained import load_model, load_tokenizer
 from wrpo.reference.reference import sequence_logp
@@ -30,11 +31,12 @@ from wrpo.user_error import UserError
 
 from .intervals import Interval, wilson_interval
 
+# Names in wrpo.training.metrics: the reward of the preferred side, and how often it wins.
 PAIRS = {
-    "source": "source_accuracies",
-    "target": "pivot_accuracies",
-    "weighted": "accuracies",
-}  # names in wrpo.training.metrics
+    "source": ("source_chosen", "source_accuracies"),
+    "target": ("target_chosen", "pivot_accuracies"),
+    "weighted": ("chosen", "accuracies"),
+}
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,15 @@ class Accuracy:
 def response_logps(
     model: nn.Module, rows: Sequence[dict], tokenizer: Any, *, batch_size: int, title: str, **options: Any
 ) -> list[Tensor]:
-    """For each row the log-probs [K + 2] float32 of its sources' answers, the target's and the rejected one, in nats.
+    """For each row the log-probs [R] float32 of its responses, in nats.
 
     Rows are gone through longest first, so that a batch holds little padding and memory runs out at once or never.
 
     Args:
         model: a causal language model on its device; a fused head is installed and stays.
-        rows: of `wrpo.data.tokenize_triples`.
+        rows: of `wrpo.data.tokenize_examples`.
         tokenizer: its padding token fills the batches.
-        batch_size: rows in a batch; each is K + 2 sequences.
+        batch_size: rows in a batch, each with all its responses.
         title: of the progress bar.
         **options: budget_bytes and backend of `linear_token_logp`.
     """
@@ -71,16 +73,14 @@ def response_logps(
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             tensors = {name: value.to(device) for name, value in collator([rows[i] for i in batch]).items()}
-            logps = sequence_logp(model, tensors, **options).view(-1, len(batch)).cpu()  # [K + 2, B]
-            for column, i in enumerate(batch):
-                own = [*range(len(rows[i]["source_ids"])), -2, -1]  # without padded sources
-                found[i] = logps[own, column]
+            logps = sequence_logp(model, tensors, **options).cpu().split(tensors["num_responses"].tolist())
+            found.update(zip(batch, logps, strict=True))
             bar.update(len(batch))
     return [found[i] for i in range(len(rows))]
 
 
 def _longest(row: dict) -> int:
-    return len(row["prompt_ids"]) + max(map(len, [*row["source_ids"], row["target_ids"], row["rejected_ids"]]))
+    return len(row["prompt_ids"]) + max(map(len, row["response_ids"]))
 
 
 def accuracy_of_models(options: Namespace) -> dict[str, Accuracy]:
@@ -102,8 +102,8 @@ def accuracy_of_models(options: Namespace) -> dict[str, Accuracy]:
     if load_tokenizer(settings(options.reference), "--reference").get_vocab() != tokenizer.get_vocab():
         raise UserError("--reference has another vocabulary than --policy: name the model that the policy started from")
     rows = list(
-        tokenize_triples(
-            load_triples(options.triples, skip_bad_rows=options.skip_bad_rows),
+        tokenize_examples(
+            load_examples(options.triples, skip_bad_rows=options.skip_bad_rows),
             tokenizer,
             max_length=options.max_length,
             max_prompt_length=options.max_prompt_length,
@@ -126,26 +126,26 @@ def accuracy_of_models(options: Namespace) -> dict[str, Accuracy]:
 def implicit_reward_accuracy(
     policy: Sequence[Tensor], reference: Sequence[Tensor], rows: Sequence[dict], *, alpha: float, beta: float
 ) -> dict[str, Accuracy]:
-    """Of the "source", "target" and "weighted" answers against the rejected one, over all rows (at least one).
+    """Of the "source", "target" and "weighted" answers against the rejected ones, over the rows that have them.
 
     Args:
         policy, reference: of `response_logps`, of the same rows.
         alpha: share of the sources in the weighted reward.
         beta: scale of the rewards, 1/nats; accuracies do not depend on it.
     """
-    values: dict[str, list[float]] = {}
-    for logp, base, row in zip(policy, reference, rows, strict=True):
-        metrics = preference_metrics(logp, beta * (logp - base), torch.tensor([row["source_weight"]]), alpha)
-        for name, value in metrics.items():
-            values.setdefault(name.removeprefix("rewards/"), []).append(value.item())
-    mean = {name: sum(column) / len(rows) for name, column in values.items()}
-    chosen = {"source": "source_chosen", "target": "target_chosen", "weighted": "chosen"}
-    return {
-        pair: Accuracy(
-            triples=len(rows),
-            accuracy=mean[accuracies],
-            interval=wilson_interval(mean[accuracies], len(rows)),
-            margin=mean[chosen[pair]] - mean["rejected"],
-        )
-        for pair, accuracies in PAIRS.items()
+    batch = {
+        "num_responses": torch.tensor([len(row["role"]) for row in rows]),
+        "role": torch.tensor([ROLES.index(role) for row in rows for role in row["role"]]),
+        "share": torch.tensor([share for row in rows for share in row["share"]], dtype=torch.float32),
     }
+    logp, base = torch.cat(list(policy)), torch.cat(list(reference))
+    values = preference_metrics(logp, beta * (logp - base), batch, alpha)
+    rejected = values["rewards/rejected"].value
+    found = {}
+    for pair, (chosen, accuracies) in PAIRS.items():
+        accuracy, holds = values[f"rewards/{accuracies}"]
+        if count := int(holds.sum()):
+            share = accuracy[holds].mean().item()
+            margin = (values[f"rewards/{chosen}"].value - rejected)[holds].double().mean().item()
+            found[pair] = Accuracy(count, share, wilson_interval(share, count), margin)
+    return found

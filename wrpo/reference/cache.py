@@ -1,6 +1,6 @@
 """Reference log-probs of a whole data set, computed once before training and kept on disk.
 
-The file holds the log-probs of all responses, row after row (sources, target, rejected), and the fingerprint of what
+The file holds the log-probs of all responses, row after row, and the fingerprint of what
 they were made from: the token ids, the model's weights, the tokenizer and the settings. A file made from anything else
 is computed again, with a warning that says what changed; so is one that cannot be read or whose numbers were altered.
 
@@ -45,10 +45,10 @@ def with_reference(
     """The data set with a column `ref_logp`, from `cache_file` if that was made from the same, else computed and kept.
 
     Args:
-        dataset: rows as `tokenize_triples` makes them; a `datasets.Dataset`, or anything with length and index.
+        dataset: rows as `tokenize_examples` makes them; a `datasets.Dataset`, or anything with length and index.
         cache_file: where the log-probs are kept.
         fingerprint: what they are made from besides the data, see `model_fingerprint`.
-        logp_of: [S] float32 of the rows of one batch, in the WRPO layout of the collator.
+        logp_of: [S] float32 of the rows of one batch, row after row.
         batch_size: rows in a batch.
         accelerator: of the trainer; shares the work out and gathers it.
         progress: show a progress bar on the main process. Default: True.
@@ -84,15 +84,11 @@ class WithReference(torch.utils.data.Dataset):
         return {**self.rows[index], "ref_logp": self.by_row[index]}
 
 
-def responses_of(row: dict) -> list[list[int]]:
-    return [*row["source_ids"], row["target_ids"], row["rejected_ids"]]
-
-
 def survey(dataset: Any) -> tuple[np.ndarray, np.ndarray, str]:
     """Tokens of each row's longest sequence, its number of responses, and the hash of all token ids."""
     digest, lengths, counts = hashlib.sha256(), [], []
     for row in (dataset[index] for index in range(len(dataset))):
-        parts = [row["prompt_ids"], *responses_of(row)]
+        parts = [row["prompt_ids"], *row["response_ids"]]
         lengths.append(len(parts[0]) + max(map(len, parts[1:])))
         counts.append(len(parts) - 1)
         digest.update(np.array([len(part) for part in parts], dtype=np.int64).tobytes())
@@ -120,11 +116,10 @@ def compute(
                    accelerator.num_processes)  # fmt: skip
     for turn in tqdm(rounds, desc="Reference log-probs", disable=not (progress and accelerator.is_main_process)):
         indices = batches[turn % len(batches)]
-        logp = logp_of([dataset[index] for index in indices]).view(-1, len(indices))  # [K + 2, B]
+        logp = logp_of([dataset[index] for index in indices])  # [S]
         if turn < len(batches):
-            for column, index in enumerate(indices):
-                own = [*range(counts[index] - 2), logp.shape[0] - 2, logp.shape[0] - 1]  # without padded sources
-                total[first[index] : first[index] + counts[index]] = logp[own, column]
+            for index, own in zip(indices, logp.split(counts[indices].tolist()), strict=True):
+                total[first[index] : first[index] + counts[index]] = own
     return accelerator.reduce(total, "sum").cpu().numpy()
 
 

@@ -21,7 +21,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .reference import Batch, Reference
+from wrpo.data.collation import Batch
+from wrpo.data.roles import REJECTED
+
+from .reference import Reference
 
 FUSIONS = ("max_margin", "average", "confidence")
 EPSILON = 1e-6  # nats; the paper names none
@@ -51,9 +54,7 @@ class FusedReference:
                 "PreferenceCollator with_source_logp=True"
             )
         length = (batch["labels"] != -100).sum(1)  # [S]
-        rows = len(batch["source_weight"])
-        is_rejected = torch.arange(len(own), device=own.device) >= len(own) - rows
-        return fused_logp(own, batch["source_logp"], length, is_rejected, self.fusion)
+        return fused_logp(own, batch["source_logp"], length, batch["role"] == REJECTED, self.fusion)
 
 
 def fused_logp(own: Tensor, source_logp: Tensor, length: Tensor, is_rejected: Tensor, fusion: str) -> Tensor:

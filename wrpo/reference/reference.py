@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wrpo.data.collation import Batch
 from wrpo.head.fused_head import install_fused_head, run_in_head
 from wrpo.head.scores import PROBE_TOKENS, untouched
 from wrpo_kernels import linear_token_logp
@@ -31,9 +32,8 @@ logger = logging.getLogger("wrpo.reference")
 
 UNSHARDED_FIRST = (
     "Compute the reference first, in a run without sharding, and give the data the column ref_logp: for each row the "
-    "log-probs of its sources, target and rejected response"
+    "log-probs of its responses"
 )
-Batch = dict[str, Tensor]
 Reference = Callable[[nn.Module, Batch], Tensor | None]  # (policy as the trainer wrapped it, batch) -> [S] or None
 
 

@@ -4,9 +4,9 @@ Each model scores every response of the triples after its prompt, rendered and t
 
     source_logp[response][model] = (sum of the log-probs of the response's tokens) / (their number)      nats, <= 0
 
-with the responses in the order sources, target, rejected. The numbers are made by the same head and kernels as in
-training. One model is in memory at a time, and what it gave is kept beside the output: a run that was stopped goes on
-with the model it was at. Source: InfiFPO, arXiv:2505.13878, eq. 10.
+with the responses in the order of the row: sources, target, rejected. The numbers are made by the same head and kernels
+as in training. One model is in memory at a time, and what it gave is kept beside the output: a run that was stopped
+goes on with the model it was at. Source: InfiFPO, arXiv:2505.13878, eq. 10.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from wrpo.data import PreferenceCollator, load_triples, tokenize_triples
+from wrpo.data import PreferenceCollator, load_examples, tokenize_examples
 from wrpo.data.collation import pad_token
 from wrpo.flags import Flags, whole_number
 from wrpo.head.fused_head import install_fused_head
@@ -33,7 +33,7 @@ from wrpo.rows.reading import read_rows
 from wrpo.settings import ModelSettings, SettingsError
 from wrpo.user_error import UserError
 
-from .cache import model_fingerprint, responses_of, with_reference
+from .cache import model_fingerprint, with_reference
 from .reference import sequence_logp
 
 logger = logging.getLogger("wrpo")
@@ -52,7 +52,7 @@ def mean_logp(
     """For each row, each response's mean log-prob a token under one model, in nats: sources, target, rejected.
 
     Args:
-        triples: what `load_triples` returns.
+        triples: what `load_examples` returns.
         model: a causal language model of transformers.
         tokenizer: the model's own.
         cache_file: where the sums are kept, with a fingerprint of rows, model and tokenizer; see `reference_cache`.
@@ -64,7 +64,8 @@ def mean_logp(
     Raises:
         DataError: a row that the model's chat template refuses.  ValueError: a log-prob that is not finite.
     """
-    tokens = tokenize_triples(triples, tokenizer, max_length=max_length, max_prompt_length=None)
+    tokens = tokenize_examples(triples, tokenizer, max_length=max_length, max_prompt_length=None)
+    tokens = tokens.remove_columns([name for name in ("ref_logp", "source_logp") if name in tokens.column_names])
     accelerator = Accelerator()
     model = model.to(accelerator.device).eval()
     head = install_fused_head(model)
@@ -77,16 +78,17 @@ def mean_logp(
     scored = with_reference(
         tokens, cache_file, fingerprint, logp_of, batch_size=batch_size, accelerator=accelerator, progress=progress
     )
-    return [[logp / len(ids) for logp, ids in zip(row["ref_logp"], responses_of(row), strict=True)] for row in scored]
+    rows = ((row["ref_logp"], row["response_ids"]) for row in scored)
+    return [[logp / len(ids) for logp, ids in zip(logps, responses, strict=True)] for logps, responses in rows]
 
 
 def with_source_logp(
     triples: datasets.Dataset, models: list[str], cache_dir: Path, *, torch_dtype: str = "auto", **options: Any
 ) -> datasets.Dataset:
-    """The triples with the column `source_logp` [K + 2][M] of all these models, in their order.
+    """The triples with the column `source_logp` [R][M] of all these models, in their order.
 
     Args:
-        triples: what `load_triples` returns.
+        triples: what `load_examples` returns.
         models: folders or hub names, each with its tokenizer.
         cache_dir: folder of what each model gave.
         torch_dtype: of the weights in memory. Default: auto, as saved.
@@ -130,7 +132,7 @@ def run(arguments: list[str]) -> None:
     flags.add_argument("--overwrite", action="store_true", help="replace the output if it is there")
     given = flags.read(arguments)
     _refuse_output(given.output, given.overwrite)
-    triples = load_triples(given.triples)
+    triples = load_examples(given.triples)
     _refuse_input(given.output, triples.unique("file"))
     cache_dir = given.output.with_name(f"{given.output.name}.models")
     scored = with_source_logp(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from wrpo.data.collation import Batch
 from wrpo.head.fused_head import adapts_tied_weight, install_fused_head
 from wrpo.reference.reference import is_partitioned
 from wrpo.user_error import UserError
@@ -26,11 +27,9 @@ from wrpo_kernels.lm_head.scratch import none_kept
 
 from .config import FusedHeadConfig
 from .curves import TrainingCurves
-from .metrics import RunningMeans
+from .metrics import Measured, RunningMeans
 
 logger = logging.getLogger("wrpo.head")
-
-Batch = dict[str, Tensor]
 
 
 class HeadTrainer(Trainer):
@@ -90,8 +89,8 @@ class HeadTrainer(Trainer):
         """[B], what each row of the batch weighs in the mean that is the loss."""
         raise NotImplementedError
 
-    def batch_loss(self, model: nn.Module, batch: Batch, count: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The batch's share of the loss, its sum divided by `count`; and the values to log, each [B].
+    def batch_loss(self, model: nn.Module, batch: Batch, count: Tensor | None) -> tuple[Tensor, dict[str, Measured]]:
+        """The batch's share of the loss, its sum divided by `count`; and the values to log.
 
         With `count` None (evaluation) the values hold "loss", and the first result is not used.
         """
@@ -143,7 +142,7 @@ class HeadTrainer(Trainer):
         weight = self.item_weight(inputs)
         weight[self.rows_of_the_data(len(weight)) :] = 0
         self.eval_means.add(values, weight)
-        return values["loss"].mean(), None, None
+        return values["loss"].value.mean(), None, None
 
     def rows_of_the_data(self, rows: int) -> int:
         """How many rows of this batch are not repeats that make the last batches of all ranks equally large."""

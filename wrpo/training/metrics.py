@@ -1,52 +1,71 @@
-"""What a WRPO run logs, under the names of the paper's code, and its means over steps and ranks.
+"""What a preference run logs, under the names of the paper's code, and its means over steps and ranks.
 
-K sources with shares q_k and B examples; every value is one number an example:
+Every value is one number a row; q are the shares of the responses of a role in their row, w the weights of
+`wrpo.training.response_weights`:
 
     rewards/source_chosen      sum_k q_k r(source_k)            logps/source_chosen the same of log-probs, nats
     rewards/target_chosen      r(target)                        logps/target_chosen
-    rewards/rejected           r(rejected)                      logps/rejected
-    rewards/chosen             alpha * source_chosen + (1 - alpha) * target_chosen
+    rewards/rejected           sum_j q_j r(rejected_j)          logps/rejected
+    rewards/chosen             sum of w r over sources and target: alpha_b source_chosen + (1 - alpha_b) target_chosen
     rewards/margins            chosen - rejected
     rewards/accuracies         chosen > rejected
     rewards/source_accuracies  source_chosen > rejected         "hybrid-policy" pairs
     rewards/pivot_accuracies   target_chosen > rejected         pairs of the target itself
 
+A value of sources is of the rows that have one, a value of targets likewise; where no row does, it is not logged.
 Source: WRPO, arXiv:2412.03187.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from wrpo.data.collation import Batch
+from wrpo.data.roles import REJECTED, SOURCE, TARGET
 
-def preference_metrics(logp: Tensor, reward: Tensor, source_weight: Tensor, alpha: float | Tensor) -> dict[str, Tensor]:
-    """The values above, each [B] float32.
+from .response_weights import has_role, response_weights, sum_by_row
+
+
+class Measured(NamedTuple):
+    """A value of each row, and which rows have it."""
+
+    value: Tensor  # [B]
+    holds: Tensor  # [B] bool
+
+
+def preference_metrics(logp: Tensor, reward: Tensor, batch: Batch, alpha: float | Tensor) -> dict[str, Measured]:
+    """The values above, float32.
 
     Args:
-        logp, reward: [S] float32 in the WRPO layout, S = (K + 2) * B.
-        source_weight: [B, K] float32, the shares q_k.
+        logp, reward: [S] float32, of each response.
+        batch: with `num_responses` [B], `role` [S], `share` [S].
         alpha: fusion coefficient of the step, a number or [].
     """
-    examples, num_sources = source_weight.shape
-    share = source_weight.t()  # [K, B]
-    reward, logp = reward.view(num_sources + 2, examples), logp.view(num_sources + 2, examples)
-    source, target, rejected = (share * reward[:-2]).sum(0), reward[-2], reward[-1]
-    chosen = alpha * source + (1.0 - alpha) * target
+    role, share = batch["role"], batch["share"]
+    weight = response_weights(batch, alpha).float()
+    has_source, has_target = has_role(batch, SOURCE), has_role(batch, TARGET)
+    every = torch.ones_like(has_source)
+
+    def mean(values: Tensor, of_role: int) -> Tensor:
+        return sum_by_row(torch.where(role == of_role, share * values, 0.0), batch)
+
+    source, target, rejected = (mean(reward, of_role) for of_role in (SOURCE, TARGET, REJECTED))
+    chosen = sum_by_row(torch.where(role == REJECTED, 0.0, weight * reward), batch)
     return {
-        "rewards/chosen": chosen,
-        "rewards/source_chosen": source,
-        "rewards/target_chosen": target,
-        "rewards/rejected": rejected,
-        "rewards/accuracies": (chosen > rejected).float(),
-        "rewards/source_accuracies": (source > rejected).float(),
-        "rewards/pivot_accuracies": (target > rejected).float(),
-        "rewards/margins": chosen - rejected,
-        "logps/source_chosen": (share * logp[:-2]).sum(0),
-        "logps/target_chosen": logp[-2],
-        "logps/rejected": logp[-1],
+        "rewards/chosen": Measured(chosen, every),
+        "rewards/source_chosen": Measured(source, has_source),
+        "rewards/target_chosen": Measured(target, has_target),
+        "rewards/rejected": Measured(rejected, every),
+        "rewards/accuracies": Measured((chosen > rejected).float(), every),
+        "rewards/source_accuracies": Measured((source > rejected).float(), has_source),
+        "rewards/pivot_accuracies": Measured((target > rejected).float(), has_target),
+        "rewards/margins": Measured(chosen - rejected, every),
+        "logps/source_chosen": Measured(mean(logp, SOURCE), has_source),
+        "logps/target_chosen": Measured(mean(logp, TARGET), has_target),
+        "logps/rejected": Measured(mean(logp, REJECTED), every),
     }
 
 
@@ -55,12 +74,13 @@ class RunningMeans:
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self.sums: Tensor | None = None  # [names + 1], the last is the sum of weights
+        self.sums: Tensor | None = None  # [2, names]: of the values, of their weights
 
-    def add(self, values: dict[str, Tensor], weight: Tensor) -> None:
-        """`values` [B] each, `weight` [B]: 0 leaves an example out, whatever its values."""
-        rows = torch.stack([*values.values(), torch.ones_like(weight)]).double()
-        sums = torch.where(weight > 0, rows * weight, 0.0).sum(1)
+    def add(self, values: dict[str, Measured], weight: Tensor) -> None:
+        """`weight` [B]: 0 leaves a row out, whatever its values."""
+        weights = torch.stack([weight * measured.holds for measured in values.values()]).double()  # [names, B]
+        rows = torch.stack([measured.value for measured in values.values()]).double()
+        sums = torch.stack([torch.where(weights > 0, rows * weights, 0.0).sum(1), weights.sum(1)])
         self.sums = sums if self.sums is None else self.sums + sums
         self.names = list(values)
 
@@ -68,6 +88,6 @@ class RunningMeans:
         """The means over everything added on all ranks since the last call; every rank must call it."""
         if self.sums is None:
             return {}
-        *sums, weight = accelerator.reduce(self.sums, "sum").tolist()
+        totals, weights = accelerator.reduce(self.sums, "sum").tolist()
         self.sums = None
-        return {name: total / weight for name, total in zip(self.names, sums, strict=True)} if weight else {}
+        return {name: total / w for name, total, w in zip(self.names, totals, weights, strict=True) if w}

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from wrpo.data import SFTCollator
-from wrpo.data.collation import pad_token
+from wrpo.data.collation import Batch, pad_token
 from wrpo.head.fused_head import run_in_head
 from wrpo_kernels import linear_token_logp
 
 from .config import SFTConfig
-from .head_trainer import Batch, HeadTrainer
+from .head_trainer import HeadTrainer
+from .metrics import Measured
 
 
 class SFTTrainer(HeadTrainer):
@@ -27,7 +28,7 @@ class SFTTrainer(HeadTrainer):
     Args:
         model: a causal language model of transformers, or a PEFT model.
         args: `SFTConfig`.
-        train_dataset, eval_dataset: rows of `wrpo.data.tokenize_triples`.
+        train_dataset, eval_dataset: rows of `wrpo.data.tokenize_examples`.
         processing_class: the tokenizer, saved with the model; its padding token fills the batches.
         data_collator: rows to a batch. Default: `SFTCollator`, each row's best source response.
         **options: of `transformers.Trainer`.
@@ -42,7 +43,7 @@ class SFTTrainer(HeadTrainer):
     def item_weight(self, batch: Batch) -> Tensor:
         return (batch["labels"] != -100).sum(1).float()
 
-    def batch_loss(self, model: nn.Module, batch: Batch, count: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def batch_loss(self, model: nn.Module, batch: Batch, count: Tensor | None) -> tuple[Tensor, dict[str, Measured]]:
         labels = batch["labels"]
 
         def head_fn(hidden: Tensor, weight: Tensor, **head: Any) -> Tensor:
@@ -51,7 +52,8 @@ class SFTTrainer(HeadTrainer):
         rows = run_in_head(model, head_fn, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         nll = -rows.sum(1, dtype=torch.float64)  # [B]
         if count is None:
-            return nll.sum(), {"loss": nll / self.item_weight(batch).clamp(min=1)}
+            tokens = self.item_weight(batch)
+            return nll.sum(), {"loss": Measured(nll / tokens.clamp(min=1), tokens > 0)}
         return (nll.sum() / count).float(), {}
 
 

@@ -13,11 +13,12 @@ decay^n: A / N with, after every step,
 Two weights may follow it. Both are settled between two optimizer steps, so all micro-batches and ranks of one step see
 the same, and both are computed on the device: it is waited for where a line is logged or a checkpoint written only.
 
-    shares   q_k = w_k exp(s_k / temperature) / sum_j w_j exp(s_j / temperature)     of the K answers of a row, with
-             w_k its source_weight and s_k the running mean of the model that gave answer k
+    shares   q_k = w_k exp(s_k / temperature) / sum_j w_j exp(s_j / temperature)     of a row's sources, with w_k the
+             row's own share of source k and s_k the running mean of the model that gave it
     alpha    `wrpo.training.schedule.adaptive_alpha` of the target's running accuracy
 
-The shares of a row sum to 1: where every row has one source answer there is nothing to share, which is said once.
+r(rejected) is that of the row's rejected ones by their shares. The shares of a row's sources sum to 1: where no row has
+more than one there is nothing to share, which is said once.
 A model without a row yet has the mean over all rows, so its share is that of an average one; before the first step all
 means are 0, and the shares those of the rows. Source: ours; the temperature form follows FuseRL, arXiv:2504.06562.
 """
@@ -34,9 +35,11 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from wrpo.data.collation import model_names
+from wrpo.data.collation import Batch
+from wrpo.data.roles import REJECTED, SOURCE, model_names
 
 from .config import MEASURES
+from .response_weights import row_of, shares_by_score, sum_by_row
 
 logger = logging.getLogger("wrpo.training.source_performance")
 
@@ -57,22 +60,24 @@ class RunningPerformance(TrainerCallback, ExportableState):
         self.sums = torch.zeros(len(source_models) + 2, len(MEASURES) + 1, dtype=torch.float64)
         self.step_sums = torch.zeros_like(self.sums)  # of the present step, on this rank
 
-    def add(self, reward: Tensor, batch: dict[str, Tensor], weight: Tensor) -> None:
+    def add(self, reward: Tensor, batch: Batch, weight: Tensor) -> None:
         """Count a micro-batch.
 
         Args:
-            reward: [S] float32 in the WRPO layout, S = (K + 2) * B.
-            batch: with `source_id` [B, K], where source models are named.
-            weight: [B]; 0 leaves an example out, whatever its rewards.
+            reward: [S] float32, of each response.
+            batch: with `num_responses`, `role`, `share` and, where source models are named, `source_id` [S].
+            weight: [B]; 0 leaves a row out, whatever its rewards.
         """
-        reward = reward.view(-1, len(weight)).double()  # [K + 2, B]
-        margin = reward[:-1] - reward[-1]  # [K + 1, B]: sources, target
-        values = torch.stack([margin, (margin > 0).double(), torch.ones_like(margin)], -1)
-        values = torch.where(weight[:, None] > 0, values, 0.0)  # [K + 1, B, 3]
-        place = torch.full(margin.shape, len(self.sums) - 1, device=margin.device)
-        place[:-1] = batch["source_id"].t() if self.source_models else -1  # -1: in no row
-        member = place[..., None] == torch.arange(len(self.sums), device=place.device)  # [K + 1, B, rows]
-        self.step_sums = self.step_sums.to(margin.device) + torch.einsum("kbm,kbv->mv", member.double(), values)
+        role, row = batch["role"], row_of(batch)
+        reward = torch.where(weight[row] > 0, reward, 0.0).double()
+        rejected = sum_by_row(torch.where(role == REJECTED, batch["share"] * reward, 0.0), batch)
+        margin = reward - rejected[row]  # [S]
+        values = torch.stack([margin, (margin > 0).double(), torch.ones_like(margin)], -1) * (weight[row, None] > 0)
+        unnamed = torch.full_like(role, len(self.source_models))
+        place = torch.where(role == SOURCE, batch["source_id"] if self.source_models else unnamed, unnamed + 1)
+        place = torch.where(role == REJECTED, -1, place)  # in no row of the sums
+        member = place == torch.arange(len(self.sums), device=place.device)[:, None]  # [rows of the sums, S]
+        self.step_sums = self.step_sums.to(margin.device) + member.double() @ values
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.sums = self.decay * self.sums.to(self.step_sums.device) + reduce(self.step_sums, "sum")
@@ -89,8 +94,8 @@ class RunningPerformance(TrainerCallback, ExportableState):
         right, rows = self.sums[-1, MEASURES.index("accuracy")], self.sums[-1, -1]
         return torch.where(rows > 0, right / rows, 0.0)
 
-    def source_weight(self, batch: dict[str, Tensor]) -> Tensor:
-        """[B, K] float32, the shares q_k of a batch's source answers.
+    def shares(self, batch: Batch) -> Tensor:
+        """[S] float32, the shares of a batch's responses, those of its sources as they have performed.
 
         Raises:
             ValueError: the batch does not name the models of its answers.
@@ -100,8 +105,7 @@ class RunningPerformance(TrainerCallback, ExportableState):
                 f"source_weighting={self.measure!r}: the batch has no source_id; give PreferenceCollator source_models"
             )
         score = (self.source_means() / self.temperature).to(batch["source_id"].device)
-        own = batch["source_weight"].double().log()  # -inf beyond the row's own sources, whose share stays 0
-        return (own + score[batch["source_id"]]).softmax(1).float()
+        return shares_by_score(batch, score[batch["source_id"]])
 
     def logged(self) -> dict[str, float]:
         """Each source model's running mean, and the share that an answer of it has beside one of every other model."""
@@ -153,13 +157,14 @@ def source_models_of(dataset: Any) -> list[str]:
         )
     rows: Iterable[dict] = (dataset[index] for index in range(len(dataset)))
     if hasattr(dataset, "select_columns"):  # without reading the tokens
-        columns = [name for name in ("source_model", "source_weight") if name in dataset.column_names]
+        columns = [name for name in ("role", "model") if name in dataset.column_names]
         rows = dataset.select_columns(columns)
     names: set[str] = set()
     most = 0
-    for own in map(model_names, rows):
+    for row in rows:
+        own = [name for name in model_names(row) if name is not None]
         names.update(own)
         most = max(most, len(own))
-    if most == 1:
-        logger.warning("Every row has one source answer, whose share is 1 whatever source_weighting says")
+    if most <= 1:
+        logger.warning("No row has more than one source answer, whose share is 1 whatever source_weighting says")
     return sorted(names)

@@ -3,8 +3,8 @@
     trainer = WRPOTrainer(model, WRPOConfig(output_dir="out"), train_dataset=rows, processing_class=tokenizer)
     trainer.train()
 
-A step: reference log-probs of the batch, alpha of the step, then the model's forward with `linear_wrpo_loss` in the
-place of its logits. Source: WRPO, arXiv:2412.03187.
+A step: reference log-probs of the batch, alpha of the step and with it the weight of each response, then the model's
+forward with `linear_preference_loss` in the place of its logits. Source: WRPO, arXiv:2412.03187.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from wrpo.data import PreferenceCollator
-from wrpo.data.collation import pad_token
+from wrpo.data.collation import IGNORE, Batch, pad_token
 from wrpo.head.fused_head import install_fused_head, run_in_head
 from wrpo.reference.cache import model_fingerprint, with_reference
 from wrpo.reference.fused import FusedReference
@@ -33,11 +33,12 @@ from wrpo.reference.reference import (
     refuse_partitioned,
     sequence_logp,
 )
-from wrpo_kernels import PreferenceOutput, linear_wrpo_loss
+from wrpo_kernels import PreferenceOutput, linear_preference_loss
 
 from .config import MEASURES, WRPOConfig
-from .head_trainer import Batch, HeadTrainer
-from .metrics import preference_metrics
+from .head_trainer import HeadTrainer
+from .metrics import Measured, preference_metrics
+from .response_weights import response_weights, row_of, sum_by_row
 from .schedule import adaptive_alpha, alpha_at
 from .source_performance import RunningPerformance, source_models_of
 
@@ -50,10 +51,10 @@ class WRPOTrainer(HeadTrainer):
     Args:
         model: the policy, a causal language model of transformers or a PEFT model. Its weights now are the reference.
         args: `WRPOConfig`.
-        train_dataset, eval_dataset: rows of `wrpo.data.tokenize_triples`; eval_dataset may be a dict of several.
+        train_dataset, eval_dataset: rows of `wrpo.data.tokenize_examples`; eval_dataset may be a dict of several.
         processing_class: the tokenizer, saved with the model; its padding token fills the batches.
         ref_model: another model as the reference, for copy and precompute. Default: the policy before training.
-        data_collator: rows to a batch in WRPO layout. Default: `PreferenceCollator`, which also sees to
+        data_collator: rows to a batch. Default: `PreferenceCollator`, which also sees to
             `empty_response`; without it that is checked on the CPU alone.
         **options: of `transformers.Trainer`.
 
@@ -211,48 +212,46 @@ class WRPOTrainer(HeadTrainer):
         )
 
     def item_weight(self, batch: Batch) -> Tensor:
-        """1 for each example, 0 if one of its responses has no token to count."""
-        counted = (batch["labels"] != -100).any(1).view(-1, len(batch["source_weight"]))  # [K + 2, B]
-        return counted.all(0).float()
+        """1 for each row, 0 if one of its responses has no token to count."""
+        is_empty = (batch["labels"] == IGNORE).all(1).float()  # [S]
+        return (sum_by_row(is_empty, batch) == 0).float()
 
-    def batch_loss(self, model: nn.Module, batch: Batch, count: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def batch_loss(self, model: nn.Module, batch: Batch, count: Tensor | None) -> tuple[Tensor, dict[str, Measured]]:
         alpha = self.alpha()
         if self.args.source_weighting in MEASURES:
-            batch = {**batch, "source_weight": self.performance.source_weight(batch)}
+            batch = {**batch, "share": self.performance.shares(batch)}
         out = self.forward_loss(model, batch, alpha, count)
-        if count is not None:
-            self.last_alpha = alpha
-            if self.args.follows_performance():
-                self.performance.add(out.reward, batch, self.item_weight(batch))
-        values = preference_metrics(out.logp, out.reward, batch["source_weight"], alpha)
-        return out.loss.sum(), values if count is not None else {"loss": out.loss, **values}
+        values = preference_metrics(out.logp, out.reward, batch, alpha)
+        if count is None:
+            loss = Measured(out.loss, torch.ones_like(out.loss, dtype=torch.bool))
+            return out.loss.sum(), {"loss": loss, **values}
+        self.last_alpha = alpha
+        if self.args.follows_performance():
+            self.performance.add(out.reward, batch, self.item_weight(batch))
+        return out.loss, values
 
     def forward_loss(
         self, model: nn.Module, batch: Batch, alpha: float | Tensor, count: Tensor | None
     ) -> PreferenceOutput:
-        """The loss of a batch divided by `count`, or without it the loss of each example [B]."""
-        labels, shares = batch["labels"], alpha * batch["source_weight"]  # [S, T], [B, K]
+        """The loss of a batch divided by `count`, or without it the loss of each row [B]."""
+        labels, weights = batch["labels"], response_weights(batch, alpha)  # [S, T], [S]
         ref_logp = self.reference(model, batch)
         options = {
             **self.args.loss_options(),
             **self.args.head_options(),
-            "num_sources": shares.shape[1],
-            "nll_weight": self.nll_weight(shares),
+            "seq_weight": weights,
+            "group": row_of(batch),
+            "num_groups": len(batch["num_responses"]),
+            # -log pi of the preferred responses, each by its weight in the chosen reward.
+            "nll_weight": self.args.nll_weight and self.args.nll_weight * weights.clamp(min=0.0),
             "normalizer": count,
             "reduction": "none" if count is None else "mean",
         }
 
         def head_fn(hidden: Tensor, weight: Tensor, **head: Any) -> PreferenceOutput:
-            return linear_wrpo_loss(hidden, weight, labels, ref_logp, alpha=shares, **options, **head)
+            return linear_preference_loss(hidden, weight, labels, ref_logp, **options, **head)
 
         return run_in_head(model, head_fn, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-
-    def nll_weight(self, shares: Tensor) -> Tensor | float:
-        """[S], `nll_weight` shared among the preferred responses as the chosen reward is; the rejected one has none."""
-        if not self.args.nll_weight:
-            return 0.0
-        target = 1.0 - shares.sum(1)
-        return self.args.nll_weight * torch.cat([shares.t().reshape(-1), target, torch.zeros_like(target)])
 
     def training_values(self) -> dict[str, float]:
         shares = self.performance.logged() if self.args.source_weighting in MEASURES else {}

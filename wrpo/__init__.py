@@ -1,7 +1,7 @@
 """Weighted-Reward Preference Optimization (arXiv:2412.03187) on `transformers.Trainer`, the loss fused into the head.
 
     from wrpo import WRPOConfig, WRPOTrainer
-    WRPOTrainer(model, WRPOConfig(output_dir="out"), train_dataset=rows, processing_class=tokenizer).train()
+    WRPOTrainer("path/to/model", WRPOConfig(output_dir="out"), train_dataset="triples.jsonl").train()
 
 Names are imported when they are first used: `import wrpo` alone loads neither torch nor transformers.
 """
@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 _MODULE_OF = {
+    "DPOConfig": "wrpo.training.config",
     "SFTConfig": "wrpo.training.config",
     "WRPOConfig": "wrpo.training.config",
     "install_fused_head": "wrpo.head",
@@ -21,11 +22,20 @@ _MODULE_OF = {
     "__version__": "wrpo_kernels",
 }
 
-__all__ = ["SFTConfig", "SFTTrainer", "WRPOConfig", "WRPOTrainer", "__version__", "install_fused_head", "run_in_head"]
+__all__ = [
+    "DPOConfig",
+    "SFTConfig",
+    "SFTTrainer",
+    "WRPOConfig",
+    "WRPOTrainer",
+    "__version__",
+    "install_fused_head",
+    "run_in_head",
+]
 
 if TYPE_CHECKING:
     from wrpo.head.fused_head import install_fused_head, run_in_head
-    from wrpo.training.config import SFTConfig, WRPOConfig
+    from wrpo.training.config import DPOConfig, SFTConfig, WRPOConfig
     from wrpo.training.sft_trainer import SFTTrainer
     from wrpo.training.wrpo_trainer import WRPOTrainer
     from wrpo_kernels import __version__

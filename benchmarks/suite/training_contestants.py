@@ -1,6 +1,6 @@
 """The trainers that `benchmarks.whole_steps` compares: same model, same rows, one optimizer step whenever asked.
 
-    fused          `WRPOTrainer`; on pairs the same trainer with the pair's two weights, [1, -1]
+    fused          `WRPOTrainer`
     full logits    the same trainer and loss, from the model's own logits as plain torch takes their log-softmax
     TRL            `trl.DPOTrainer`, on pairs
 
@@ -28,8 +28,8 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.suite.memory import MIB, peak_above_now
 from benchmarks.suite.training_models import work_of
 from wrpo import WRPOConfig, WRPOTrainer
-from wrpo.head import run_in_head
-from wrpo_kernels import PreferenceOutput, linear_preference_loss, preference_loss, wrpo_loss
+from wrpo.training.response_weights import response_weights, row_of
+from wrpo_kernels import PreferenceOutput, preference_loss
 
 BETA = 0.01
 ALPHA = 0.1  # of the source, in triples
@@ -41,37 +41,21 @@ class Step(NamedTuple):
     loss: float
 
 
-def pair_layout(examples: int, device: torch.device) -> dict[str, Any]:
-    """DPO's weights: preferred responses first, then the rejected ones."""
-    seq_weight = torch.tensor([1.0, -1.0], device=device).repeat_interleave(examples)
-    return {"seq_weight": seq_weight, "group": torch.arange(examples, device=device).repeat(2), "num_groups": examples}
-
-
-class FusedPairs(WRPOTrainer):
-    """`WRPOTrainer` on rows without sources."""
-
-    def forward_loss(self, model: nn.Module, batch: dict, alpha: float, count: Tensor | None) -> PreferenceOutput:
-        labels, ref_logp = batch["labels"], self.reference(model, batch)
-        options = pair_layout(len(labels) // 2, labels.device) | self.args.head_options() | {"normalizer": count}
-
-        def head_fn(hidden: Tensor, weight: Tensor, **head: Any) -> PreferenceOutput:
-            return linear_preference_loss(hidden, weight, labels, ref_logp, beta=self.args.beta, **options, **head)
-
-        return run_in_head(model, head_fn, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-
-
 class FullLogits(WRPOTrainer):
     def forward_loss(self, model: nn.Module, batch: dict, alpha: float, count: Tensor | None) -> PreferenceOutput:
-        labels, shares, ref_logp = batch["labels"], alpha * batch["source_weight"], self.reference(model, batch)
+        labels, ref_logp = batch["labels"], self.reference(model, batch)
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
         counts = labels != -100
         token_logp = logits.float().log_softmax(-1).gather(-1, labels.where(counts, 0)[..., None])[..., 0]
-        logp = (token_logp * counts).sum(1)
-        if shares.shape[1]:
-            sources = {"alpha": shares, "num_sources": shares.shape[1]}
-            return wrpo_loss(logp, ref_logp, beta=self.args.beta, normalizer=count, **sources)
-        pairs = pair_layout(len(labels) // 2, labels.device)
-        return preference_loss(logp, ref_logp, beta=self.args.beta, normalizer=count, **pairs)
+        return preference_loss(
+            (token_logp * counts).sum(1),
+            ref_logp,
+            seq_weight=response_weights(batch, alpha),
+            group=row_of(batch),
+            num_groups=len(batch["num_responses"]),
+            beta=self.args.beta,
+            normalizer=count,
+        )
 
 
 CONTESTANTS = {"triples": ("fused", "full logits"), "pairs": ("fused", "full logits", "TRL DPOTrainer")}
@@ -90,7 +74,7 @@ def trainer_of(
 
     Args:
         contestant: a name of `CONTESTANTS`.
-        rows: tokenised triples with `ref_logp`; pairs are rows without sources.
+        rows: tokenised triples or pairs with `ref_logp`.
         batch: rows a step.  steps: how many it will take.
     """
     common = {
@@ -113,7 +97,7 @@ def trainer_of(
     }
     if contestant == "TRL DPOTrainer":
         return dpo_trainer(common, model, tokenizer, rows)
-    kind = FullLogits if contestant == "full logits" else WRPOTrainer if rows[0]["source_ids"] else FusedPairs
+    kind = FullLogits if contestant == "full logits" else WRPOTrainer
     ours = {"alpha": ALPHA, "alpha_schedule": "constant", "reference": "precompute", "draw_curves": False}
     return kind(model, WRPOConfig(**common, **ours), train_dataset=rows, processing_class=tokenizer)
 
@@ -133,8 +117,8 @@ def dpo_trainer(settings: dict[str, Any], model: nn.Module, tokenizer: Any, rows
     named = [
         {
             "prompt_ids": row["prompt_ids"],
-            "chosen_ids": row["target_ids"],
-            "rejected_ids": row["rejected_ids"],
+            "chosen_ids": row["response_ids"][0],
+            "rejected_ids": row["response_ids"][1],
             "ref_chosen_logps": row["ref_logp"][0],
             "ref_rejected_logps": row["ref_logp"][1],
         }

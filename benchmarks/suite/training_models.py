@@ -20,6 +20,8 @@ from tokenizers.models import WordLevel
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from wrpo.data.roles import ROLES, without
+
 SIZES = {
     "Llama": {"vocab_size": 128256, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8},
     "tiny": {"vocab_size": 8192, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
@@ -49,7 +51,8 @@ def work_of(name: str, count: int, *, pairs: bool) -> Work:
         model, tokenizer = random_llama(name), padding_only()
         rows = random_rows(count, model.config.vocab_size, *LENGTHS[name])
     vocabulary = model.config.vocab_size
-    return Work(model, tokenizer, [with_reference(without_sources(row) if pairs else row, vocabulary) for row in rows])
+    rows = [without(row, "source") for row in rows] if pairs else rows
+    return Work(model, tokenizer, [with_reference(row, vocabulary) for row in rows])
 
 
 def random_llama(name: str) -> nn.Module:
@@ -66,12 +69,12 @@ def padding_only() -> Any:
 
 
 def demo_rows(tokenizer: Any, count: int) -> list[dict]:
-    from wrpo.data import load_triples, tokenize_triples
+    from wrpo.data import load_examples, tokenize_examples
     from wrpo.demo.make_triples import PATH
 
-    triples = load_triples(PATH)
+    triples = load_examples(PATH)
     order = [k % len(triples) for k in range(count)]
-    return list(tokenize_triples(triples.select(order), tokenizer))
+    return list(tokenize_examples(triples.select(order), tokenizer))
 
 
 def random_rows(count: int, vocabulary: int, prompt: tuple[int, int], answer: tuple[int, int]) -> list[dict]:
@@ -84,22 +87,13 @@ def random_rows(count: int, vocabulary: int, prompt: tuple[int, int], answer: tu
     return [
         {
             "prompt_ids": ids(*prompt),
-            "source_ids": [ids(*answer)],
-            "source_weight": [1.0],
-            "target_ids": ids(*answer),
-            "rejected_ids": ids(*answer),
+            "response_ids": [ids(*answer) for _ in ROLES],
+            "role": list(ROLES),
+            "share": [1.0] * len(ROLES),
         }
         for _ in range(count)
     ]
 
 
-def without_sources(row: dict) -> dict:
-    return {name: row[name] for name in ("prompt_ids", "target_ids", "rejected_ids")} | {
-        "source_ids": [],
-        "source_weight": [],
-    }
-
-
 def with_reference(row: dict, vocabulary: int) -> dict:
-    answers = [*row["source_ids"], row["target_ids"], row["rejected_ids"]]
-    return row | {"ref_logp": [-math.log(vocabulary) / 2 * len(ids) for ids in answers]}
+    return row | {"ref_logp": [-math.log(vocabulary) / 2 * len(ids) for ids in row["response_ids"]]}

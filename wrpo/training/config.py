@@ -44,7 +44,11 @@ class FusedHeadConfig(TrainingArguments):
     )
     lr_scheduler_type: str = knob("cosine", "Learning-rate schedule. Default: cosine (paper).")
     warmup_steps: float = knob(0.1, "Learning-rate warm-up: steps, or below 1 a share of them. Default: 0.1 (paper).")
-    logging_steps: float = knob(10, "Optimizer steps between log lines, or below 1 a share of all. Default: 10.")
+    logging_steps: float = knob(
+        10,
+        "Optimizer steps between log lines, or below 1 a share of all; a run of fewer than ten times as many logs ten "
+        "times all the same. Default: 10.",
+    )
     logging_nan_inf_filter: bool = knob(
         False,
         "Hide NaN losses in the log. Default: False: a NaN should be seen, and looking costs a device sync a step.",
@@ -105,6 +109,10 @@ class FusedHeadConfig(TrainingArguments):
         self._check_range("seed", 0, LARGEST_SEED)
         if self.data_seed is not None:
             self._check_range("data_seed", 0, LARGEST_SEED)
+
+    def unused_role(self) -> str | None:
+        """The role whose responses weigh nothing in any step, so that the data can leave them out; None: no such."""
+        return None
 
     def head_options(self) -> dict:
         """How the kernels are to run: keyword arguments of every `linear_...` op."""
@@ -188,8 +196,8 @@ class WRPOConfig(FusedHeadConfig):
     loss_type: str = knob(
         "sigmoid",
         "sigmoid: -log sigmoid(m), the paper's; hinge: max(0, 1 - m); ipo: ((m - 1/2) / beta)^2; simpo: sigmoid with "
-        "each log-prob divided by its length and no reference; dpo: sigmoid with alpha 0; the source responses "
-        "still go through the model, for their metrics. Default: sigmoid.",
+        "each log-prob divided by its length and no reference; dpo: sigmoid with alpha 0, where a row that has a "
+        "target leaves its sources out. Default: sigmoid.",
     )
     loss_label_smoothing: float = knob(
         0.0, "Probability that a preference is flipped, in [0, 0.5); sigmoid losses only. Default: 0 (paper)."
@@ -274,6 +282,13 @@ class WRPOConfig(FusedHeadConfig):
             if holds:
                 raise ValueError(words)
 
+    def unused_role(self) -> str | None:
+        """The preferred role that weighs nothing in any step, where a row has the other one too."""
+        ends = {self.alpha} if self.alpha_schedule == "constant" else {self.alpha, self.alpha_start}
+        if self.loss_type == "dpo" or ends == {0.0}:
+            return "source"
+        return "target" if ends == {1.0} else None
+
     def follows_performance(self) -> bool:
         """Whether a weight depends on the running means of `wrpo.training.source_performance`."""
         return self.source_weighting in MEASURES or self.alpha_schedule == "adaptive"
@@ -288,3 +303,23 @@ class WRPOConfig(FusedHeadConfig):
             "length_normalize": self.length_normalize or self.loss_type == "simpo",
             "empty": self.empty_response,
         }
+
+
+@dataclass
+class DPOConfig(WRPOConfig):
+    """Direct Preference Optimization on pairs: `WRPOConfig` with the defaults that DPO users know, and alpha 0.
+
+    m = r(chosen) - r(rejected) - gamma; of rows with source answers too, the target's alone are used.
+    Source: DPO, arXiv:2305.18290; defaults as in TRL's DPOConfig.
+    """
+
+    learning_rate: float = knob(1e-6, "Peak learning rate. Default: 1e-6.")
+    beta: float = knob(0.1, "Scale of the implicit reward, 1/nats; for ipo the paper's tau. Default: 0.1.")
+    alpha: float = knob(0.0, "Not used: the source's answers do not count. Default: 0.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha or self.alpha_start:
+            raise ValueError(
+                f"alpha and alpha_start must be 0 for DPO, got {self.alpha} and {self.alpha_start}; WRPOConfig has them"
+            )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from wrpo.data.collation import Batch
+from wrpo.data.collation import Batch, pad_token
 from wrpo.head.fused_head import adapts_tied_weight, install_fused_head
 from wrpo.reference.reference import is_partitioned
 from wrpo.user_error import UserError
@@ -28,6 +28,8 @@ from wrpo_kernels.lm_head.scratch import none_kept
 from .config import FusedHeadConfig
 from .curves import TrainingCurves
 from .metrics import Measured, RunningMeans
+from .opening import open_data, open_model, open_tokenizer
+from .start_report import StartReport, data_size
 
 logger = logging.getLogger("wrpo.head")
 
@@ -36,8 +38,20 @@ class HeadTrainer(Trainer):
     """Base of `SFTTrainer` and `WRPOTrainer`; `batch_loss` says what the loss is, `item_weight` what it counts."""
 
     loss_is_scaled_for_ga = True  # by the count of the whole step
+    stage: str  # which form of a row it trains on: "preference" or "sft"
 
-    def __init__(self, model: nn.Module, args: FusedHeadConfig, **options: Any):
+    def __init__(
+        self,
+        model: Any,
+        args: FusedHeadConfig,
+        *,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        data_collator: Any = None,
+        peft_config: Any = None,
+        **options: Any,
+    ):
         for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
             if options.get(name) is not None:
                 raise ValueError(f"{name} needs logits, which never exist here; the metrics are in the log instead")
@@ -46,6 +60,10 @@ class HeadTrainer(Trainer):
                 f"{args.n_gpu} GPUs in one process (DataParallel) are not supported: start one process a GPU with "
                 f"`torchrun --nproc_per_node {args.n_gpu} ...`, or show this process one GPU with CUDA_VISIBLE_DEVICES"
             )
+        tokenizer = open_tokenizer(processing_class, model)
+        train_dataset = open_data(train_dataset, tokenizer, args, self.stage)
+        eval_dataset = open_data(eval_dataset, tokenizer, args, self.stage)
+        model = open_model(model, peft_config)
         if args.check_head and model is not None and is_partitioned(model):
             raise ValueError(
                 "check_head runs the model before it is wrapped, and its weights are spread over ranks or not there "
@@ -53,7 +71,15 @@ class HeadTrainer(Trainer):
             )
         if args.kernel_backend is not None:
             check_backend(args.kernel_backend, args.device)
-        super().__init__(model=model, args=args, **options)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            data_collator=data_collator or self.collator(args, train_dataset, pad_token(tokenizer, model)),
+            **options,
+        )
         self.model_accepts_loss_kwargs = True  # what transformers before `loss_is_scaled_for_ga` reads
         install_fused_head(self.model, check=args.check_head)
         if adapts_tied_weight(self.model):
@@ -63,6 +89,7 @@ class HeadTrainer(Trainer):
                 "of its own, before get_peft_model: head = model.get_output_embeddings(); head.weight = "
                 "torch.nn.Parameter(head.weight.detach().clone()); model.config.tie_word_embeddings = False"
             )
+        self.add_callback(StartReport(self.start_lines))
         self.add_callback(TrainingCurves(draw=args.draw_curves))
         self.train_means, self.eval_means = RunningMeans(), RunningMeans()
 
@@ -84,6 +111,22 @@ class HeadTrainer(Trainer):
                 "loss in the log"
             )
         return output
+
+    def collator(self, args: Any, train_dataset: Any, pad_token_id: int) -> Any:
+        """Rows to a batch, where the caller gives no collator of his own."""
+        raise NotImplementedError
+
+    def start_lines(self, steps: int) -> list[str]:
+        """What the run says of itself before its first step."""
+        args, budget = self.args, self.args.budget_bytes
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        pieces = "the default budget" if budget is None else f"{budget / 2**20:.0f} MiB"
+        size = data_size(self.train_dataset)
+        return [
+            f"data       {'a stream' if size is None else size}",
+            f"steps      {steps:,} of {rows} rows, learning rate {args.learning_rate:g} ({args.lr_scheduler_type})",
+            f"kernel     {args.kernel_backend or 'the best that runs here'}, logits in pieces of {pieces}",
+        ]
 
     def item_weight(self, batch: Batch) -> Tensor:
         """[B], what each row of the batch weighs in the mean that is the loss."""

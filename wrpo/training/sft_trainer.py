@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wrpo.data import SFTCollator
-from wrpo.data.collation import Batch, pad_token
+from wrpo.data.collation import Batch
 from wrpo.head.fused_head import run_in_head
 from wrpo_kernels import linear_token_logp
 
@@ -26,19 +26,23 @@ class SFTTrainer(HeadTrainer):
     """Supervised fine-tuning with the fused head.
 
     Args:
-        model: a causal language model of transformers, or a PEFT model.
+        model: a folder, a hub name, a causal language model of transformers, or a PEFT model.
         args: `SFTConfig`.
-        train_dataset, eval_dataset: rows of `wrpo.data.tokenize_examples`.
-        processing_class: the tokenizer, saved with the model; its padding token fills the batches.
-        data_collator: rows to a batch. Default: `SFTCollator`, each row's best source response.
+        train_dataset, eval_dataset: a file, a list or a `datasets.Dataset` of rows in any form of `wrpo.data.forms`, or
+            rows of `wrpo.data.tokenize_examples`; eval_dataset may be a dict of several.
+        processing_class: the tokenizer, saved with the model; its padding token fills the batches. Default: the one
+            that lies with a model given by name.
+        peft_config: of an adapter that the model gets. Default: none.
+        data_collator: rows to a batch. Default: `SFTCollator`, each row's best answer.
         **options: of `transformers.Trainer`.
 
     Logs loss in nats a token.
     """
 
-    def __init__(self, model: nn.Module, args: SFTConfig, *, data_collator: Any = None, **options: Any):
-        collator = data_collator or SFTCollator(pad_token(options.get("processing_class"), model))
-        super().__init__(model, args, data_collator=collator, **options)
+    stage = "sft"
+
+    def collator(self, args: SFTConfig, train_dataset: Any, pad_token_id: int) -> SFTCollator:
+        return SFTCollator(pad_token_id)
 
     def item_weight(self, batch: Batch) -> Tensor:
         return (batch["labels"] != -100).sum(1).float()

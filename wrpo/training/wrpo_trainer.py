@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from wrpo.data import PreferenceCollator
-from wrpo.data.collation import IGNORE, Batch, pad_token
+from wrpo.data.collation import IGNORE, Batch
 from wrpo.head.fused_head import install_fused_head, run_in_head
 from wrpo.reference.cache import model_fingerprint, with_reference
 from wrpo.reference.fused import FusedReference
@@ -49,51 +49,60 @@ class WRPOTrainer(HeadTrainer):
     """Trainer of the weighted-reward preference loss.
 
     Args:
-        model: the policy, a causal language model of transformers or a PEFT model. Its weights now are the reference.
-        args: `WRPOConfig`.
-        train_dataset, eval_dataset: rows of `wrpo.data.tokenize_examples`; eval_dataset may be a dict of several.
-        processing_class: the tokenizer, saved with the model; its padding token fills the batches.
+        model: the policy: a folder, a hub name, a causal language model of transformers, or a PEFT model. Its weights
+            now are the reference.
+        args: `WRPOConfig`, or `DPOConfig` for pairs. Default: WRPOConfig().
+        train_dataset, eval_dataset: a file, a list or a `datasets.Dataset` of rows in any form of `wrpo.data.forms`, or
+            rows of `wrpo.data.tokenize_examples`; eval_dataset may be a dict of several.
+        processing_class: the tokenizer, saved with the model; its padding token fills the batches. Default: the one
+            that lies with a model given by name.
+        peft_config: of an adapter that the model gets; the reference is then the model without it. Default: none.
         ref_model: another model as the reference, for copy and precompute. Default: the policy before training.
-        data_collator: rows to a batch. Default: `PreferenceCollator`, which also sees to
-            `empty_response`; without it that is checked on the CPU alone.
+        data_collator: rows to a batch. Default: `PreferenceCollator`, which also sees to `empty_response`; without it
+            that is checked on the CPU alone.
         **options: of `transformers.Trainer`.
 
     Logs the values of `wrpo.training.metrics` for training and evaluation, over all ranks, and alpha. To resume, give
     the same model again and `train(resume_from_checkpoint=...)`: the reference stays the model of the first start.
     """
 
+    stage = "preference"
     train_dataset: Any
     eval_dataset: Any
 
     def __init__(
         self,
-        model: nn.Module,
-        args: WRPOConfig,
+        model: Any,
+        args: WRPOConfig | None = None,
         *,
         ref_model: nn.Module | None = None,
         data_collator: Any = None,
         **options: Any,
     ):
-        follows = args.source_weighting in MEASURES
-        names = source_models_of(options.get("train_dataset")) if follows else []
-        by_reward = args.source_weighting == "reward"
-        if by_reward and data_collator is not None:
+        args = WRPOConfig() if args is None else args
+        if args.source_weighting == "reward" and data_collator is not None:
             raise ValueError("source_weighting='reward' is the work of PreferenceCollator: give it reward_temperature")
-        collator = data_collator or PreferenceCollator(
-            pad_token(options.get("processing_class"), model),
-            empty_response=args.empty_response,
-            reward_temperature=args.source_temperature if by_reward else None,
-            source_models=names if follows else None,
-            with_source_logp=args.reference_fusion != "none",
-        )
-        super().__init__(model, args, data_collator=collator, **options)
+        super().__init__(model, args, data_collator=data_collator, **options)
         if args.follows_performance():
-            measure = args.source_weighting if follows else "accuracy"
+            names, measure = [], "accuracy"  # where alpha alone follows
+            if args.source_weighting in MEASURES:
+                measure = args.source_weighting
+                own = getattr(self.data_collator, "source_models", None)
+                names = source_models_of(self.train_dataset) if own is None else own
             self.add_callback(RunningPerformance(names, measure, args.source_temperature, args.performance_decay))
         self.last_alpha = self.alpha()
         self.reference = self.open_reference(ref_model)
         if args.reference_fusion != "none":
             self.reference = FusedReference(self.reference, args.reference_fusion)
+
+    def collator(self, args: WRPOConfig, train_dataset: Any, pad_token_id: int) -> PreferenceCollator:
+        return PreferenceCollator(
+            pad_token_id,
+            empty_response=args.empty_response,
+            reward_temperature=args.source_temperature if args.source_weighting == "reward" else None,
+            source_models=source_models_of(train_dataset) if args.source_weighting in MEASURES else None,
+            with_source_logp=args.reference_fusion != "none",
+        )
 
     @property
     def performance(self) -> RunningPerformance:
@@ -112,6 +121,7 @@ class WRPOTrainer(HeadTrainer):
         source = choose_reference(
             wanted, self.model, args.loss_type, has_length=has_length, has_reference=has_reference
         )
+        self.reference_source = "of the data" if has_reference else source
         if ref_model is not None and source in ("adapter", "none"):
             raise ValueError(f"ref_model is given but reference={source!r} does not use it; use copy or precompute")
         if brought and source != "precompute":
@@ -210,6 +220,17 @@ class WRPOTrainer(HeadTrainer):
             end=args.alpha,
             warmup_ratio=args.alpha_warmup_ratio,
         )
+
+    def start_lines(self, steps: int) -> list[str]:
+        args = self.args
+        alpha = f"{args.alpha:g} (constant)"
+        if args.alpha_schedule != "constant":
+            alpha = f"{args.alpha_start:g} to {args.alpha:g} ({args.alpha_schedule})"
+        return [
+            *super().start_lines(steps),
+            f"loss       {args.loss_type}, beta {args.beta:g}" + ("" if args.unused_role() else f", alpha {alpha}"),
+            f"reference  {self.reference_source}",
+        ]
 
     def item_weight(self, batch: Batch) -> Tensor:
         """1 for each row, 0 if one of its responses has no token to count."""

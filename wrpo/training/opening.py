@@ -1,0 +1,98 @@
+"""What a trainer is given, as it needs it: a model by name or as it is, data as a file, raw rows or token ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from wrpo.data import DataError, tokenize_examples
+load_examples = None
+from wrpo.data.selection import leave_out
+from wrpo.pretrained import load_model, load_tokenizer
+from wrpo.rows.errors import shown
+from wrpo.settings import ModelSettings
+
+from .config import FusedHeadConfig
+
+TOKENS = ("prompt_ids", "response_ids")  # what a tokenised row has at least
+
+
+def open_tokenizer(processing_class: Any, model: Any) -> Any:
+    """What the caller gave, else the tokenizer that lies with a model given by name, else None."""
+    if processing_class is None and isinstance(model, (str, Path)):
+        return load_tokenizer(ModelSettings(model_name_or_path=str(model)), "model")
+    return processing_class
+
+
+def open_model(model: Any, peft_config: Any) -> nn.Module | None:
+    """The model with its adapter.
+
+    Args:
+        model: a folder or hub name, a causal language model of transformers, or None where `model_init` makes it.
+        peft_config: a `peft.PeftConfig` whose adapter the model gets; None leaves it as it is.
+
+    Raises:
+        TypeError: a model of another kind.  SettingsError: nothing to load under that name.
+    """
+    if isinstance(model, (str, Path)):
+        model = load_model(ModelSettings(model_name_or_path=str(model)), "model")
+    elif not isinstance(model, (nn.Module, type(None))):
+        raise TypeError(f"model must be a folder, a hub name or a model of transformers, got {shown(model)}")
+    if peft_config is None:
+        return model
+    from peft import get_peft_model
+
+    return get_peft_model(model, peft_config)
+
+
+def open_data(data: Any, tokenizer: Any, args: FusedHeadConfig, stage: str) -> Any:
+    """Tokenised rows, without the responses that the run would only multiply by zero.
+
+    Rows that are tokenised stay as they are; a path, a list or a `datasets.Dataset` of raw rows is read and tokenised.
+
+    Args:
+        data: one of these, a dict of several, or None.
+        tokenizer: for raw rows.
+        args: `max_length`, `max_prompt_length` and `unused_role()`.
+        stage: "preference" or "sft".
+
+    Raises:
+        DataError: a row that cannot be used.  ValueError: raw rows without a tokenizer, or as a stream.
+    """
+    if isinstance(data, dict):
+        return {name: open_data(part, tokenizer, args, stage) for name, part in data.items()}
+    if data is None or (hasattr(data, "__len__") and not len(data)):
+        return data
+    if not isinstance(data, (str, Path)) and is_tokenised(data):
+        return leave_out(data, args.unused_role())
+    if not isinstance(data, (str, Path)) and not hasattr(data, "__len__"):
+        raise ValueError(
+            "a stream of raw rows cannot be tokenised ahead; give a file or a data set with a length, or a stream of "
+            "the rows of wrpo.data.tokenize_examples"
+        )
+    if tokenizer is None:
+        raise ValueError("raw rows need a tokenizer: give processing_class, or the model by its name")
+    with args.main_process_first(desc="tokenising"):  # the others read what the first has put on disk
+        rows = tokenize_examples(
+            load_examples(data, stage=stage),
+            tokenizer,
+            max_length=args.max_length,
+            max_prompt_length=args.max_prompt_length,
+        )
+    return leave_out(rows, args.unused_role())
+
+
+def is_tokenised(data: Any) -> bool:
+    """By the first row, or of a stream that names its columns by these.
+
+    Raises:
+        DataError: token ids of another form than `tokenize_examples` makes.
+    """
+    row = getattr(data, "column_names", None) or (data[0] if hasattr(data, "__getitem__") else next(iter(data)))
+    found = [name for name in row if name in TOKENS]
+    if found and len(found) < len(TOKENS):
+        expected = "prompt_ids, response_ids, role and share, as wrpo.data.tokenize_examples makes them"
+        raise DataError(expected, f"the columns {', '.join(map(str, row))}", "Tokenise the rows with it.")
+    return bool(found)

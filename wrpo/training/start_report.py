@@ -1,0 +1,80 @@
+"""What a run says at its start, in a few lines, and that it logs at least ten times however short it is."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from transformers import TrainerCallback
+
+FEWEST_LINES = 10  # of the log, where the run has as many steps
+ROWS_AT_A_TIME = 1000
+
+
+class DataSize(NamedTuple):
+    """How much there is to train on."""
+
+    rows: Counter[str]  # by the roles of their responses, "source + target + rejected"
+    responses: int
+    prompt_tokens: int  # as often as they go through the model: once for each response
+    response_tokens: int
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.rows.most_common(4))
+        tokens = self.prompt_tokens + self.response_tokens
+        share = f"{self.prompt_tokens / tokens:.0%}" if tokens else "none"
+        rows = f"{self.rows.total():,} rows ({kinds}), {self.responses:,} responses"
+        return f"{rows}, {tokens:,} tokens, {share} of them prompt"
+
+
+def data_size(rows: Any) -> DataSize | None:
+    """Of tokenised rows; None of a stream, which nobody has gone through yet."""
+    if not hasattr(rows, "__len__"):
+        return None
+    kinds: Counter[str] = Counter()
+    responses = prompt_tokens = response_tokens = 0
+    for prompt, lengths, roles in _lengths(rows):
+        kinds[_kind(roles)] += 1
+        responses += len(lengths)
+        prompt_tokens += prompt * len(lengths)
+        response_tokens += sum(lengths)
+    return DataSize(kinds, responses, prompt_tokens, response_tokens)
+
+
+def _lengths(rows: Any) -> Iterator[tuple[int, list[int], list[str]]]:
+    """(tokens of the prompt, of each response, their roles); a `datasets.Dataset` is asked for lengths, not for tokens."""
+    if not hasattr(rows, "select_columns"):
+        for row in (rows[index] for index in range(len(rows))):
+            yield len(row["prompt_ids"]), [len(ids) for ids in row["response_ids"]], row["role"]
+        return
+    import pyarrow.compute as pc
+
+    columns = rows.select_columns(["prompt_ids", "response_ids", "role"]).with_format("arrow")
+    for table in columns.iter(ROWS_AT_A_TIME):
+        prompts = pc.list_value_length(table["prompt_ids"]).to_pylist()
+        lengths = iter(pc.list_value_length(pc.list_flatten(table["response_ids"])).to_pylist())
+        for prompt, roles in zip(prompts, table["role"].to_pylist(), strict=True):
+            yield prompt, [next(lengths) for _ in roles], roles
+
+
+def _kind(roles: list[str]) -> str:
+    counts = Counter(roles)
+    return " + ".join(f"{count} {role}" if count > 1 else role for role, count in counts.items())
+
+
+class StartReport(TrainerCallback):
+    """Prints the lines on the main process when training begins, and sees to the log.
+
+    Args:
+        lines: what to say, given the number of optimizer steps.
+    """
+
+    def __init__(self, lines: Callable[[int], list[str]]):
+        self.lines = lines
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.logging_steps = max(1, min(state.logging_steps, state.max_steps // FEWEST_LINES))
+        if state.is_world_process_zero:
+            print("\n".join(self.lines(state.max_steps)), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Triples as one `datasets.Dataset` in the explicit form, every row checked."""
+"""Examples as one `datasets.Dataset`, every row read from whatever form it has, and checked."""
 
 from __future__ import annotations
 
@@ -11,66 +11,118 @@ import pyarrow as pa
 from datasets import Features, Value
 
 from wrpo.rows.errors import BadRows, DataError
-from wrpo.rows.reading import read_rows
+from wrpo.rows.messages import json_text
+from wrpo.rows.reading import is_table, read_rows
 
-from .triple import normalise
+from .example import example_of
 
 logger = logging.getLogger("wrpo.data")
 
 ROWS_PER_TABLE = 1000  # rows held as Python objects at a time; the rest is Arrow, as large as its text
 
-_SOURCES = {
-    "prompt": [{"role": Value("string"), "content": Value("string")}],
-    "source_chosen": [Value("string")],
-    "source_weight": [Value("float64")],
-    "source_model": [Value("string")],
-    "source_reward": [Value("float64")],
-}
-_TARGETS = {
-    "target_chosen": Value("string"),
-    "rejected": Value("string"),
-    "source_logp": [[Value("float64")]],
-}
-_PLACE = {"file": Value("string"), "row": Value("int64")}
+# Messages, tools and options are JSON text: rows have different fields, and Arrow would make nulls of those that are
+# not there.
+FEATURES = Features(
+    {
+        "prompt": Value("string"),
+        "responses": [Value("string")],
+        "role": [Value("string")],
+        "share": [Value("float64")],
+        "model": [Value("string")],
+        "reward": [Value("float64")],
+        "ref_logp": [Value("float64")],
+        "source_logp": [[Value("float64")]],
+        "tools": Value("string"),
+        "chat_template_kwargs": Value("string"),
+        "file": Value("string"),
+        "row": Value("int64"),
+    }
+)
 
 
-def load_triples(
-    source: Any, *, split: str = "train", skip_bad_rows: bool = False, targets: bool = True
+def load_examples(
+    source: Any,
+    *,
+    split: str = "train",
+    skip_bad_rows: bool = False,
+    stage: str = "preference",
+    from_scores: bool = False,
 ) -> datasets.Dataset:
-    """Read, check and normalise triples; the form of a row is described in `wrpo.data.triple`.
+    """Read and check rows of preference or fine-tuning data; `wrpo.data.forms` says in which forms.
 
     Args:
         source: path, glob or list of paths (`.jsonl`, `.json`, either with `.gz`, `.parquet`, or a folder of
-            `save_to_disk`), a `datasets.Dataset`, or a list of dicts.
+            `save_to_disk`), a `datasets.Dataset` (`load_hub` gives one), or a list of dicts. Rows of all forms may be
+            mixed.
         split: the split of a saved `DatasetDict`. Default: "train".
         skip_bad_rows: leave bad rows out and count them in the report, instead of raising. Default: False.
-        targets: False for the SFT stage, which needs the source answers only. Default: True.
+        stage: "preference", or "sft" for the best answer of each row alone. Default: "preference".
+        from_scores: of rows that score all their answers, all of them instead of the best and the worst. Default:
+            False.
 
     Returns:
-        Dataset with the explicit row's columns, those of the target's responses only if `targets`, and where each row
-        came from (`file`, `row`). In memory, as Arrow.
+        Dataset with the fields of `wrpo.data.example.example_of`, where `prompt` is the JSON text of the messages,
+        `responses` that of each message, `tools` and `chat_template_kwargs` JSON text or null; and where each row came
+        from (`file`, `row`). In memory, as Arrow.
 
     Raises:
         DataError: the first bad row, a source without a single good one, or one that cannot be read.
         FileNotFoundError: no such path.  TypeError: a source of an unknown type.
     """
-    features = Features(_SOURCES | (_TARGETS if targets else {}) | _PLACE)
+    schema = FEATURES.arrow_schema
     bad = BadRows(skip_bad_rows)
     tables, rows = [], []
-    name = str(source) if isinstance(source, (str, Path)) else "triples"
+    name = str(source) if isinstance(source, (str, Path)) else "rows"
     for file, number, raw in read_rows(source, split=split):
         try:
             if isinstance(raw, DataError):
                 raise raw
-            rows.append(normalise(raw, targets=targets) | {"file": file, "row": number})
+            raw = without_nulls(raw) if is_table(file) else raw
+            example = example_of(raw, stage=stage, from_scores=from_scores)
+            rows.append(_as_text(example) | {"file": file, "row": number})
         except DataError as error:
             bad.add(error.at(file, number))
         if len(rows) == ROWS_PER_TABLE:
-            tables.append(pa.Table.from_pylist(rows, schema=features.arrow_schema))
+            tables.append(pa.Table.from_pylist(rows, schema=schema))
             rows = []
-    tables.append(pa.Table.from_pylist(rows, schema=features.arrow_schema))
+    tables.append(pa.Table.from_pylist(rows, schema=schema))
     table = pa.concat_tables(tables)
     if not table.num_rows:
-        raise DataError("at least one triple", f"no rows and {bad.report()}", "Check the file.", file=name)
+        raise DataError("at least one row", f"no rows and {bad.report()}", "Check the file.", file=name)
     logger.log(logging.WARNING if bad.count else logging.INFO, "%s: %d rows loaded, %s", name, len(table), bad.report())
     return datasets.Dataset(table)
+
+
+def load_hub(name: str, config: str | None = None, split: str = "train") -> datasets.Dataset:
+    """The raw rows of a data set on the Hugging Face hub, or in a folder in the layout of one.
+
+    Args:
+        name: its name there, e.g. "org/name", or the folder.
+        config: which of its configurations. Default: None, the only or the default one.
+        split: which split, or a part of it, e.g. "train[:10%]". Default: "train".
+
+    Raises:
+        DataError: no such data set, configuration or split, or no way to the hub.
+    """
+    try:
+        return datasets.load_dataset(name, config, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        got = " ".join(f"{error} {error.__cause__ or ''}".split()).rstrip(".") or type(error).__name__
+        expected = f"a data set with the split {split!r}" + (f" and the configuration {config!r}" if config else "")
+        raise DataError(expected, got, "Check its name, configuration and split.", file=name) from error
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without the null fields of its objects: tables have one where another row has the field."""
+    if isinstance(value, dict):
+        return {name: without_nulls(part) for name, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+def _as_text(example: dict[str, Any]) -> dict[str, Any]:
+    texts = {
+        name: json_text(example[name], name) for name in ("prompt", "tools", "chat_template_kwargs") if example[name]
+    }
+    responses = [json_text(response, "responses") for response in example["responses"]]
+    empty: dict[str, Any] = {"tools": None, "chat_template_kwargs": None}
+    return example | empty | texts | {"responses": responses}

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 RawRow = tuple[str, int, "dict | DataError"]  # file, row counted from 1, content
 
 BROKEN_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+SUFFIXES = (*JSON_SUFFIXES, ".parquet")
 
 
 def read_rows(source: Any, *, split: str = "train") -> Iterator[RawRow]:
@@ -57,6 +58,11 @@ def read_rows(source: Any, *, split: str = "train") -> Iterator[RawRow]:
         f"source: expected a path, a list of paths or of dicts, or a datasets.Dataset, got {type(source).__name__}. "
         "Load a streaming data set into a datasets.Dataset first."
     )
+
+
+def is_table(file: str) -> bool:
+    """Whether rows of `file`, as `read_rows` names it, come from Arrow, where each has the fields of all, or nulls."""
+    return file != "rows" and not file.endswith(JSON_SUFFIXES)
 
 
 def _read_path(path: Path, split: str) -> Iterator[RawRow]:

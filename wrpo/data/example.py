@@ -1,0 +1,160 @@
+"""One raw row into one example: a prompt and its responses, each with its role and its share of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from wrpo.rows.errors import DataError, shown
+from wrpo.rows.messages import Message, checked_messages, checked_text, json_text, parsed
+
+from .forms import read_form
+from .forms.response import REJECTED, ROLES, SOURCE, TARGET, Response
+
+STAGES = ("preference", "sft")
+
+
+def example_of(row: dict, *, stage: str = "preference", from_scores: bool = False) -> dict[str, Any]:
+    """The example that a row of any form in `wrpo.data.forms` is; fields beyond the form are ignored.
+
+    Args:
+        row: a raw row.
+        stage: "preference": at least one rejected and one better response. "sft": the best answer alone, that is the
+            source's with the largest share, else the target's. Default: "preference".
+        from_scores: rows that score all their answers give all of them, not the best and the worst. Default: False.
+
+    Returns:
+        {"prompt": list of messages, "responses": list of R assistant messages, "role": list of R "source" | "target" |
+        "rejected", in this order, "share": list of R float > 0 that sum to 1 in each role, "model": list of R (str |
+        None), "reward": list of R (float | None), "ref_logp": list of R float, nats, or None, "source_logp": list of R
+        lists of M float, nats a token, or None, "tools": list or None, "chat_template_kwargs": dict or None}.
+        Messages, tools and options are as they came.
+
+    Raises:
+        DataError: with the field, without file and row.  ValueError: another stage.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"stage: expected one of {', '.join(STAGES)}, got {stage!r}")
+    prompt, responses = read_form(row, stage, from_scores)
+    responses = [_best(responses)] if stage == "sft" else _with_preference(responses)
+    split = {response.field: _split(response.value, response.field) for response in responses}
+    return {
+        "prompt": _prompt(prompt, {field: repeated for field, (repeated, _) in split.items()}),
+        "responses": [answer for _, answer in split.values()],
+        "role": [response.role for response in responses],
+        "share": [response.share for response in responses],
+        "model": [response.model for response in responses],
+        "reward": [response.reward for response in responses],
+        "ref_logp": _of_all(responses, "ref_logp"),
+        "source_logp": _of_all(responses, "source_logp"),
+        "tools": _tools(row.get("tools")),
+        "chat_template_kwargs": _options(row.get("chat_template_kwargs")),
+    }
+
+
+# -- responses --------------------------------------------------------------------------------------------------------
+
+
+def _with_preference(responses: list[Response]) -> list[Response]:
+    """Those with a share, in the order of their roles."""
+    kept = sorted((r for r in responses if r.share), key=lambda response: ROLES.index(response.role))
+    roles = {response.role for response in kept}
+    if REJECTED not in roles:
+        got = "responses that are all worth the same: no preference"
+        raise DataError("a rejected response", got, "Drop the row, or keep it for wrpo sft.", field="rejected")
+    if len(roles) == 1:
+        todo = "Add the better one, or drop the row."
+        raise DataError("a response of a source or the target", "rejected ones alone", todo, field="role")
+    return kept
+
+
+def _best(responses: list[Response]) -> Response:
+    """The source's answer with the largest share, else the target's."""
+    for role in (SOURCE, TARGET):
+        answers = [response for response in responses if response.role == role]
+        if answers:
+            return max(answers, key=lambda response: response.share or 0)._replace(share=1.0)
+    raise DataError("a response of a source or the target", "rejected ones alone", "Drop the row.", field="role")
+
+
+def _split(value: Any, field: str) -> tuple[list[Message], Message]:
+    """(the messages that repeat the prompt, the response)."""
+    if isinstance(value, str):
+        return [], {"role": "assistant", "content": checked_text(value, field)}
+    *repeated, answer = checked_messages(value, field)
+    if answer["role"] != "assistant":
+        got = f"role {answer['role']!r}"
+        raise DataError("an assistant message at the end", got, "End with the answer.", field=field)
+    return repeated, answer
+
+
+def _of_all(responses: list[Response], name: str) -> list | None:
+    """What every response has, or None where none has it."""
+    values = [getattr(response, name) for response in responses]
+    if None in values and any(value is not None for value in values):
+        lacking = responses[values.index(None)].field
+        raise DataError("one for every response", f"none for {lacking}", "Add it, or leave all out.", field=name)
+    return None if None in values else values
+
+
+# -- prompt -----------------------------------------------------------------------------------------------------------
+
+
+def _prompt(value: Any, repeated: dict[str, list[Message]]) -> list[Message]:
+    """The prompt as messages: the field's own, or what the responses repeat."""
+    prefixes = {field: prefix for field, prefix in repeated.items() if prefix}
+    shared = next(iter(prefixes.values()), None)
+    for field, prefix in prefixes.items():
+        if prefix != shared:
+            raise DataError("the same messages before every answer", shown(prefix), "Repeat one prompt.", field=field)
+    if shared is None or value is not None:
+        prompt = _own_prompt(value)
+        shared = prompt if shared is None else shared
+        if prompt != shared and not (len(prompt) == 1 and _is_turn_of(prompt[0], shared)):
+            todo = "Repeat the prompt before the answers, or leave it out there."
+            raise DataError("the prompt that the answers repeat", shown(value), todo, field="prompt")
+    if shared[-1]["role"] == "assistant":
+        todo = "An answer to an assistant message is a continuation; end the prompt with the user's turn."
+        raise DataError("a last message that is not the assistant's", shown(shared[-1]), todo, field="prompt")
+    return shared
+
+
+def _own_prompt(value: Any) -> list[Message]:
+    if value is None:
+        raise DataError("a value", "none", "Add it, or drop the row.", field="prompt")
+    if isinstance(value, str):
+        return [{"role": "user", "content": checked_text(value, "prompt")}]
+    return checked_messages(value, "prompt")
+
+
+def _is_turn_of(turn: Message, conversation: list[Message]) -> bool:
+    def said(message: Message) -> tuple[str, str]:
+        return message["role"], (message.get("content") or "").strip()
+
+    return said(turn) in map(said, conversation)
+
+
+# -- what the chat template reads -------------------------------------------------------------------------------------
+
+
+def _tools(value: Any) -> list | None:
+    tools = _held(value, "tools", list, "a list of tools, or its JSON text") or []
+    tools = [parsed(tool, "tools") if isinstance(tool, str) else tool for tool in tools]
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise DataError("tools that are objects", shown(value), "Write each tool as an object.", field="tools")
+    return tools or None
+
+
+def _options(value: Any) -> dict | None:
+    return _held(value, "chat_template_kwargs", dict, "a mapping, or its JSON text")
+
+
+def _held(value: Any, field: str, kind: type, expected: str) -> Any:
+    """What a column holds, also as JSON text; None where that is nothing."""
+    if isinstance(value, str):
+        value = parsed(value, field) if value.strip() else None
+    if value is None or value == kind():
+        return None
+    if not isinstance(value, kind):
+        raise DataError(expected, shown(value), "Write it so, or leave the field out.", field=field)
+    json_text(value, field)
+    return value

@@ -1,0 +1,57 @@
+"""Forms that say which response is better by the names of their fields."""
+
+from __future__ import annotations
+
+from wrpo.rows.errors import DataError, shown
+
+from .columns import OF_EXAMPLES, with_columns
+from .conversation import as_message, prompt_of, turns
+from .response import REJECTED, ROLES, SOURCE, TARGET, Reading, Response, responses_in
+
+
+def example(row: dict) -> Reading:
+    """The form that all others become: `responses`, and for each its `role`."""
+    responses, roles = responses_in(row, responses=TARGET), row["role"]
+    if not (isinstance(roles, list) and len(roles) == len(responses) and set(map(str, roles)) <= set(ROLES)):
+        todo = "Give one role for each response."
+        raise DataError(f"{len(responses)} of {', '.join(ROLES)}", shown(roles), todo, field="role")
+    responses = [response._replace(role=role) for response, role in zip(responses, roles, strict=True)]
+    return prompt_of(row), with_columns(row, responses, OF_EXAMPLES)
+
+
+def explicit(row: dict) -> Reading:
+    """source_chosen, target_chosen, rejected: each one or several, one of the first two may be missing."""
+    return prompt_of(row), responses_in(row, source_chosen=SOURCE, target_chosen=TARGET, rejected=REJECTED)
+
+
+def with_reference(row: dict) -> Reading:
+    """TPO: the gold answer, `reference`, comes from elsewhere, as a source's does."""
+    return prompt_of(row), responses_in(row, reference=SOURCE, chosen=TARGET, rejected=REJECTED)
+
+
+def chosen(row: dict) -> Reading:
+    """A pair; or the paper's triple, where of several chosen the last is the target's and the others are sources'."""
+    responses = [
+        r._replace(value=as_message(r.value, r.field)) for r in responses_in(row, chosen=SOURCE, rejected=REJECTED)
+    ]
+    last = sum(response.role == SOURCE for response in responses) - 1
+    responses[last] = responses[last]._replace(role=TARGET)
+    prompt = prompt_of(row)
+    return _split(responses) if prompt is None else (prompt, responses)
+
+
+def _split(responses: list[Response]) -> Reading:
+    """Two texts without a prompt, as TRL reads them: what both begin with is the prompt, but for a last space."""
+    texts = [response.value for response in responses]
+    if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
+        return None, responses
+    length = next((k for k, (one, other) in enumerate(zip(*texts, strict=False)) if one != other), min(map(len, texts)))
+    shared = texts[0][:length].removesuffix(" ")
+    return shared or None, [response._replace(value=response.value[len(shared) :]) for response in responses]
+
+
+def rejected_beside(row: dict) -> Reading:
+    """ms-swift: `messages` ends with the better answer, `rejected_response` or `rejected_messages` is the other."""
+    name = "rejected_response" if row.get("rejected_response") is not None else "rejected_messages"
+    better = Response("messages", turns(row, "messages"), TARGET)
+    return None, [better, *responses_in(row, **{name: REJECTED})]

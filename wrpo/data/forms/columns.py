@@ -1,0 +1,132 @@
+"""What the other columns of a row say of its responses: shares, models, rewards, log-probs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from wrpo.rows.errors import DataError, shown
+from wrpo.rows.messages import utf8
+
+from .response import REJECTED, ROLES, SOURCE, TARGET, Response
+
+SHARE_TOLERANCE = 1e-4  # what ten shares written with five decimals can miss 1 by
+LARGEST_NUMBER = 1e30  # sums and differences stay finite, in float32 too
+LARGEST_LOGP = 1e-3  # what rounding can make of log 1
+
+_OMIT = "or leave the field out."
+
+
+def numbers(value: Any, count: int, field: str, may_be_none: bool = False) -> list:
+    values = _listed(value, count)
+    known = [number for number in values if not (may_be_none and number is None)]
+    # An integer may be too large for a float, so it is compared before it is converted; NaN fails the comparison.
+    if len(values) != count or not all(_is_number(number) and abs(number) <= LARGEST_NUMBER for number in known):
+        todo = f"Give one number for each response, at most {LARGEST_NUMBER:g} in size, {_OMIT}"
+        raise DataError(f"{count} finite number{'s' * (count > 1)}", shown(value), todo, field=field)
+    return [None if number is None else float(number) for number in values]
+
+
+def names(value: Any, count: int, field: str) -> list[str | None]:
+    values = _listed(value, count)
+    if len(values) != count or not all(name is None or isinstance(name, str) for name in values):
+        todo = f"Give one name for each response, {_OMIT}"
+        raise DataError(f"{count} name{'s' * (count > 1)}", shown(value), todo, field=field)
+    return [None if name is None else utf8(name, field) for name in values]
+
+
+def shares(value: Any, count: int, field: str) -> list[float]:
+    """Numbers >= 0 that sum to 1 exactly; 1 / count each where there is no value."""
+    if value is None:
+        return [1.0 / count] * count
+    values = _listed(value, count)
+    if len(values) != count or not all(map(_is_number, values)):
+        todo = "Give one number for each response, or leave the field out for equal shares."
+        raise DataError(f"{count} number{'s' * (count > 1)}", shown(value), todo, field=field)
+    total = math.fsum(values) if all(abs(share) <= LARGEST_NUMBER for share in values) else math.inf
+    if not (all(share >= 0 for share in values) and abs(total - 1) <= SHARE_TOLERANCE):
+        todo = "Divide each by their sum."
+        raise DataError("shares >= 0 that sum to 1", f"{shown(value)}, sum {total:g}", todo, field=field)
+    return [share / total for share in values]
+
+
+def sequence_logp(value: Any, count: int, field: str) -> list[float]:
+    """Log-probs of whole responses, nats."""
+    logp = numbers(value, count, field)
+    if not all(number <= LARGEST_LOGP for number in logp):
+        raise DataError("log-probs, at most 0", shown(value), "Give the sum over the response's tokens.", field=field)
+    return logp
+
+
+def logp_by_model(value: Any, count: int, field: str) -> list[list[float]]:
+    """For each response its mean log-prob a token under each of M models, nats."""
+    rows = value if isinstance(value, list) and all(isinstance(row, list) and row for row in value) else []
+    models = len(rows[0]) if rows else 0
+    if len(rows) != count or any(len(row) != models for row in rows):
+        todo = f"Give one list for each response, sources first, then target, then rejected, {_OMIT}"
+        raise DataError(f"{count} lists with one number for each model", shown(value), todo, field=field)
+    if not all(_is_number(logp) and -LARGEST_NUMBER <= logp <= LARGEST_LOGP for row in rows for logp in row):
+        todo = "Divide the sum over the response's tokens by their number."
+        raise DataError("finite mean log-probs, at most 0", shown(value), todo, field=field)
+    return [[float(logp) for logp in row] for row in rows]
+
+
+def _listed(value: Any, count: int) -> list:
+    return value if isinstance(value, list) else [value] * (count if value is None else 1)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _numbers_or_none(value: Any, count: int, field: str) -> list:
+    return numbers(value, count, field, may_be_none=True)
+
+
+# Column, the roles of the responses that it speaks of, what it says of them, and how it is read. Later ones win.
+Columns = tuple[tuple[str, tuple[str, ...], str, Callable[[Any, int, str], list]], ...]
+_CHOSEN = (SOURCE, TARGET)
+COLUMNS: Columns = (
+    ("source_weight", (SOURCE,), "share", shares),
+    ("rejected_weight", (REJECTED,), "share", shares),
+    ("source_model", (SOURCE,), "model", names),
+    ("rejected_model", (REJECTED,), "model", names),
+    ("score_chosen", _CHOSEN, "reward", numbers),
+    ("score_rejected", (REJECTED,), "reward", numbers),
+    ("source_reward", (SOURCE,), "reward", numbers),
+    ("target_reward", (TARGET,), "reward", numbers),
+    ("rejected_reward", (REJECTED,), "reward", numbers),
+    ("ref_chosen_logps", _CHOSEN, "ref_logp", sequence_logp),
+    ("ref_rejected_logps", (REJECTED,), "ref_logp", sequence_logp),
+    ("ref_logp", ROLES, "ref_logp", sequence_logp),
+    ("source_logp", ROLES, "source_logp", logp_by_model),
+)
+OF_EXAMPLES: Columns = (
+    ("share", ROLES, "share", numbers),
+    ("model", ROLES, "model", names),
+    ("reward", ROLES, "reward", _numbers_or_none),
+)
+
+
+def with_columns(row: dict, responses: list[Response], columns: Columns = COLUMNS) -> list[Response]:
+    """The responses with what the row's columns say of them; a column lists those of its roles in the row's order."""
+    told = list(responses)
+    for column, roles, what, read in columns:
+        if row.get(column) is None:
+            continue
+        places = [k for k, response in enumerate(responses) if response.role in roles]
+        for k, value in zip(places, read(row[column], len(places), column) if places else [], strict=True):
+            told[k] = told[k]._replace(**{what: value})
+    return told
+
+
+def with_shares(responses: list[Response]) -> list[Response]:
+    """The responses with shares that sum to 1 in each role; equal ones where the row gives none."""
+    shared = list(responses)
+    for role in {response.role for response in responses}:
+        places = [k for k, response in enumerate(responses) if response.role == role]
+        given = [responses[k].share for k in places]
+        for k, share in zip(places, shares(None if None in given else given, len(places), "share"), strict=True):
+            shared[k] = shared[k]._replace(share=share)
+    return shared

@@ -204,7 +204,7 @@ def _rows(path: str, split: str, tokenizer: Any, config: Any, data: DataSettings
     from wrpo.data import load_triples, tokenize_triples
 
     return tokenize_triples(
-        load_triples(path, split=split, skip_bad_rows=data.skip_bad_rows, targets=targets),
+        load_triples(path, split=split, skip_bad_rows=data.skip_bad_rows, stage="preference" if targets else "sft"),
         tokenizer,
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,

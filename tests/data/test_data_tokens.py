@@ -10,7 +10,7 @@ import datasets
 import pytest
 from tiny_tokenizer import CHATML, HEADERS, MERGED_SYSTEM, OPENS_A_THOUGHT, REFUSES_SYSTEM, tiny_tokenizer
 
-from wrpo.data import DataError, load_triples, tokenize_triples
+from wrpo.data import DataError, load_examples, tokenize_examples
 from wrpo.data.truncation import truncate
 
 USER = {"role": "user", "content": "2 + 3?"}
@@ -28,7 +28,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def tokenized(tokenizer, *rows: dict, **options) -> datasets.Dataset:
-    return tokenize_triples(load_triples(list(rows)), tokenizer, **options)
+    return tokenize_examples(load_examples(list(rows)), tokenizer, **options)
 
 
 def random_text(rng: random.Random) -> str:
@@ -55,8 +55,7 @@ def test_prompt_and_response_ids_join_to_the_rendered_conversation(template):
     for row, tokens in zip(rows, tokenized(tokenizer, *rows), strict=True):
         prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
         assert tokens["prompt_ids"] == prompt
-        responses = [tokens["source_ids"][0], tokens["target_ids"], tokens["rejected_ids"]]
-        for text, response in zip([*row["chosen"], row["rejected"]], responses, strict=True):
+        for text, response in zip([*row["chosen"], row["rejected"]], tokens["response_ids"], strict=True):
             whole = tokenizer.apply_chat_template([*row["prompt"], said(text)])["input_ids"]
             after = whole[len(prompt) + len(response) :]  # what some templates write after the end of the turn
             assert prompt + response + after == whole
@@ -72,7 +71,7 @@ def test_a_response_that_would_merge_with_the_prompt_starts_where_generation_sta
     whole = tokenizer.apply_chat_template([USER, said("\n\nfive")])["input_ids"]
     assert whole[: len(prompt)] != prompt, "this tokenizer was meant to merge the three newlines"
     assert row["prompt_ids"] == prompt
-    assert tokenizer.decode(row["source_ids"][0]) == "\n\nfive<|im_end|>"
+    assert tokenizer.decode(row["response_ids"][0]) == "\n\nfive<|im_end|>"
 
 
 @pytest.mark.parametrize("template", [HEADERS, MERGED_SYSTEM])
@@ -80,7 +79,7 @@ def test_the_beginning_of_sequence_token_comes_once(template):
     tokenizer = tiny_tokenizer(template, adds_bos=True)
     (row,) = tokenized(tokenizer, EXPLICIT)
     assert row["prompt_ids"].count(tokenizer.bos_token_id) == 1
-    assert tokenizer.bos_token_id not in row["rejected_ids"]
+    assert tokenizer.bos_token_id not in row["response_ids"][2]
 
 
 @pytest.mark.parametrize(("adds_bos", "front"), [(False, ""), (True, "<bos>")])
@@ -88,7 +87,7 @@ def test_without_a_chat_template_the_text_is_prompt_response_and_end(adds_bos, f
     tokenizer = tiny_tokenizer(None, adds_bos=adds_bos)
     (row,) = tokenized(tokenizer, EXPLICIT | {"prompt": "2 + 3 = "})
     assert tokenizer.decode(row["prompt_ids"]) == front + "2 + 3 = "
-    assert tokenizer.decode(row["target_ids"]) == "5<|im_end|>"
+    assert tokenizer.decode(row["response_ids"][1]) == "5<|im_end|>"
     with pytest.raises(DataError, match=r"field 'prompt'.*2 messages and a tokenizer without chat template"):
         tokenized(tokenizer, EXPLICIT | {"prompt": [SYSTEM, USER]})
 
@@ -146,6 +145,29 @@ def test_without_sources_the_version_of_the_package_decides_whether_token_ids_ar
     assert kept_in() == first
     monkeypatch.setattr("wrpo.data.tokenization.__version__", "another")
     assert kept_in() != first
+
+
+def test_tools_and_options_of_a_row_reach_the_template_and_messages_keep_their_fields():
+    template = (
+        "{% for t in tools or [] %}<|start|>tool {{ t.name }}<|end|>{% endfor %}{% for m in messages %}"
+        "<|im_start|>{{ m.role }} {{ m.reasoning_content or '' }}|{{ m.content or '' }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    )
+    row = {
+        "prompt": "2 + 3?", "tools": [{"name": "sum"}],
+        "chosen": [{"role": "assistant", "content": "five", "reasoning_content": "two and three"}], "rejected": "6",
+    }  # fmt: skip
+    tokenizer = tiny_tokenizer(template)
+    (tokens,) = tokenized(tokenizer, row)
+    assert tokenizer.decode(tokens["prompt_ids"]).startswith("<|start|>tool sum<|end|>")
+    assert tokenizer.decode(tokens["response_ids"][0]) == "two and three|five<|im_end|>"
+
+
+def test_a_column_of_log_probs_is_there_where_a_row_brings_it_and_nowhere_else():
+    pair = {"prompt": "2 + 3?", "chosen": "5", "rejected": "6"}
+    assert not {"ref_logp", "source_logp"} & set(tokenized(tiny_tokenizer(), pair).column_names)
+    (row,) = tokenized(tiny_tokenizer(), pair | {"ref_logp": [-1.0, -2.0]})
+    assert row["ref_logp"] == [-1.0, -2.0]
 
 
 def test_two_processes_give_the_same_tokens():
@@ -206,7 +228,7 @@ def test_what_was_cut_is_reported_once_and_an_uncut_set_is_no_warning(caplog):
     caplog.set_level(logging.INFO, logger="wrpo.data")
     long = EXPLICIT | {"prompt": "x" * 30, "rejected": "x" * 50}
     rows = tokenized(tiny_tokenizer(None), EXPLICIT, long, max_length=20)
-    assert [len(rows[1][name]) for name in ("prompt_ids", "target_ids", "rejected_ids")] == [10, 2, 10]
+    assert list(map(len, [rows[1]["prompt_ids"], *rows[1]["response_ids"][1:]])) == [10, 2, 10]
     reports = [record for record in caplog.records if "tokenised" in record.message]
     # 30 + 51 tokens: the prompt is cut to 10, the rejected answer to 10.
     assert [r.message for r in reports] == [

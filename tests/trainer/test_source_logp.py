@@ -16,7 +16,7 @@ from tiny_tokenizer import CHATML, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wrpo import WRPOConfig, WRPOTrainer, cli
-from wrpo.data import load_triples, tokenize_triples
+from wrpo.data import load_examples, tokenize_examples
 from wrpo.reference.source_logp import with_source_logp
 
 ROWS = [
@@ -59,7 +59,7 @@ def own_mean_logp(folder: str, prompt: str, response: str) -> float:
 
 
 def test_every_response_has_its_mean_log_prob_under_every_model(models, tmp_path):
-    scored = with_source_logp(load_triples(ROWS), models, tmp_path / "kept", batch_size=2, progress=False)
+    scored = with_source_logp(load_examples(ROWS), models, tmp_path / "kept", batch_size=2, progress=False)
     assert len(scored) == 2
     for row, raw in zip(scored, ROWS, strict=True):
         responses = [*raw["source_chosen"], raw["target_chosen"], raw["rejected"]]
@@ -67,7 +67,7 @@ def test_every_response_has_its_mean_log_prob_under_every_model(models, tmp_path
         assert [len(values) for values in row["source_logp"]] == [2] * len(responses)
         for got, truth in zip(row["source_logp"], expected, strict=True):
             assert got == pytest.approx(truth, rel=1e-5)
-        assert row["source_chosen"] == raw["source_chosen"]
+        assert [json.loads(message)["content"] for message in row["responses"]] == responses
 
 
 def test_the_command_writes_triples_that_train_with_a_fused_reference(models, tmp_path, capsys):
@@ -79,7 +79,7 @@ def test_the_command_writes_triples_that_train_with_a_fused_reference(models, tm
     first = output.read_text()
 
     tokenizer = tiny_tokenizer()
-    tokens = tokenize_triples(load_triples(str(output)), tokenizer)
+    tokens = tokenize_examples(load_examples(str(output)), tokenizer)
     args = WRPOConfig(
         output_dir=str(tmp_path / "run"), reference="copy", reference_fusion="max_margin", length_normalize=True,
         beta=2.5, **SETTINGS,
@@ -139,7 +139,7 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(models, tmp_path, monkeyp
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
     gc.disable()
     try:
-        with_source_logp(load_triples(ROWS), models, tmp_path / "kept", progress=False)
+        with_source_logp(load_examples(ROWS), models, tmp_path / "kept", progress=False)
     finally:
         gc.enable()
     assert len(loaded) == 2

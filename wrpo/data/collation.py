@@ -18,7 +18,7 @@ from torch import Tensor
 from wrpo.rows.errors import DataError, shown
 from wrpo.rows.softmax import softmax
 
-from .roles import ROLES, best_response, model_names
+from .roles import Role, best_response, model_names
 
 IGNORE = -100
 Batch = dict[str, Tensor]
@@ -67,7 +67,7 @@ class PreferenceCollator:
         pairs = [(row["prompt_ids"], response) for row in rows for response in row["response_ids"]]
         batch = pad_sequences(pairs, self.pad_token_id, self.pad_to_multiple_of)
         batch["num_responses"] = torch.tensor([len(row["response_ids"]) for row in rows])  # [B]
-        batch["role"] = torch.tensor([ROLES.index(role) for row in rows for role in row["role"]])  # [S]
+        batch["role"] = torch.tensor([Role[role.upper()] for row in rows for role in row["role"]])  # [S]
         shares = [share for number, row in enumerate(rows, 1) for share in self._shares(row, number)]
         batch["share"] = torch.tensor(shares, dtype=torch.float32)  # [S]
         if self.source_models is not None:

@@ -8,7 +8,8 @@ from wrpo.rows.errors import DataError, shown
 from wrpo.rows.messages import Message, checked_messages, checked_text, json_text, parsed
 
 from .forms import read_form
-from .forms.response import REJECTED, ROLES, SOURCE, TARGET, Response
+from .forms.response import Response
+from .roles import REJECTED, ROLES, best_response
 
 STAGES = ("preference", "sft")
 
@@ -68,12 +69,10 @@ def _with_preference(responses: list[Response]) -> list[Response]:
 
 
 def _best(responses: list[Response]) -> Response:
-    """The source's answer with the largest share, else the target's."""
-    for role in (SOURCE, TARGET):
-        answers = [response for response in responses if response.role == role]
-        if answers:
-            return max(answers, key=lambda response: response.share or 0)._replace(share=1.0)
-    raise DataError("a response of a source or the target", "rejected ones alone", "Drop the row.", field="role")
+    roles, shares = [response.role for response in responses], [response.share or 0.0 for response in responses]
+    if set(roles) <= {REJECTED}:
+        raise DataError("a response of a source or the target", "rejected ones alone", "Drop the row.", field="role")
+    return responses[best_response(roles, shares)]._replace(share=1.0)
 
 
 def _split(value: Any, field: str) -> tuple[list[Message], Message]:

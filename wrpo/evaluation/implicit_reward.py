@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from wrpo.data import PreferenceCollator, load_examples, tokenize_examples
 from wrpo.data.collation import pad_token
-from wrpo.data.roles import ROLES
+from wrpo.data.roles import Role
 from wrpo.head.fused_head import install_fused_head
 from wrpo.pretrained import load_model, load_tokenizer
 from wrpo.reference.reference import sequence_logp
@@ -135,7 +135,7 @@ def implicit_reward_accuracy(
     """
     batch = {
         "num_responses": torch.tensor([len(row["role"]) for row in rows]),
-        "role": torch.tensor([ROLES.index(role) for row in rows for role in row["role"]]),
+        "role": torch.tensor([Role[role.upper()] for row in rows for role in row["role"]]),
         "share": torch.tensor([share for row in rows for share in row["share"]], dtype=torch.float32),
     }
     logp, base = torch.cat(list(policy)), torch.cat(list(reference))

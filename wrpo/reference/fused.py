@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from wrpo.data.collation import Batch
-from wrpo.data.roles import REJECTED
+from wrpo.data.roles import Role
 
 from .reference import Reference
 
@@ -54,7 +54,7 @@ class FusedReference:
                 "PreferenceCollator with_source_logp=True"
             )
         length = (batch["labels"] != -100).sum(1)  # [S]
-        return fused_logp(own, batch["source_logp"], length, batch["role"] == REJECTED, self.fusion)
+        return fused_logp(own, batch["source_logp"], length, batch["role"] == Role.REJECTED, self.fusion)
 
 
 def fused_logp(own: Tensor, source_logp: Tensor, length: Tensor, is_rejected: Tensor, fusion: str) -> Tensor:

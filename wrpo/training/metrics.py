@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from wrpo.data.collation import Batch
-from wrpo.data.roles import REJECTED, SOURCE, TARGET
+from wrpo.data.roles import Role
 
 from .response_weights import has_role, response_weights, sum_by_row
 
@@ -46,14 +46,14 @@ def preference_metrics(logp: Tensor, reward: Tensor, batch: Batch, alpha: float 
     """
     role, share = batch["role"], batch["share"]
     weight = response_weights(batch, alpha).float()
-    has_source, has_target = has_role(batch, SOURCE), has_role(batch, TARGET)
+    has_source, has_target = has_role(batch, Role.SOURCE), has_role(batch, Role.TARGET)
     every = torch.ones_like(has_source)
 
     def mean(values: Tensor, of_role: int) -> Tensor:
         return sum_by_row(torch.where(role == of_role, share * values, 0.0), batch)
 
-    source, target, rejected = (mean(reward, of_role) for of_role in (SOURCE, TARGET, REJECTED))
-    chosen = sum_by_row(torch.where(role == REJECTED, 0.0, weight * reward), batch)
+    source, target, rejected = (mean(reward, of_role) for of_role in (Role.SOURCE, Role.TARGET, Role.REJECTED))
+    chosen = sum_by_row(torch.where(role == Role.REJECTED, 0.0, weight * reward), batch)
     return {
         "rewards/chosen": Measured(chosen, every),
         "rewards/source_chosen": Measured(source, has_source),
@@ -63,9 +63,9 @@ def preference_metrics(logp: Tensor, reward: Tensor, batch: Batch, alpha: float 
         "rewards/source_accuracies": Measured((source > rejected).float(), has_source),
         "rewards/pivot_accuracies": Measured((target > rejected).float(), has_target),
         "rewards/margins": Measured(chosen - rejected, every),
-        "logps/source_chosen": Measured(mean(logp, SOURCE), has_source),
-        "logps/target_chosen": Measured(mean(logp, TARGET), has_target),
-        "logps/rejected": Measured(mean(logp, REJECTED), every),
+        "logps/source_chosen": Measured(mean(logp, Role.SOURCE), has_source),
+        "logps/target_chosen": Measured(mean(logp, Role.TARGET), has_target),
+        "logps/rejected": Measured(mean(logp, Role.REJECTED), every),
     }
 
 

@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from wrpo.data import DataError, load_examples, tokenize_examples
-
 from wrpo.data.selection import leave_out
 from wrpo.pretrained import load_model, load_tokenizer
 from wrpo.rows.errors import shown

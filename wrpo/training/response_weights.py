@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from wrpo.data.collation import Batch
-from wrpo.data.roles import SOURCE, TARGET
+from wrpo.data.roles import Role
 
 
 def row_of(batch: Batch) -> Tensor:
@@ -43,11 +43,11 @@ def response_weights(batch: Batch, alpha: float | Tensor) -> Tensor:
         alpha: fusion coefficient of the step in [0, 1], a number or [].
     """
     role, share = batch["role"], batch["share"].double()
-    source, target = has_role(batch, SOURCE), has_role(batch, TARGET)
+    source, target = has_role(batch, Role.SOURCE), has_role(batch, Role.TARGET)
     alpha_of_row = (source & target).double() * alpha + (source & ~target)  # [B]
     alpha_of_response = alpha_of_row[row_of(batch)]
-    of_target = torch.where(role == TARGET, (1.0 - alpha_of_response) * share, -share)
-    return torch.where(role == SOURCE, alpha_of_response * share, of_target)
+    of_target = torch.where(role == Role.TARGET, (1.0 - alpha_of_response) * share, -share)
+    return torch.where(role == Role.SOURCE, alpha_of_response * share, of_target)
 
 
 def shares_by_score(batch: Batch, score: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def shares_by_score(batch: Batch, score: Tensor) -> Tensor:
     Args:
         score: [S] float64; read for sources alone.
     """
-    is_source, row = batch["role"] == SOURCE, row_of(batch)
+    is_source, row = batch["role"] == Role.SOURCE, row_of(batch)
     logit = torch.where(is_source, batch["share"].double().log() + score, -torch.inf)
     unsafe = score.device.type != "cpu"
     largest = torch.segment_reduce(logit, "max", lengths=batch["num_responses"], unsafe=unsafe)[row]

@@ -36,7 +36,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from wrpo.data.collation import Batch
-from wrpo.data.roles import REJECTED, SOURCE, model_names
+from wrpo.data.roles import Role, model_names
 
 from .config import MEASURES
 from .response_weights import row_of, shares_by_score, sum_by_row
@@ -70,12 +70,12 @@ class RunningPerformance(TrainerCallback, ExportableState):
         """
         role, row = batch["role"], row_of(batch)
         reward = torch.where(weight[row] > 0, reward, 0.0).double()
-        rejected = sum_by_row(torch.where(role == REJECTED, batch["share"] * reward, 0.0), batch)
+        rejected = sum_by_row(torch.where(role == Role.REJECTED, batch["share"] * reward, 0.0), batch)
         margin = reward - rejected[row]  # [S]
         values = torch.stack([margin, (margin > 0).double(), torch.ones_like(margin)], -1) * (weight[row, None] > 0)
         unnamed = torch.full_like(role, len(self.source_models))
-        place = torch.where(role == SOURCE, batch["source_id"] if self.source_models else unnamed, unnamed + 1)
-        place = torch.where(role == REJECTED, -1, place)  # in no row of the sums
+        place = torch.where(role == Role.SOURCE, batch["source_id"] if self.source_models else unnamed, unnamed + 1)
+        place = torch.where(role == Role.REJECTED, -1, place)  # in no row of the sums
         member = place == torch.arange(len(self.sums), device=place.device)[:, None]  # [rows of the sums, S]
         self.step_sums = self.step_sums.to(margin.device) + member.double() @ values
 

@@ -44,7 +44,7 @@ def data_size(rows: Any) -> DataSize | None:
 
 
 def _lengths(rows: Any) -> Iterator[tuple[int, list[int], list[str]]]:
-    """(tokens of the prompt, of each response, their roles); a `datasets.Dataset` is asked for lengths, not for tokens."""
+    """(tokens of the prompt, of each response, their roles); of a `datasets.Dataset` without reading its tokens."""
     if not hasattr(rows, "select_columns"):
         for row in (rows[index] for index in range(len(rows))):
             yield len(row["prompt_ids"]), [len(ids) for ids in row["response_ids"]], row["role"]

@@ -84,7 +84,8 @@ class WRPOTrainer(HeadTrainer):
             raise ValueError("source_weighting='reward' is the work of PreferenceCollator: give it reward_temperature")
         super().__init__(model, args, data_collator=data_collator, **options)
         if args.follows_performance():
-            names, measure = [], "accuracy"  # where alpha alone follows
+            names: list[str] = []
+            measure = "accuracy"  # where alpha alone follows
             if args.source_weighting in MEASURES:
                 measure = args.source_weighting
                 own = getattr(self.data_collator, "source_models", None)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from wrpo.data.roles import TARGET
+
 from .conversation import instruction, prompt_of, turns
-from .response import TARGET, Reading, Response
+from .response import Reading, Response
 
 
 def messages(row: dict) -> Reading:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from wrpo.data.roles import REJECTED, ROLES, SOURCE, TARGET
 from wrpo.rows.errors import DataError, shown
 
 from .columns import OF_EXAMPLES, with_columns
 from .conversation import as_message, prompt_of, turns
-from .response import REJECTED, ROLES, SOURCE, TARGET, Reading, Response, responses_in
+from .response import Reading, Response, responses_in
 
 
 def example(row: dict) -> Reading:

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from wrpo.data.roles import REJECTED, ROLES, SOURCE, TARGET
 from wrpo.rows.errors import DataError, shown
 from wrpo.rows.messages import utf8
 
-from .response import REJECTED, ROLES, SOURCE, TARGET, Response
+from .response import Response
 
 SHARE_TOLERANCE = 1e-4  # what ten shares written with five decimals can miss 1 by
 LARGEST_NUMBER = 1e30  # sums and differences stay finite, in float32 too

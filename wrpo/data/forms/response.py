@@ -7,9 +7,6 @@ from typing import Any, NamedTuple
 
 from wrpo.rows.errors import DataError, shown
 
-SOURCE, TARGET, REJECTED = "source", "target", "rejected"
-ROLES = (SOURCE, TARGET, REJECTED)  # the order of an example's responses
-
 _RESPONSE = "A response is text, an assistant's message, or messages that end with one."
 
 

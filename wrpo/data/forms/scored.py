@@ -13,11 +13,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from wrpo.data.roles import REJECTED, TARGET
 from wrpo.rows.errors import DataError, shown
 
 from .columns import names, numbers
 from .conversation import prompt_of
-from .response import REJECTED, TARGET, Reading, Response, unpacked
+from .response import Reading, Response, unpacked
 
 
 def generated(row: dict, every: bool) -> Reading:

@@ -40,7 +40,7 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def room(module: str) -> str:
-    """Of `wrpo.data.triple`, `data`; of a name that the package itself gives, `__init__`."""
+    """Of `wrpo.data.loading`, `data`; of a name that the package itself gives, `__init__`."""
     package, *rest = module.split(".")
     name = rest[0] if rest else "__init__"
     return name if (ROOT / package / name).is_dir() or (ROOT / package / f"{name}.py").is_file() else "__init__"

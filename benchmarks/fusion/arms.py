@@ -22,7 +22,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast, ProgressCallback, set_seed
 
 from wrpo import SFTConfig, SFTTrainer, WRPOConfig, WRPOTrainer
-from wrpo.data import load_triples, tokenize_triples
+from wrpo.data import load_examples, tokenize_examples
 
 ALPHAS = (0.1, 0.5, 0.9)
 SFT = {"learning_rate": 1e-3, "num_train_epochs": 2.0, "per_device_train_batch_size": 32}
@@ -132,7 +132,7 @@ def _train(
             seed=seed,
             **settings,
         )
-        data = tokens(rows, tokenizer, targets=trainer_class is WRPOTrainer)
+        data = tokens(rows, tokenizer, trainer_class.stage)
         trainer = trainer_class(model.train(), args, train_dataset=data, processing_class=tokenizer)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Bar)
@@ -148,8 +148,8 @@ class Bar(ProgressCallback):
         pass
 
 
-def tokens(rows: list[dict], tokenizer: PreTrainedTokenizerFast, *, targets: bool) -> Dataset:
-    return tokenize_triples(load_triples(rows, targets=targets), tokenizer, max_length=None, max_prompt_length=None)
+def tokens(rows: list[dict], tokenizer: PreTrainedTokenizerFast, stage: str) -> Dataset:
+    return tokenize_examples(load_examples(rows, stage=stage), tokenizer, max_length=None, max_prompt_length=None)
 
 
 def copied(model: Any) -> Any:

@@ -76,7 +76,7 @@ def _load(auto: Any, settings: ModelSettings, named: str, **options: Any) -> Any
     try:
         return auto.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise SettingsError(f"{named} {name!r}: {error}") from error
+        raise SettingsError(f"{named} {name!r}: {' '.join(str(error).split())}") from error
 
 
 def _with_adapters(model: Any, settings: ModelSettings) -> Any:

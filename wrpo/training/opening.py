@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,13 @@ TOKENS = ("prompt_ids", "response_ids")  # what a tokenised row has at least
 
 
 def open_tokenizer(processing_class: Any, model: Any) -> Any:
-    """What the caller gave, else the tokenizer that lies with a model given by name, else None."""
+    """What the caller gave, else the tokenizer that lies with a model given by name, else None.
+
+    Raises:
+        TypeError: a model that is neither a name nor a model.  SettingsError: nothing to load under that name.
+    """
+    if not isinstance(model, (str, Path, nn.Module, type(None))):
+        raise TypeError(f"model must be a folder, a hub name or a model of transformers, got {shown(model)}")
     if processing_class is None and isinstance(model, (str, Path)):
         return load_tokenizer(ModelSettings(model_name_or_path=str(model)), "model")
     return processing_class
@@ -33,12 +40,10 @@ def open_model(model: Any, peft_config: Any) -> nn.Module | None:
         peft_config: a `peft.PeftConfig` whose adapter the model gets; None leaves it as it is.
 
     Raises:
-        TypeError: a model of another kind.  SettingsError: nothing to load under that name.
+        SettingsError: nothing to load under that name.
     """
     if isinstance(model, (str, Path)):
         model = load_model(ModelSettings(model_name_or_path=str(model)), "model")
-    elif not isinstance(model, (nn.Module, type(None))):
-        raise TypeError(f"model must be a folder, a hub name or a model of transformers, got {shown(model)}")
     if peft_config is None:
         return model
     from peft import get_peft_model
@@ -59,14 +64,17 @@ def open_data(data: Any, tokenizer: Any, args: FusedHeadConfig, stage: str) -> A
 
     Raises:
         DataError: a row that cannot be used.  ValueError: raw rows without a tokenizer, or as a stream.
+        TypeError: something else.
     """
     if isinstance(data, dict):
         return {name: open_data(part, tokenizer, args, stage) for name, part in data.items()}
     if data is None or (hasattr(data, "__len__") and not len(data)):
         return data
+    if not isinstance(data, (str, Path, Iterable)) and not hasattr(data, "__getitem__"):
+        raise TypeError(f"a data set must be a file, rows or a data set, got {shown(data)}")
     if not isinstance(data, (str, Path)) and is_tokenised(data):
         return leave_out(data, args.unused_role())
-    if not isinstance(data, (str, Path)) and not hasattr(data, "__len__"):
+    if not hasattr(data, "__len__") and not isinstance(data, Path):
         raise ValueError(
             "a stream of raw rows cannot be tokenised ahead; give a file or a data set with a length, or a stream of "
             "the rows of wrpo.data.tokenize_examples"

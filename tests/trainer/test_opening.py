@@ -1,0 +1,128 @@
+"""A trainer takes a model by name or as it is, and data as a file, raw rows or token ids; or says what it wants."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from tiny_models import tiny_model, tiny_rows
+from tiny_runs import SETTINGS, training_lines
+from tiny_tokenizer import tiny_tokenizer
+
+from wrpo import DPOConfig, SFTConfig, SFTTrainer, WRPOConfig, WRPOTrainer
+from wrpo.data import DataError
+from wrpo.settings import SettingsError
+
+PAIRS = [
+    {"prompt": "2 + 3?", "chosen": "5", "rejected": "6"},
+    {"prompt": "hello", "chosen": "hello world", "rejected": "what?"},
+    {"prompt": "the sum of two and three?", "chosen": "five, of course", "rejected": "two"},
+    {"prompt": "what is the sum?", "chosen": "five", "rejected": "the sum"},
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def folder(tmp_path) -> str:
+    """A saved model with its tokenizer."""
+    tokenizer = tiny_tokenizer()
+    tiny_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def as_file(tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    return path
+
+
+def settings(tmp_path: Path, **changes) -> dict:
+    return {"output_dir": str(tmp_path / "out"), **SETTINGS, **changes}
+
+
+@pytest.mark.parametrize("form", ["path", "text", "list", "dataset"])
+def test_a_models_name_and_a_file_of_pairs_are_enough(form, folder, tmp_path):
+    path = as_file(tmp_path)
+    data = {"path": path, "text": str(path), "list": PAIRS, "dataset": datasets.Dataset.from_list(PAIRS)}[form]
+    args = DPOConfig(**settings(tmp_path, learning_rate=1e-2, num_train_epochs=3))
+    trainer = WRPOTrainer(folder, args, train_dataset=data, eval_dataset={"same": PAIRS})
+    trainer.train()
+    lines = training_lines(trainer)
+    assert lines[0]["loss"] == pytest.approx(0.693147, rel=1e-5)
+    assert lines[-1]["loss"] < 0.6
+    assert trainer.evaluate()["eval_same_rewards/accuracies"] == 1.0
+    trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "tokenizer.json").exists()
+
+
+def test_sft_takes_the_same_file_and_learns_the_better_answers(folder, tmp_path):
+    args = SFTConfig(**settings(tmp_path, learning_rate=1e-2, num_train_epochs=3))
+    trainer = SFTTrainer(folder, args, train_dataset=as_file(tmp_path))
+    answers = [trainer.processing_class.decode(row["response_ids"][0]) for row in trainer.train_dataset]
+    assert answers == [f"{row['chosen']}<|im_end|>" for row in PAIRS]
+    trainer.train()
+    lines = training_lines(trainer)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_an_adapters_config_puts_it_on_and_its_absence_is_the_reference(folder, tmp_path):
+    lora = LoraConfig(target_modules=["q_proj", "lm_head"], r=2)
+    trainer = WRPOTrainer(folder, DPOConfig(**settings(tmp_path, max_steps=1)), train_dataset=PAIRS, peft_config=lora)
+    assert isinstance(trainer.model, PeftModel)
+    assert trainer.reference_source == "adapter"
+    trainer.train()
+    assert training_lines(trainer)[0]["loss"] == pytest.approx(0.693147, rel=1e-6)
+
+
+def test_a_model_of_ones_own_and_rows_of_token_ids_stay_as_they_are(tmp_path):
+    model, rows = tiny_model(), tiny_rows()
+    trainer = WRPOTrainer(model, WRPOConfig(**settings(tmp_path, reference="none")), train_dataset=rows)
+    assert trainer.model is model
+    assert trainer.train_dataset is rows
+
+
+def test_limits_of_the_config_hold_for_raw_rows(folder, tmp_path):
+    args = DPOConfig(**settings(tmp_path, max_length=6, max_prompt_length=3, reference="none"))
+    rows = WRPOTrainer(folder, args, train_dataset=PAIRS).train_dataset
+    assert all(len(row["prompt_ids"]) <= 3 for row in rows)
+    assert all(len(row["prompt_ids"]) + len(ids) <= 6 for row in rows for ids in row["response_ids"])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"model": 3}, TypeError, "model must be a folder, a hub name or a model of transformers, got 3"),
+        ({"model": "nowhere"}, SettingsError, "model 'nowhere'"),
+        ({"model": tiny_model()}, ValueError, "raw rows need a tokenizer: give processing_class"),
+        ({"train_dataset": "nowhere.jsonl"}, FileNotFoundError, "nowhere.jsonl"),
+        ({"train_dataset": [{"question": "2 + 3?"}]}, DataError, r"rows, row 1, .* got fields \['question'\]"),
+        ({"train_dataset": [{"prompt_ids": [1], "chosen_ids": [2]}]}, DataError, "prompt_ids, response_ids, role"),
+        (
+            {"train_dataset": datasets.Dataset.from_list(PAIRS).to_iterable_dataset()},
+            ValueError,
+            "a stream of raw rows",
+        ),
+        ({"train_dataset": 3}, TypeError, "must be a file, rows or a data set, got 3"),
+    ],
+)
+def test_what_it_does_not_understand_is_one_sentence(change, error, words, folder, tmp_path):
+    given = {"model": folder, "train_dataset": PAIRS, **change}
+    with pytest.raises(error, match=words) as caught:
+        WRPOTrainer(given["model"], DPOConfig(**settings(tmp_path, max_steps=1)), train_dataset=given["train_dataset"])
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_config_the_defaults_hold(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = WRPOTrainer(tiny_model(), train_dataset=tiny_rows(2))
+    assert trainer.args.beta == 0.01
+    assert torch.isfinite(next(trainer.model.parameters())).all()

@@ -1,4 +1,4 @@
-"""python -m benchmarks.gpu [--rounds 10] [--budget-mib 1024] [--out benchmarks/results] [--dry-run]
+"""python -m benchmarks.gpu [--rounds 10] [--budget-mib 1024] [--out benchmarks/results] [--dry-run] [--draw CSV]
 
 On a CUDA device, every backend with kernels for it, in one run with what bounds it:
 
@@ -7,7 +7,8 @@ On a CUDA device, every backend with kernels for it, in one run with what bounds
     loss      linear_preference_loss, D = 4096, V = 128256, 8192 response tokens in bfloat16: beside the bare matrix
               products of the same rows (three with a trained head, two with a frozen one, one without gradients)
 
-Writes one dated CSV and a picture of it. `--dry-run` runs the same code on toy sizes on the CPU and writes nothing.
+Writes one dated CSV and a picture of it; `--draw` draws that of a CSV again. `--dry-run` runs the same code on toy
+sizes on the CPU and writes nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor
 from benchmarks.suite import dated_table
 from benchmarks.suite.timing import milliseconds
 from wrpo.flags import whole_number
+from wrpo.picture_style import BLACK, BLUE, GREEN, PURPLE, legend_above, picture
 from wrpo_kernels import linear_preference_loss
 from wrpo_kernels.logit_transform import LogitTransform
 from wrpo_kernels.token_logp.contract import CANDIDATES
@@ -213,31 +215,38 @@ def losses(sizes: Sizes, device: str, budget: int, watch: Stopwatch) -> Iterator
         yield from figures(f"loss, {way}", "products", 1e-9 * number * flops, "TFLOP/s", contestants, watch)
 
 
-def draw(figures: list[Figure], facts: dict[str, str], path: Path) -> None:
-    """Times beside the floor of each scenario: 1 is the copy, or the bare matrix products."""
-    import matplotlib
+KINDS = {
+    "loss": "the whole loss, beside its matrix products alone",
+    "forward": "log-probs of rows of logits, beside a copy of the same bytes",
+    "delta_": "gradient of rows in place, beside a copy of the same bytes",
+}
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    scenarios = [s for s in dict.fromkeys(f.scenario for f in figures) if s != "copy"]
-    names = [c for c in dict.fromkeys(f.contestant for f in figures) if c not in ("copy", "products")]
-    plot, axes = plt.subplots(figsize=(9, 0.5 * len(scenarios) + 1.5))
-    height = 0.8 / max(len(names), 1)
-    for k, name in enumerate(names):
-        ratios = {f.scenario: f.ratio for f in figures if f.contestant == name}
-        positions = [i + k * height for i, s in enumerate(scenarios) if s in ratios]
-        bars = axes.barh(positions, [ratios[s] for s in scenarios if s in ratios], height, label=name)
-        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
-    labels = [scenario.replace("delta_", "gradient in place,") for scenario in scenarios]
-    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(scenarios))], labels, fontsize=8)
-    axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.invert_yaxis()
-    axes.set_xlabel("time beside a copy of the same bytes, or beside the bare matrix products (1 is the floor)")
-    axes.set_title(dated_table.caption(facts), fontsize=9)
-    axes.legend(fontsize=8)
-    plot.tight_layout()
-    plot.savefig(path, dpi=130)
+def draw(path: Path, facts: dict[str, str], figures: list[Figure]) -> None:
+    """Times beside the floor of each scenario, by kind: 1 is the copy, or the bare matrix products."""
+    ratios = {(f.scenario, f.contestant): f.ratio for f in figures if f.contestant not in ("copy", "products")}
+    names = dict(zip(dict.fromkeys(name for _, name in ratios), (GREEN, BLUE, PURPLE), strict=False))
+    kinds = {kind: [s for s in dict.fromkeys(s for s, _ in ratios) if s.startswith(kind)] for kind in KINDS}
+    whole = [ratio for (scenario, _), ratio in ratios.items() if scenario in kinds["loss"]]
+    title = f"{facts['machine']}: the loss takes {min(whole):.2f} to {max(whole):.2f} times its matrix products alone"
+    heights = [len(scenarios) + 1.5 for scenarios in kinds.values()]
+    with picture(path, title, height=0.24 * sum(heights) + 1.2, note=dated_table.caption(facts)) as plot:
+        column = plot.subplots(len(kinds), 1, sharex=True, height_ratios=heights)
+        for axes, (kind, scenarios) in zip(column, kinds.items(), strict=True):
+            for place, (name, colour) in enumerate(names.items()):
+                there = [(ratios[s, name], y) for y, s in enumerate(scenarios) if (s, name) in ratios]
+                axes.plot(*zip(*there, strict=True), "o", color=colour, markersize=7, label=name)
+                for ratio, y in there:
+                    axes.annotate(
+                        f"{ratio:.2f}", (1, y), (8 + 28 * place, 0), xycoords=("axes fraction", "data"),
+                        textcoords="offset points", color=colour, va="center",
+                    )  # fmt: skip
+            axes.set_yticks(range(len(scenarios)), [s.removeprefix(kind).strip(" ,") for s in scenarios])
+            axes.set_ylim(len(scenarios) - 0.4, -0.6)
+            axes.axvline(1, color=BLACK, linewidth=1, linestyle="--")
+            axes.set_title(KINDS[kind])
+        axes.set_xlabel("times as long as the dashed floor")
+        legend_above(plot)
 
 
 def main() -> None:
@@ -245,8 +254,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=whole_number, default=10)
     parser.add_argument("--budget-mib", type=whole_number, default=1024, help="of logits at a time, in the loss")
     dated_table.add_out(parser)
+    dated_table.add_draw(parser, Figure)
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU, nothing written")
     args = parser.parse_args()
+    if args.draw:
+        return draw(*args.draw)
     if not args.dry_run and not torch.cuda.is_available():
         raise SystemExit("torch sees no CUDA device; --dry-run runs the same code on toy sizes on the CPU")
     device, sizes = ("cpu", TOY) if args.dry_run else ("cuda", FULL)
@@ -261,7 +273,7 @@ def main() -> None:
             print(f"{f.scenario:<28} {f.contestant:<10} {spread}  {rate}", flush=True)
     if not args.dry_run:
         path = dated_table.write(measured, facts, args.out, "gpu")
-        draw(measured, facts, path.with_suffix(".png"))
+        draw(path.with_suffix(".png"), facts, measured)
         print(f"wrote {path} and its picture")
 
 

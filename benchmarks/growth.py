@@ -1,4 +1,4 @@
-"""python -m benchmarks.growth [--rounds 5] [--quick]
+"""python -m benchmarks.growth [--rounds 5] [--quick] [--draw CSV]
 
 How time and memory grow, as exponents fitted on logarithms, each with its standard error:
 
@@ -10,7 +10,7 @@ How time and memory grow, as exponents fitted on logarithms, each with its stand
 The fused loss runs forward and backward with a trained head in float32. Its budget, 64 MiB of logits, is less than
 what the smallest size has and more than what one example ever has, so that all sizes are treated alike. Sizes of an
 axis take turns; memory is measured in fresh processes, above inputs, outputs and gradients. Writes a dated CSV,
-exponents at its head, and a picture.
+exponents at its head, and a picture; `--draw` draws that of a CSV again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import io
 import multiprocessing
-import statistics
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -37,6 +36,7 @@ from benchmarks.suite.memory import MIB, peak_above_now, peak_of
 from benchmarks.suite.problem import Problem, Setting
 from benchmarks.suite.timing import milliseconds, step_of, steps_in_turns
 from wrpo.flags import whole_number
+from wrpo.picture_style import BLACK, GREEN, picture
 
 BASE = Setting(vocabulary=16384, width=128, examples=16, sources=1, response=32, prompt=32, budget_mib=64)
 SETTINGS = {
@@ -49,6 +49,12 @@ QUICK_SETTINGS = {
     "N": {48 * examples: QUICK._replace(examples=examples) for examples in (8, 16, 32)},
     "V": {size: QUICK._replace(vocabulary=size) for size in (2048, 4096, 8192)},
     "responses": {sources + 2: QUICK._replace(sources=sources) for sources in (1, 2, 4)},
+}
+AXES = {
+    "N": "tokens that count, N",
+    "V": "vocabulary, V",
+    "responses": "responses to a prompt",
+    "candidates": "candidates to build from",
 }
 ANSWERS = 10  # candidates a prompt
 PROMPTS = (4000, 12000, 36000)
@@ -147,41 +153,34 @@ def exponents(figures: list[Figure]) -> dict[str, tuple[Exponent, Exponent]]:
     return found
 
 
-def draw(figures: list[Figure], fits: dict[str, tuple[Exponent, Exponent]], facts: dict[str, str], path: Path) -> None:
+def draw(path: Path, facts: dict[str, str], figures: list[Figure]) -> None:
     """Time above, memory below; dashed: the fitted power."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
-
-    plot, grid = plt.subplots(2, len(fits), figsize=(3.4 * len(fits), 6), squeeze=False)
-    for column, (axis, both) in enumerate(fits.items()):
-        some = [figure for figure in figures if figure.axis == axis]
-        sizes = [figure.size for figure in some]
-        for row, (fit, costs) in enumerate(
-            zip(both, ([f.p50_ms for f in some], [f.peak_mib for f in some]), strict=True)
-        ):
-            axes = grid[row, column]
-            axes.plot(sizes, costs, "o", color="tab:blue")
-            axes.plot(sizes, [fit.at_one * size**fit.value for size in sizes], "--", color="black", linewidth=1)
-            power = f"{axis}$^{{{fit.value:.2f} \\pm {fit.error:.2f}}}$"
-            axes.set(xscale="log", yscale="log", title=f"{('time', 'memory')[row]} ~ {power}")
-            middle = statistics.geometric_mean(costs)
-            axes.set_ylim(min(min(costs) / 1.5, middle / 5), max(max(costs) * 1.5, middle * 5))
-            axes.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=30, fontsize=8)
-            axes.xaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(NullFormatter())
-            axes.grid(alpha=0.3, which="both")
-        grid[1, column].set_xlabel(axis)
-    grid[0, 0].set_ylabel("time, ms")
-    grid[1, 0].set_ylabel("peak memory, MiB")
-    plot.suptitle(dated_table.caption(facts), fontsize=9)
-    plot.tight_layout()
-    plot.savefig(path, dpi=120)
-    plt.close(plot)
+    fits = exponents(figures)
+    times, memory = ([2 ** both[k].value for both in fits.values()] for k in range(2))
+    title = (
+        f"Twice the size takes {min(times):.1f} to {max(times):.1f} times the time and "
+        f"{min(memory):.1f} to {max(memory):.1f} times the memory"
+    )
+    note = f"Dashed: the power of the size that fits best. {dated_table.caption(facts)}."
+    with picture(path, title, height=5, note=note) as plot:
+        grid = plot.subplots(2, len(fits), sharex="col", squeeze=False)
+        for column, (axis, both) in zip(grid.T, fits.items(), strict=True):
+            some = [figure for figure in figures if figure.axis == axis]
+            costs = [figure.p50_ms for figure in some], [figure.peak_mib for figure in some]
+            sizes = numpy.array([figure.size for figure in some])
+            between = numpy.linspace(min(sizes), max(sizes))
+            for axes, fit, measured in zip(column, both, costs, strict=True):
+                axes.plot(sizes, measured, "o", color=GREEN)
+                axes.plot(between, fit.at_one * between**fit.value, "--", color=BLACK, linewidth=1)
+                axes.set_title(f"power {fit.value:.2f} ± {fit.error:.2f}")
+                axes.set_xlim(left=0)
+                axes.set_ylim(0, 1.25 * max(measured))
+                axes.yaxis.set_major_formatter("{x:,.0f}")
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+            axes.locator_params(axis="x", nbins=3)
+            axes.set_xlabel(AXES[axis])
+        grid[0, 0].set_ylabel("time (ms)")
+        grid[1, 0].set_ylabel("peak memory (MiB)")
 
 
 def main() -> None:
@@ -189,7 +188,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=whole_number, default=5, help="of each size (default: 5)")
     parser.add_argument("--quick", action="store_true", help="see it run: small sizes, not for publishing")
     dated_table.add_out(parser)
+    dated_table.add_draw(parser, Figure)
     args = parser.parse_args()
+    if args.draw:
+        return draw(*args.draw)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     facts = dated_table.facts_of("benchmarks.growth", device)
     of_builds = list(of_candidates(QUICK_PROMPTS if args.quick else PROMPTS, min(args.rounds, 3)))
@@ -205,7 +207,7 @@ def main() -> None:
         print(f"{axis:<11} time ~ {axis}^({of_time}), memory ~ {axis}^({of_memory})")
         facts |= {f"exponent of time in {axis}": str(of_time), f"exponent of memory in {axis}": str(of_memory)}
     path = dated_table.write(figures, facts, args.out, "growth_quick" if args.quick else "growth")
-    draw(figures, fits, facts, path.with_suffix(".png"))
+    draw(path.with_suffix(".png"), facts, figures)
     print(f"wrote {path} and its picture")
 
 

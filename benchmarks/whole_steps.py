@@ -1,4 +1,4 @@
-"""python -m benchmarks.whole_steps [--model NAME] [--rounds 9] [--quick]
+"""python -m benchmarks.whole_steps [--model NAME] [--rounds 9] [--quick] [--draw CSV]
 
 What a user feels: whole optimizer steps of real trainers, in tokens a second and in peak memory.
 
@@ -8,7 +8,8 @@ What a user feels: whole optimizer steps of real trainers, in tokens a second an
 Each contestant trains in a process of its own. They take turns, one step each a round, so that a slow minute of a
 shared machine hits all alike; the first round, which allocates, is not counted, but in it all must find the same loss.
 Figures are medians over the rounds with the interval that covers the median with at least 95 % (order statistics, no
-assumption about how times are spread). Writes a dated CSV and a picture.
+assumption about how times are spread). Writes a dated CSV and a picture of the pairs; `--draw` draws that of a CSV
+again.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.suite import dated_table
+from benchmarks.suite.pictures import colour
 from benchmarks.suite.training_contestants import CONTESTANTS, serve, why_not
-from benchmarks.suite.training_models import NAMES
+from benchmarks.suite.training_models import NAMES, SIZES
 from wrpo.flags import whole_number
+from wrpo.picture_style import WHISKERS, picture
 from wrpo.user_error import UserError
 
 BATCH = {"SmolLM2-135M": 4, "Llama": 1, "tiny": 2}  # rows a step
@@ -154,29 +157,73 @@ def line(f: Figure) -> str:
     return f"{head} {rate}  {slower}  peak {f.peak_mib:7.0f} MiB  loss of the first step {f.first_loss:.6f}"
 
 
-def draw(rows: list[Figure], facts: dict[str, str], path: Path) -> None:
-    """Tokens a second with their intervals on the left, memory on the right."""
-    import matplotlib
+CALLED = {"full logits": "plain torch", "TRL DPOTrainer": "TRL", "fused": "wrpo"}  # in the picture, in this order
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    names = list(dict.fromkeys(row.contestant for row in rows))
-    colours = {name: plt.get_cmap("tab10").colors[k] for k, name in enumerate(names)}
-    plot, (left, right) = plt.subplots(1, 2, figsize=(11, 0.5 * len(rows) + 1.6), sharey=True)
-    for number, row in enumerate(rows):
-        ends = [[row.tokens_s - row.tokens_s_low], [row.tokens_s_high - row.tokens_s]]
-        left.barh(number, row.tokens_s, xerr=ends, color=colours[row.contestant], capsize=3)
-        right.barh(number, row.peak_mib, color=colours[row.contestant])
-    left.set_yticks(range(len(rows)), [f"{row.model}, {row.comparison}: {row.contestant}" for row in rows], fontsize=8)
-    left.invert_yaxis()
-    ends_are = "95 % interval" if all(row.steps >= 6 for row in rows) else "smallest, largest"
-    left.set_xlabel(f"tokens a second, whole optimizer steps\n(median, {ends_are})")
-    right.set_xlabel("peak memory that training adds, MiB")
-    plot.suptitle(dated_table.caption(facts), fontsize=9)
-    plot.tight_layout()
-    plot.savefig(path, dpi=120)
-    plt.close(plot)
+def draw(path: Path, facts: dict[str, str], rows: list[Figure]) -> None:
+    """Seconds a step on the left, memory on the right; of the pairs, on which TRL takes part."""
+    pairs = [row for row in rows if row.comparison == "pairs"]
+    pairs.sort(key=lambda row: list(CALLED).index(row.contestant))
+    models = dict.fromkeys(row.model for row in rows)
+    note = (
+        f"plain torch: our trainer on whole logits. Line: {interval(pairs)}. Times as fast: median over rounds of "
+        f"neighbouring steps. {dated_table.caption(facts)}."
+    )
+    with picture(path, headline(pairs), height=0.27 * (len(pairs) + len(models)) + 1.4, note=note) as plot:
+        left, right = plot.subplots(1, 2, sharey=True)
+        ticks, y = {}, 0
+        for model in models:
+            some = [row for row in pairs if row.model == model]
+            left.text(0, y, f"{described(model)}, {some[0].tokens_a_step:.0f} tokens a step", va="center")
+            for row in some:
+                y += 1
+                draw_row(left, right, y, row)
+                ticks[y] = CALLED[row.contestant]
+            y += 1
+        left.set_yticks(list(ticks), list(ticks.values()))
+        left.set_ylim(y - 0.4, -0.5)
+        left.set_title("time of a step")
+        right.set_title("memory that training adds")
+        for axes in (left, right):
+            axes.grid(visible=False, axis="y")
+
+
+def draw_row(left, right, y: int, row: Figure) -> None:
+    """A bar and its number on either side, on the left with its interval."""
+    seconds, fast, slow = (row.tokens_a_step / rate for rate in (row.tokens_s, row.tokens_s_high, row.tokens_s_low))
+    ends = [[seconds - fast], [slow - seconds]]
+    left.barh(y, seconds, color=colour(row.contestant), xerr=ends, error_kw=WHISKERS)
+    right.barh(y, row.peak_mib / 1024, color=colour(row.contestant))
+    for axes, number in ((left, f"{seconds:.1f} s"), (right, f"{row.peak_mib / 1024:.1f} GiB")):
+        axes.annotate(number, (0, y), (4, 0), textcoords="offset points", va="center", fontweight="bold")
+
+
+def headline(pairs: list[Figure]) -> str:
+    """The fused trainer beside TRL; where TRL did not run, beside whole logits."""
+    ours = {row.model: row for row in pairs if row.contestant == "fused"}
+    others = [row for row in pairs if row.contestant == "TRL DPOTrainer"]
+    others = others or [row for row in pairs if row.contestant == "full logits"]
+    faster = span([row.times_fused for row in others], "{:.1f}")
+    leaner = span([ours[row.model].peak_mib / row.peak_mib for row in others], "{:.0%}")
+    rival = CALLED[others[0].contestant]
+    return f"A whole DPO step with wrpo: {faster} times as fast as with {rival}, in {leaner} of the memory"
+
+
+def span(values: list[float], form: str) -> str:
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def interval(rows: list[Figure]) -> str:
+    of = f"of {rows[0].steps} steps"
+    return f"95 % interval of the median {of}" if rows[0].steps >= 6 else f"smallest to largest {of}"
+
+
+def described(model: str) -> str:
+    if model not in SIZES:
+        return model
+    size = SIZES[model]
+    return f"Llama of {size['num_hidden_layers']} layers, vocabulary {size['vocab_size']:,}"
 
 
 def main() -> int:
@@ -187,7 +234,11 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="see it run: three rounds of a tiny model")
     dated_table.add_out(parser)
+    dated_table.add_draw(parser, Figure)
     args = parser.parse_args()
+    if args.draw:
+        draw(*args.draw)
+        return 0
     models, rounds = (["tiny"], 3) if args.quick else (args.model or ["SmolLM2-135M", "Llama"], args.rounds)
     facts = dated_table.facts_of("benchmarks.whole_steps", "cuda" if torch.cuda.is_available() else "cpu")
     rows: list[Figure] = []
@@ -200,7 +251,7 @@ def main() -> int:
         print(f"benchmarks.whole_steps: {error}", file=sys.stderr)
         return 2
     path = dated_table.write(rows, facts, args.out, "whole_steps_quick" if args.quick else "whole_steps")
-    draw(rows, facts, path.with_suffix(".png"))
+    draw(path.with_suffix(".png"), facts, rows)
     print(f"wrote {path} and its picture")
     return 0
 

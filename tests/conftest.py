@@ -155,3 +155,18 @@ def log_as_it_was():
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(20241204)
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """Every picture that the test draws, as a figure laid out, instead of a file."""
+    from matplotlib.figure import Figure
+
+    figures = []
+
+    def save(figure: Figure, path: object) -> None:
+        figure.draw_without_rendering()
+        figures.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    return figures

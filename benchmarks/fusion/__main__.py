@@ -1,4 +1,5 @@
 """python -m benchmarks.fusion [--seeds N ...] [--arms main|all] [--quick] [--tune] [--out FOLDER] [--docs FILE]
+                               [--draw REPORT]
 
 Does fusion work? Trains four specialists of different architectures and tokenizers and a weak generalist, lets them
 answer prompts, builds triples, and compares SFT, DPO and WRPO on held-out prompts that verifiers judge.
@@ -30,6 +31,7 @@ from wrpo_kernels import __version__
 
 from .arms import Arm, all_arms
 from .models import SOURCES
+from .pictures import draw_claims
 from .report import read_abouts, write_report
 from .results import Results
 from .seed import FULL, QUICK, SeedRun, Size, write_whole
@@ -45,7 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     quieten()
     torch.set_num_threads(options.threads)
     try:
-        if options.tune:
+        if options.draw:
+            draw(options.draw)
+        elif options.tune:
             tune(options.out / "tuning", QUICK if options.quick else FULL)
         else:
             run(options, " ".join(["python -m benchmarks.fusion", *map(shlex.quote, given)]))
@@ -63,6 +67,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="see whether it runs: small, one seed, in a few minutes")
     parser.add_argument("--tune", action="store_true", help="choose learning rates: seed 0, validation prompts")
     parser.add_argument("--report", action="store_true", help="only write the report of what is there")
+    parser.add_argument("--draw", type=Path, metavar="REPORT", help="only draw the claims of this report again")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch (default: all cores)")
     parser.add_argument("--out", type=Path, help="default: runs/experiment; --quick: runs/experiment-quick")
     parser.add_argument("--docs", type=Path, help="report to write (default: docs/fusion.md; --quick: in the folder)")
@@ -80,6 +85,11 @@ def quieten() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     logging.getLogger("wrpo").setLevel(logging.ERROR)
+
+
+def draw(report: Path) -> None:
+    if not report.is_file() or not draw_claims(report):
+        raise UserError(f"--draw {report}: expected a report with a table of claims, as --docs writes it")
 
 
 def run(options: argparse.Namespace, command: str) -> None:

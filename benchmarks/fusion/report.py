@@ -1,4 +1,4 @@
-"""docs/fusion.md: the tables, the paper's claims beside what was measured, the pictures; from what is on the disk."""
+"""docs/fusion.md: the tables, the paper's claims beside what was measured, their picture; from what is on the disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from .arms import ALPHAS, LOSSES, SFT, WRPO_ALPHA, all_arms
 from .models import ARCHITECTURES, OWN_SHARE, SOURCES, TARGET
-from .pictures import draw_alpha_and_sources, draw_skills, draw_training
+from .pictures import draw_claims
 from .results import EVERYTHING, Estimate, Results, estimate
 from .seed import Size, model_seconds
 from .skills import SKILLS, tasks
@@ -137,25 +137,10 @@ def tuning_table(folder: Path) -> str:
 
 
 def write_report(results: Results, abouts: list[dict[str, Any]], size: Size, folder: Path, path: Path) -> None:
-    """The document and, beside it, its pictures `fusion_*.png`."""
-    k = size.sources
+    """The document and, beside it, the picture of its claims."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    main = {
-        "target": "target", f"sft-{k}": "SFT", f"sft-all-{k}": "SFT on all", f"dpo-{k}": "SFT, DPO",
-        f"dpo-source-{k}": "SFT, DPO source", f"wrpo-{WRPO_ALPHA}-{k}": f"SFT, WRPO 0 to {WRPO_ALPHA}",
-    }  # fmt: skip
-    draw_skills(
-        results, {arm: label for arm, label in main.items() if results.seeds(arm)}, path.with_name("fusion_skills.png")
-    )
-    trained = {
-        f"dpo-{k}": "DPO (alpha 0)", f"wrpo-{WRPO_ALPHA}-{k}": f"WRPO, 0 to {WRPO_ALPHA}",
-        f"wrpo-static-{WRPO_ALPHA}-{k}": f"WRPO, {WRPO_ALPHA} throughout", f"dpo-source-{k}": "DPO source (alpha 1)",
-    }  # fmt: skip
-    trained = {arm: label for arm, label in trained.items() if results.seeds(arm)}
-    if trained:
-        draw_training(results, trained, path.with_name("fusion_training.png"))
-    draw_alpha_and_sources(results, k, path.with_name("fusion_alpha.png"))
     path.write_text(document(results, abouts, size, tuning_table(folder)), encoding="utf-8")
+    draw_claims(path)
 
 
 def document(results: Results, abouts: list[dict[str, Any]], size: Size, tuning: str) -> str:

@@ -4,19 +4,35 @@ from __future__ import annotations
 
 import csv
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.suite import machine
-from benchmarks.suite.results import file_name, make_room, writable_folder
+from benchmarks.suite.results import file_name, make_room, read_table, writable_folder
 
 
 def add_out(parser: ArgumentParser) -> None:
     """The flag --out of every benchmark that writes files; its default is not touched where nothing is written."""
     folder = machine.ROOT / "benchmarks/results"
     parser.add_argument("--out", type=writable_folder, metavar="FOLDER", default=folder, help="for the files")
+
+
+def add_draw(parser: ArgumentParser, kind: type[NamedTuple]) -> None:
+    """The flag --draw; its value is the path of a picture, and the facts and rows of the file beside it."""
+
+    def rows_of(text: str) -> tuple[Path, dict[str, str], list]:
+        path = Path(text)
+        try:
+            facts, rows = read_table(path, kind)
+        except OSError as error:
+            raise ArgumentTypeError(f"cannot read {path}: {error.strerror}") from None
+        except ValueError as error:
+            raise ArgumentTypeError(f"expected a CSV file of this benchmark, got {path}: {error}") from None
+        return path.with_suffix(".png"), facts, [row for (row,) in rows]
+
+    parser.add_argument("--draw", type=rows_of, metavar="CSV", help="no measuring: the picture of this file")
 
 
 def facts_of(module: str, device: str) -> dict[str, str]:

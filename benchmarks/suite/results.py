@@ -106,17 +106,24 @@ def read(path: Path) -> tuple[dict[str, str], list[Row]]:
     Raises:
         ValueError: the file is not of `ResultFile`, or damaged.
     """
-    lines = path.read_text().splitlines()
-    facts = {name: value for line in lines if line.startswith("# ") for name, _, value in [line[2:].partition(": ")]}
+    facts, rows = read_table(path, Figure, Setting)
     if absent := [name for name in FACTS if not facts.get(name)]:
         raise ValueError(f"no line '# {absent[0]}: ...' at its head")
+    return facts, [Row(*row) for row in rows]
+
+
+def read_table(path: Path, *kinds) -> tuple[dict[str, str], list[tuple]]:
+    """The facts at the head of a file, and of each line one of every kind, whose fields are its columns.
+
+    Raises:
+        ValueError: a column is missing, or a value is not of its type.
+    """
+    lines = path.read_text().splitlines()
+    facts = {name: value for line in lines if line.startswith("# ") for name, _, value in [line[2:].partition(": ")]}
     table = csv.DictReader((line for line in lines if not line.startswith("# ")), restval="")
-    if without := [name for name in COLUMNS if name not in (table.fieldnames or ())]:
+    if without := [name for kind in kinds for name in kind._fields if name not in (table.fieldnames or ())]:
         raise ValueError(f"no column {without[0]}")
-    rows = []
-    for number, values in enumerate(table, 1):
-        rows.append(Row(_parsed(Figure, values, number), _parsed(Setting, values, number)))
-    return facts, rows
+    return facts, [tuple(_parsed(kind, values, number) for kind in kinds) for number, values in enumerate(table, 1)]
 
 
 def _parsed(kind, values: dict[str, str], number: int):

@@ -72,8 +72,8 @@ def full(rows: int, dtype: str) -> dict[str, Scenario]:
                  {"Gemma-3-1B, softcap 30": gemma._replace(softcap=30.0), "Gemma-3-1B, no softcap": gemma}, SOME),
         Scenario("vocabulary", "growing vocabularies", vocabularies, FEW, "vocabulary"),
         Scenario("response", "longer responses", responses, FEW, "response"),
-        Scenario("prompt", "the same tokens, more of them prompt", prompts, FEW, "prompt_share"),
-        Scenario("budget", "bytes for logits", budgets, ("fused", "torch linear CE (budget)"), "budget_mib"),
+        Scenario("prompt", "longer prompts", prompts, FEW, "prompt_share"),
+        Scenario("budget", "bytes for logits", budgets, ("fused", "torch linear CE (budget)")),
         Scenario("toy", "all overhead", toys(), None),
     )  # fmt: skip
     return {scenario.name: scenario for scenario in scenarios}

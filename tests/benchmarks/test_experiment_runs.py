@@ -74,8 +74,7 @@ def _the_report_shows_what_was_measured(folder: Path) -> None:
     for arm in results(folder):
         assert f"| {arm} |" in text
     assert "python -m benchmarks.fusion --quick --threads 1" in text
-    for picture in ("skills", "training", "alpha"):
-        assert (folder / f"fusion_{picture}.png").stat().st_size > 10_000
+    assert (folder / "fusion_claims.png").stat().st_size > 10_000
 
 
 def test_a_report_of_nothing_is_one_line_that_says_what_to_do(tmp_path, capsys):

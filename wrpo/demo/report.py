@@ -6,6 +6,8 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
+from wrpo.picture_style import MODELS, as_shares, can_draw, grouped_bars, legend_above, percent, picture
+
 from .model import Answer
 from .skills import SKILLS, Task, score
 
@@ -81,18 +83,18 @@ def one_line(text: str) -> str:
 
 def draw_bars(before: list[Judged], after: list[Judged], path: Path) -> None:
     """Share of held-out prompts solved, before and after, for each skill and for all."""
-    from matplotlib.figure import Figure
-
+    if not can_draw(path):
+        return
     then, now = summary(before), summary(after)
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    ax = figure.subplots()
-    for shift, values, name, colour in ((-0.2, then, "before", "#8c8c8c"), (0.2, now, "after WRPO", "#0072b2")):
-        shares = [100 * group["solved"] / group["prompts"] for group in values.values()]
-        bars = ax.bar([i + shift for i in range(len(values))], shares, 0.38, label=name, color=colour)
-        ax.bar_label(bars, [f"{share:.0f}" for share in shares], fontsize=8, padding=2)
-    ax.set_xticks(range(len(then)), [f"{name}\n{group['prompts']} prompts" for name, group in then.items()], fontsize=9)
-    ax.set_ylim(0, 112)
-    ax.set_ylabel("held-out prompts solved (%)", fontsize=9)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=9, loc="upper left", ncols=2)
-    figure.savefig(path, dpi=140)
+    of, first, last = then["all"]["prompts"], then["all"]["solved"], now["all"]["solved"]
+    groups = [f"{name}\n{group['prompts']} prompts" for name, group in then.items()]
+    bars = {
+        name: [group["solved"] / group["prompts"] for group in groups_of.values()]
+        for name, groups_of in (("before", then), ("after WRPO", now))
+    }
+    with picture(path, f"{first} of {of} held-out prompts solved before, {last} after", height=3.8) as figure:
+        ax = figure.subplots()
+        grouped_bars(ax, groups, bars, MODELS, number=percent)
+        ax.set_ylim(0, 1.08)
+        as_shares(ax.yaxis)
+        legend_above(figure)

@@ -2,115 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .comparison import Comparison
-from .intervals import Interval
+from wrpo.picture_style import BLACK, GREEN, MODELS, as_shares, can_draw, grouped_bars, legend_above, percent, picture
+
+from .comparison import ALL, Comparison
 
 if TYPE_CHECKING:
     from .implicit_reward import Accuracy  # seconds of imports, which pictures of answers do without
 
-COLOURS = (
-    "#8c8c8c",
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-)  # told apart by the colour-blind
-Panel = Callable[[Any], None]
+SIDE_BY_SIDE = 3  # groups at most; with more, each panel has the whole width
 
 
-def draw(path: Path, comparison: Comparison | None, accuracies: dict[str, Accuracy] | None) -> None:
-    """Solved prompts or mean scores, wins over the baseline, implicit-reward accuracies: what was measured of them."""
-    from matplotlib.figure import Figure
+def draw(path: Path, comparison: Comparison | None, accuracies: dict[str, Accuracy] | None) -> bool:
+    """Solved prompts or mean scores, wins over the baseline, implicit-reward accuracies: what was measured of them.
 
-    panels: list[tuple[int, Panel]] = []  # bars across, and what draws them
+    Returns whether there was matplotlib to draw it.
+    """
+    if not can_draw(path):
+        return False
+    panels: list[Callable[[Any], None]] = []
+    titles, groups = [], 0
     if comparison is not None:
-        panels += _answer_panels(comparison)
+        panels.append(lambda ax: _draw_worth(ax, comparison))
+        panels += [lambda ax: _draw_wins(ax, comparison)] if comparison.wins else []
+        titles, groups = [_headline(comparison)], len(comparison.groups)
     if accuracies is not None:
-        panels.append((len(accuracies), lambda ax: _draw_accuracies(ax, accuracies)))
-    widths = [max(3.4, 0.75 * bars) for bars, _ in panels]
-    figure = Figure(figsize=(sum(widths) + 0.6, 3.7), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0]
-    for ax, (_, panel) in zip(axes, panels, strict=True):
-        panel(ax)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(labelsize=8)
-    figure.savefig(path, dpi=140)
+        panels.append(lambda ax: _draw_accuracies(ax, accuracies))
+        shares = {name: percent(one.accuracy) for name, one in accuracies.items()}
+        titles.append(_listed("Implicit reward above rejected", shares))
+    rows, columns = (1, len(panels)) if groups <= SIDE_BY_SIDE else (len(panels), 1)
+    with picture(path, "\n".join(titles), height=0.9 + 2.4 * rows) as figure:
+        for ax, panel in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=True):
+            panel(ax)
+        if comparison is not None and comparison.wins:
+            legend_above(figure)
+    return True
 
 
-def _answer_panels(comparison: Comparison) -> list[tuple[int, Panel]]:
-    groups = comparison.groups
-    panels: list[tuple[int, Panel]] = [(len(groups), lambda ax: _draw_worth(ax, comparison))]
-    if comparison.wins:
-        panels.append((len(groups), lambda ax: _draw_wins(ax, comparison)))
-    return panels
+def _listed(what: str, numbers: dict[str, str]) -> str:
+    return f"{what}: {', '.join(f'{name} {number}' for name, number in numbers.items())}"
+
+
+def _headline(comparison: Comparison) -> str:
+    """What every model is worth on all prompts."""
+    of_all = {model: by_group[ALL] for model, by_group in comparison.worth.items()}
+    solved = {model: percent(one.solved) for model, one in of_all.items() if one.solved is not None}
+    scores = {model: f"{one.mean_score:.3g}" for model, one in of_all.items()}
+    return _listed("Prompts solved", solved) if solved else _listed("Mean score", scores)
 
 
 def _draw_worth(ax: Any, comparison: Comparison) -> None:
-    has_solved = all(one.solved is not None for by_group in comparison.worth.values() for one in by_group.values())
-    for place, (model, by_group) in enumerate(comparison.worth.items()):
-        values = [one.solved if has_solved else one.mean_score for one in by_group.values()]
-        intervals = [one.solved_interval for one in by_group.values()] if has_solved else None
-        _bars(ax, place, len(comparison.worth), values, intervals, model, COLOURS[place % len(COLOURS)])
-    _name_groups(ax, comparison)
-    ax.set_title("prompts solved" if has_solved else "mean score", fontsize=10, loc="left")
-    if has_solved:
-        _as_share(ax)
-    if len(comparison.worth) > 1:
-        ax.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
+    worth = {model: list(by_group.values()) for model, by_group in comparison.worth.items()}
+    solved = {model: [(one.solved, one.solved_interval) for one in some] for model, some in worth.items()}
+    if all(interval is not None for pairs in solved.values() for _, interval in pairs):
+        _draw_shares(ax, "prompts solved", _groups(comparison), solved, MODELS)
+    else:
+        scores = {model: [one.mean_score for one in some] for model, some in worth.items()}
+        grouped_bars(ax, _groups(comparison), scores, MODELS, number=lambda score: f"{score:.3g}")
+        ax.margins(y=0.1)
+        ax.set_title("mean score")
 
 
 def _draw_wins(ax: Any, comparison: Comparison) -> None:
-    for place, (model, by_group) in enumerate(comparison.wins.items()):
-        rates, intervals = zip(*[(one.win_rate, one.win_interval) for one in by_group.values()], strict=True)
-        colour = COLOURS[list(comparison.worth).index(model) % len(COLOURS)]
-        _bars(ax, place, len(comparison.wins), list(rates), list(intervals), model, colour)
-    ax.axhline(0.5, color="#444444", linewidth=0.8, linestyle=":")
-    _name_groups(ax, comparison)
-    ax.set_title(f"wins over {comparison.baseline} (ties half)", fontsize=10, loc="left")
-    _as_share(ax)
+    wins = {
+        model: [(one.win_rate, one.win_interval) for one in by_group.values()]
+        for model, by_group in comparison.wins.items()
+    }
+    colours = [colour for model, colour in zip(comparison.worth, cycle(MODELS), strict=False) if model in wins]
+    _draw_shares(ax, f"wins over {comparison.baseline} (ties half)", _groups(comparison), wins, colours)
+    ax.axhline(0.5, color=BLACK, linewidth=0.8, linestyle=":")
 
 
 def _draw_accuracies(ax: Any, accuracies: dict[str, Accuracy]) -> None:
-    shares = [one.accuracy for one in accuracies.values()]
-    _bars(ax, 0, 1, shares, [one.interval for one in accuracies.values()], "", COLOURS[1])
-    ax.axhline(0.5, color="#444444", linewidth=0.8, linestyle=":")
-    ax.set_xticks(range(len(accuracies)), list(accuracies))
-    ax.set_title("implicit reward above rejected", fontsize=10, loc="left")
-    _as_share(ax)
+    shares = {"": [(one.accuracy, one.interval) for one in accuracies.values()]}
+    _draw_shares(ax, "implicit reward above rejected", list(accuracies), shares, [GREEN])
+    ax.axhline(0.5, color=BLACK, linewidth=0.8, linestyle=":")
 
 
-def _bars(ax: Any, place: int, of: int, values: list[Any], intervals: list[Any] | None, name: str, colour: str) -> None:
-    """The bars of one model, beside those of the `of - 1` others, with a whisker for each interval."""
-    width = 0.8 / of
-    middles = [group + (place - (of - 1) / 2) * width for group in range(len(values))]
-    whiskers = None if intervals is None else [_whisker(v, i) for v, i in zip(values, intervals, strict=True)]
-    ax.bar(
-        middles,
-        values,
-        0.92 * width,
-        label=name,
-        color=colour,
-        yerr=None if whiskers is None else list(zip(*whiskers, strict=True)),
-        error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "#222222"},
-    )
+def _draw_shares(ax: Any, title: str, groups: list[str], shares: dict[str, list], colours: Sequence[str]) -> None:
+    """shares: name -> in each group the share and its interval."""
+    heights = {name: [share for share, _ in pairs] for name, pairs in shares.items()}
+    intervals = {name: [interval for _, interval in pairs] for name, pairs in shares.items()}
+    grouped_bars(ax, groups, heights, colours, number=percent, intervals=intervals)
+    ax.set_ylim(0, 1.15)
+    ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    as_shares(ax.yaxis)
+    ax.set_title(title)
 
 
-def _whisker(value: float, interval: Interval) -> tuple[float, float]:
-    return max(0.0, value - interval.low), max(0.0, interval.high - value)
-
-
-def _name_groups(ax: Any, comparison: Comparison) -> None:
+def _groups(comparison: Comparison) -> list[str]:
     first = next(iter(comparison.worth.values()))
-    ax.set_xticks(range(len(first)), [f"{group}\n{one.prompts}" for group, one in first.items()])
-    ax.set_xlabel("group, number of prompts", fontsize=8)
-
-
-def _as_share(ax: Any) -> None:
-    ax.set_ylim(0, 1.18)
-    ax.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+    return [f"{group}\n{one.prompts} prompt{'s'[: one.prompts != 1]}" for group, one in first.items()]

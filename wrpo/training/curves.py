@@ -9,20 +9,21 @@ from typing import Any, NamedTuple
 
 from transformers import TrainerCallback
 
-from wrpo.colours import COLOURS
+from wrpo.picture_style import ANSWERS, BLACK, GREEN, MODELS, as_shares, can_draw, legend_above, percent, picture
 
 logger = logging.getLogger("wrpo.training.curves")
 
 
 class Panel(NamedTuple):
     title: str
-    lines: dict[str, str]  # key in the log: name in COLOURS, or else in the panel's own legend
-    limits: tuple[float, float] | None = None
+    lines: dict[str, str]  # key in the log: name in ANSWERS, or else in the panel's own legend, or nothing
+    is_main: bool = False
     is_noisy: bool = True
+    is_share: bool = False
 
 
 PANELS = (
-    Panel("loss", {"loss": ""}),
+    Panel("loss", {"loss": ""}, is_main=True),
     Panel(
         "implicit reward",
         {
@@ -31,25 +32,26 @@ PANELS = (
             "rewards/target_chosen": "target",
             "rewards/chosen": "weighted chosen",
         },
+        is_main=True,
     ),
     Panel(
-        "share of pairs won against rejected",
+        "pairs won against rejected",
         {
             "rewards/source_accuracies": "source",
             "rewards/pivot_accuracies": "target",
             "rewards/accuracies": "weighted chosen",
         },
-        (-0.03, 1.03),
+        is_main=True,
+        is_share=True,
     ),
     Panel(
-        "log-prob of a response (nats)",
+        "log-prob (nats)",
         {"logps/rejected": "rejected", "logps/source_chosen": "source", "logps/target_chosen": "target"},
     ),
-    Panel("fusion coefficient alpha", {"alpha": ""}, is_noisy=False),
-    Panel("learning rate", {"learning_rate": ""}, is_noisy=False),
+    Panel("alpha", {"alpha": ""}, is_noisy=False),
     Panel("gradient norm", {"grad_norm": ""}),
+    Panel("learning rate", {"learning_rate": ""}, is_noisy=False),
 )
-COLUMNS = 4
 SMOOTH_FROM = 80  # log lines; a longer noisy series is drawn faint, with its running mean over it
 
 
@@ -74,29 +76,36 @@ def draw_curves(log_history: list[dict[str, Any]], path: Path) -> bool:
 
     Returns whether there was something to draw, and matplotlib to draw it.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        logger.warning("%s was not drawn: matplotlib is missing (pip install matplotlib)", path.name)
+    if not can_draw(path):
         return False
     panels = [panel for panel in PANELS if any(series(log_history, key)[0] for key in panel.lines)]
-    panels += source_panels(log_history)
-    if not panels:
+    weights = source_panels(log_history)
+    if not panels + weights:
         logger.warning(
             "%s was not drawn: training ended before the first line of its log; set logging_steps to no more than the "
             "steps of the run", path.name,
         )  # fmt: skip
         return False
-    rows = -(-(len(panels) + 1) // COLUMNS)
-    figure = Figure(figsize=(3.9 * COLUMNS, 2.9 * rows), layout="constrained")
-    axes = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
-    for ax, panel in zip(axes, panels, strict=False):
-        _draw_panel(ax, panel, log_history)
-    for ax in axes[len(panels) :]:
-        ax.set_axis_off()
-    _draw_legend(axes[len(panels)], panels, any("eval_loss" in line for line in log_history))
-    figure.savefig(path, dpi=140)
+    main, others = [p for p in panels if p.is_main], [p for p in panels if not p.is_main]
+    rows = [row for row in (main, others, weights) if row]
+    heights = [3.0 if row is main else 2.0 for row in rows]
+    with picture(path, headline(log_history), height=0.8 + sum(heights)) as figure:
+        parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for part, row in zip(parts, rows, strict=True):
+            for ax, panel in zip(part.subplots(1, len(row), squeeze=False)[0], row, strict=True):
+                _draw_panel(ax, panel, log_history)
+        _draw_legend(figure, panels, any("eval_loss" in line for line in log_history))
     return True
+
+
+def headline(log_history: list[dict[str, Any]]) -> str:
+    """Where the loss and the pairs won have gone."""
+    steps, losses = series(log_history, "loss")
+    if not losses:
+        return "Training"
+    won = series(log_history, "rewards/accuracies")[1]
+    ends = f", {percent(smoothed(won)[-1])} of the pairs won at the end" if won else ""
+    return f"Loss from {losses[0]:.3g} to {smoothed(losses)[-1]:.3g} in {steps[-1]} steps{ends}"
 
 
 def source_panels(log_history: list[dict[str, Any]]) -> list[Panel]:
@@ -113,42 +122,46 @@ def series(log_history: list[dict[str, Any]], key: str) -> tuple[list[int], list
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
+def smoothed(values: list[float]) -> list[float]:
+    """The running mean of a long series over a twentieth of it; a short one as it is."""
+    return values if len(values) < SMOOTH_FROM else running_mean(values, len(values) // 20)
+
+
 def running_mean(values: list[float], window: int) -> list[float]:
     """Mean of each value and those before it within the window."""
     return [sum(part) / len(part) for part in (values[max(0, i + 1 - window) : i + 1] for i in range(len(values)))]
 
 
-_EVALUATION = {"linestyle": ":", "marker": "o", "markersize": 4, "markerfacecolor": "white", "linewidth": 1.2}
+_EVALUATION: dict[str, Any] = {"linestyle": ":", "marker": "o", "markerfacecolor": "white", "linewidth": 1.2}
 
 
 def _draw_panel(ax: Any, panel: Panel, log_history: list[dict[str, Any]]) -> None:
     for place, (key, name) in enumerate(panel.lines.items()):
         steps, values = series(log_history, key)
-        colour, lone = COLOURS.get(name, f"C{place}"), "o" if len(steps) == 1 else None
+        colour = ANSWERS.get(name) or (MODELS[place % len(MODELS)] if name else GREEN)
         if panel.is_noisy and len(steps) >= SMOOTH_FROM:
             ax.plot(steps, values, color=colour, linewidth=0.8, alpha=0.25)
-            values = running_mean(values, len(values) // 20)
-        ax.plot(steps, values, color=colour, linewidth=1.6, marker=lone, markersize=4, label=name)
+            values = smoothed(values)
+        ax.plot(steps, values, color=colour, marker="o" if len(steps) == 1 else None, label=name)
         ax.plot(*series(log_history, f"eval_{key}"), color=colour, **_EVALUATION)
-    ax.set_title(panel.title, fontsize=10, loc="left")
-    ax.set_xlabel("optimizer step", fontsize=9)
+    ax.set_title(panel.title)
+    ax.set_xlabel("optimizer step")
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.tick_params(labelsize=8)
-    ax.grid(alpha=0.25, linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
-    if not COLOURS.keys() & set(panel.lines.values()):
-        ax.legend(fontsize=7, frameon=False)
-    if panel.limits:
-        ax.set_ylim(*panel.limits)
-    ax.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
+    if any(panel.lines.values()) and not ANSWERS.keys() & set(panel.lines.values()):
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    if panel.is_share:
+        ax.set_ylim(-0.03, 1.03)
+        as_shares(ax.yaxis)
+    else:
+        ax.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
 
 
-def _draw_legend(ax: Any, panels: list[Panel], has_evaluation: bool) -> None:
+def _draw_legend(figure: Any, panels: list[Panel], has_evaluation: bool) -> None:
+    from matplotlib.lines import Line2D
+
     used = {name for panel in panels for name in panel.lines.values()}
-    for name, colour in COLOURS.items():
-        if name and name in used:
-            ax.plot([], [], color=colour, linewidth=3, label=name)
+    handles = [Line2D([], [], color=colour, label=name) for name, colour in ANSWERS.items() if name in used]
     if has_evaluation:
-        ax.plot([], [], color="#444444", linewidth=1.6, label="training")
-        ax.plot([], [], color="#444444", label="evaluation", **_EVALUATION)
-    ax.legend(fontsize=10, frameon=False, loc="center left")
+        handles.append(Line2D([], [], color=BLACK, label="evaluation", **_EVALUATION))
+    if handles:
+        legend_above(figure, handles)

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.suite import dated_table
+from benchmarks.suite.flags import whole_number
 from benchmarks.suite.timing import milliseconds
-from wrpo.flags import whole_number
 from wrpo_kernels import linear_preference_loss
 from wrpo_kernels.logit_transform import LogitTransform
 from wrpo_kernels.token_logp.contract import CANDIDATES

@@ -25,9 +25,9 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.suite import dated_table
+from benchmarks.suite.flags import whole_number
 from benchmarks.suite.training_contestants import CONTESTANTS, serve, why_not
 from benchmarks.suite.training_models import NAMES
-from wrpo.flags import whole_number
 from wrpo.user_error import UserError
 
 BATCH = {"SmolLM2-135M": 4, "Llama": 1, "tiny": 2}  # rows a step

@@ -15,8 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.suite.flags import whole_number
 from benchmarks.suite.results import writable_folder
-from wrpo.flags import whole_number
 
 
 def write_candidates(prompts: int, answers: int, path: str | Path) -> None:

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.suite import dated_table
+from benchmarks.suite.flags import whole_number
 from benchmarks.suite.timing import milliseconds
-from wrpo.flags import whole_number
 from wrpo.picture_style import BLACK, BLUE, GREEN, PURPLE, legend_above, picture
 from wrpo_kernels import linear_preference_loss
 from wrpo_kernels.logit_transform import LogitTransform

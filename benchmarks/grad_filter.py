@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.suite import dated_table
-from wrpo.flags import whole_number
+from benchmarks.suite.flags import whole_number
 from wrpo_kernels import linear_token_logp
 from wrpo_kernels.lm_head.column_filter import columns_that_count
 

@@ -32,10 +32,10 @@ from tqdm import tqdm
 from benchmarks.build import write_candidates
 from benchmarks.suite import dated_table
 from benchmarks.suite.contestants import FUSED
+from benchmarks.suite.flags import whole_number
 from benchmarks.suite.memory import MIB, peak_above_now, peak_of
 from benchmarks.suite.problem import Problem, Setting
 from benchmarks.suite.timing import milliseconds, step_of, steps_in_turns
-from wrpo.flags import whole_number
 from wrpo.picture_style import BLACK, GREEN, picture
 
 BASE = Setting(vocabulary=16384, width=128, examples=16, sources=1, response=32, prompt=32, budget_mib=64)

@@ -26,10 +26,10 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.suite import dated_table
+from benchmarks.suite.flags import whole_number
 from benchmarks.suite.pictures import colour
 from benchmarks.suite.training_contestants import CONTESTANTS, serve, why_not
 from benchmarks.suite.training_models import NAMES, SIZES
-from wrpo.flags import whole_number
 from wrpo.picture_style import WHISKERS, picture
 from wrpo.user_error import UserError
 

@@ -1,7 +1,8 @@
-"""The model and the tokenizer that the settings name."""
+"""The model and the tokenizer that the settings name, and their memory."""
 
 from __future__ import annotations
 
+import gc
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,30 @@ from .settings import ModelSettings, SettingsError
 
 logger = logging.getLogger("wrpo")
 
+# `chat_template: none`: prompt, answer, end of sequence; as a template it is saved with the model, and everything that
+# asks the model goes by it. The tokenizer's own beginning of sequence stands in front where it would put one.
+PLAIN = (
+    "{% for message in messages %}{% if loop.index > 2 or (message.role == 'assistant') != (loop.index == 2) %}"
+    "{{ raise_exception('chat_template none takes one message and its answer') }}{% endif %}"
+    "{{ message.content }}{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+PLAIN_WITH_START = "{% if not messages[0].content.startswith(bos_token) %}{{ bos_token }}{% endif %}" + PLAIN
+
 
 def load_tokenizer(settings: ModelSettings, named: str = "model_name_or_path") -> PreTrainedTokenizerBase:
-    """The tokenizer with a padding token and, where a file is named, another chat template.
+    """The tokenizer with a padding token and, where the settings name one, another chat template.
 
-    named: the setting or flag that the user gave the name in, for the message.
+    named: the setting that the user gave the name in, for the message.
 
     Raises:
-        SettingsError: nothing to load there, or a template file that is no text.  FileNotFoundError: no such template
-            file.
+        SettingsError: nothing to load there, a template file that is no text, or `chat_template: none` for a tokenizer
+            without an end-of-sequence token.  FileNotFoundError: no such template file.
     """
     tokenizer = _load(AutoTokenizer, settings, named)
     if settings.chat_template_file:
         tokenizer.chat_template = _template(Path(settings.chat_template_file))
+    if settings.chat_template == "none":
+        tokenizer.chat_template = plain_template(tokenizer, f"{named} {settings.model_name_or_path!r}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked everywhere, so any id serves
     return tokenizer
@@ -39,6 +51,29 @@ def _template(path: Path) -> str:
         raise SettingsError(f"chat_template_file: expected a Jinja file in UTF-8, got {path}: {error}") from error
 
 
+def plain_template(tokenizer: Any, place: str = "tokenizer") -> str:
+    """The chat template that writes prompt, answer and end of sequence, and nothing else.
+
+    Raises:
+        SettingsError: the tokenizer has no end-of-sequence token.
+    """
+    if tokenizer.eos_token is None:
+        raise SettingsError(
+            f"{place}: chat_template none needs an eos_token to end an answer, and the tokenizer has none"
+        )
+    starts = tokenizer.bos_token is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return PLAIN_WITH_START if starts else PLAIN
+
+
+def require_template(tokenizer: Any, settings: ModelSettings) -> None:
+    """Raises SettingsError for a tokenizer without a chat template: nobody could ask the model as it was trained."""
+    if not tokenizer.chat_template:
+        raise SettingsError(
+            f"model_name_or_path {settings.model_name_or_path!r}: expected a chat template, its tokenizer has none. "
+            "Name one with chat_template_file, or set chat_template to none: prompt and answer as they are"
+        )
+
+
 def load_model(settings: ModelSettings, named: str = "model_name_or_path") -> Any:
     """The causal language model, with fresh LoRA adapters if `lora_r` > 0.
 
@@ -48,9 +83,9 @@ def load_model(settings: ModelSettings, named: str = "model_name_or_path") -> An
         SettingsError: nothing to load there, or a module to adapt that the model does not have.
     """
     dtype = "auto" if settings.torch_dtype == "auto" else getattr(torch, settings.torch_dtype)
-    options: dict[str, Any] = (
-        {} if settings.attn_implementation is None else {"attn_implementation": settings.attn_implementation}
-    )
+    options: dict[str, Any] = {}
+    if settings.attn_implementation is not None:
+        options["attn_implementation"] = settings.attn_implementation
     if settings.gguf_file is not None and hasattr(transformers, "GgufConfig"):
         # Plain tensors; without it some releases keep them packed, or call them quantised and refuse to train them.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -67,6 +102,13 @@ def warn_of_coarse_weights(model: Any) -> None:
             "Full fine-tuning wants torch_dtype: float32 with bf16: true.",
             coarse.pop(),
         )
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to; models lie in cycles of references, which only the collector ends."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _load(auto: Any, settings: ModelSettings, named: str, **options: Any) -> Any:

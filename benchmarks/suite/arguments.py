@@ -11,8 +11,8 @@ import torch
 from benchmarks.suite import machine, scenarios
 from benchmarks.suite.contestants import CONTESTANTS
 from benchmarks.suite.dated_table import add_out
+from benchmarks.suite.flags import Flags, number, whole_number
 from benchmarks.suite.results import read, writable_folder
-from wrpo.flags import Flags, number, whole_number
 from wrpo.user_error import UserError
 
 FEWEST_ROWS = 20  # with fewer, a response of a scenario that is nine tenths prompt is empty

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.suite import machine
-from benchmarks.suite.results import file_name, make_room, read_table, writable_folder
+from benchmarks.suite.results import DatedFile, file_name, make_room, read_table, writable_folder
 
 
 def add_out(parser: ArgumentParser) -> None:
@@ -42,14 +41,11 @@ def facts_of(module: str, device: str) -> dict[str, str]:
 
 def write(rows: Sequence[NamedTuple], facts: dict[str, str], folder: Path, prefix: str) -> Path:
     """One line for each row, its fields as columns; numbers with five digits. Returns the path."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{prefix}_{file_name(facts)}"
     make_room(path)
-    with path.open("w", newline="") as file:
-        file.writelines(f"# {name}: {value}\n" for name, value in facts.items())
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(rows[0]._fields)
-        table.writerows([f"{x:.5g}" if isinstance(x, float) else x for x in row] for row in rows)
+    file = DatedFile(path, facts, rows[0]._fields)
+    for row in rows:
+        file.write(row)
     return path
 
 

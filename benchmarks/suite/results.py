@@ -55,20 +55,31 @@ COLUMNS = (*Figure._fields, *Setting._fields)
 FACTS = ("machine", "device", "cores", "torch", "commit", "date", "command", "copy_gbs")  # what tables and pictures say
 
 
-class ResultFile:
-    """Rows appended one by one, each on disk at once, so that a run that is cut off leaves what it has measured."""
+class DatedFile:
+    """A CSV file with the facts at its head. Each line is on disk at once, so that a run that is cut off leaves what it
+    has measured; numbers have five digits, and what was not measured is empty."""
 
-    def __init__(self, path: Path, facts: dict[str, str]):
+    def __init__(self, path: Path, facts: dict[str, str], columns: Iterable[str]):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._file = path.open("w", newline="")
         self._file.writelines(f"# {name}: {value}\n" for name, value in facts.items())
         self._table = csv.writer(self._file, lineterminator="\n")
-        self._table.writerow(COLUMNS)
+        self._table.writerow(columns)
+
+    def write(self, values: Iterable[object]) -> None:
+        self._table.writerow([f"{value:.5g}" if isinstance(value, float) else value for value in values])
+        self._file.flush()
+
+
+class ResultFile(DatedFile):
+    """The file of `benchmarks.run`."""
+
+    def __init__(self, path: Path, facts: dict[str, str]):
+        super().__init__(path, facts, COLUMNS)
 
     def add(self, row: Row) -> None:
-        self._table.writerow([_written(value) for value in (*row.figure, *row.setting)])
-        self._file.flush()
+        self.write((*row.figure, *row.setting))
 
 
 def file_name(facts: dict[str, str], scenarios: Iterable[str] = ()) -> str:
@@ -139,7 +150,3 @@ def _value(hint, text: str, place: str):
         return options[0](text)
     except ValueError:
         raise ValueError(f"{place}: expected {options[0].__name__}, got {text!r}") from None
-
-
-def _written(value: object) -> object:
-    return "" if value is None else f"{value:.5g}" if isinstance(value, float) else value

@@ -162,9 +162,9 @@ def test_the_triples_fit_into_a_package():
 
 
 def test_the_librarys_loader_takes_every_triple(triples):
-    from wrpo.data import load_triples
+    from wrpo.data import load_examples
 
-    assert len(load_triples(TRIPLES)) == len(triples)
+    assert len(load_examples(TRIPLES)) == len(triples)
 
 
 def test_every_triple_is_ordered_by_the_verifier(triples, training):

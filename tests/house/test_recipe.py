@@ -20,12 +20,12 @@ import wrpo.building.command
 import wrpo.evaluation.command
 import wrpo.sampling.command
 import wrpo.scoring.command
+import wrpo.training.command
 from wrpo import SFTConfig, WRPOConfig
-from wrpo.building import BuildFiles, BuildSettings
+from wrpo.building import BuildSettings
 from wrpo.evaluation.answers import Answer
 from wrpo.evaluation.benchmark_files import write_alpaca_eval, write_arena_hard
 from wrpo.sampling.sources import VllmSource, read_sources
-from wrpo.settings import DataSettings, ModelSettings, parse_settings
 from wrpo.user_error import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -62,17 +62,14 @@ def in_the_checkout(monkeypatch):
 
 def training_settings(command: str, arguments: list[str]) -> tuple:
     """On the CPU: `bf16: true` asks for a GPU otherwise."""
-    classes = (ModelSettings, DataSettings, TRAINING[command])
-    return parse_settings(classes, [*arguments, "--use_cpu"], f"wrpo {command}")
+    return wrpo.training.command.parse(command, TRAINING[command], [*arguments, "--use_cpu"])
 
 
 PARSERS = {
-    "sample": lambda arguments: read_sources(wrpo.sampling.command.flags().read(arguments).sources),
-    "score": lambda arguments: wrpo.scoring.command.flags().read(arguments),
-    "build": lambda arguments: parse_settings(
-        (BuildFiles, BuildSettings), wrpo.building.command._named(arguments), "wrpo build"
-    ),
-    "eval": lambda arguments: wrpo.evaluation.command.parse(arguments),
+    "sample": lambda arguments: read_sources(wrpo.sampling.command.parse(arguments)[0].sources),
+    "score": wrpo.scoring.command.parse,
+    "build": wrpo.building.command.parse,
+    "eval": wrpo.evaluation.command.parse,
     "sft": lambda arguments: training_settings("sft", arguments),
     "train": lambda arguments: training_settings("train", arguments),
 }
@@ -139,7 +136,7 @@ def test_the_second_stage_starts_from_what_the_first_saves_and_on_the_other_prom
 def test_the_sources_are_the_papers_ten_and_drawn_as_there():
     sources = read_sources(RECIPE / "sources.yaml")
     assert len(sources) == 10
-    drawn = wrpo.sampling.command.flags().read(["a.yaml", "b.jsonl", "-o", "c.jsonl"])
+    _, drawn = wrpo.sampling.command.parse(["a.yaml", "b.jsonl", "-o", "c.jsonl"])
     assert (drawn.samples, drawn.temperature, drawn.top_p) == (5, 0.8, 0.95)
     assert all((source.samples, source.temperature, source.top_p) == (None, None, None) for source in sources)
     (target,) = read_sources(RECIPE / "target.yaml")

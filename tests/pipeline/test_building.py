@@ -13,7 +13,7 @@ from scored_answers import answers, many_answers
 from tiny_tokenizer import tiny_tokenizer
 
 from wrpo.building import BuildReport, BuildSettings, build_rows
-from wrpo.data import DataError, load_triples, tokenize_triples
+from wrpo.data import DataError, load_examples, tokenize_examples
 
 A = answers("a", big=[0.5, 0.9], small=[0.7], target=[0.2, 0.6, 0.1])
 B = answers("b", big=[0.3], small=[0.8], target=[0.5, 0.4])
@@ -124,7 +124,7 @@ def test_several_sources_give_the_best_answer_of_each_of_the_best_models():
     triple = only_triple(A + answers("a", third=[0.8], fourth=[0.6]), num_sources=3)
     assert triple["source_chosen"] == ["a/big/1", "a/third/0", "a/small/0"]
     assert triple["source_weight"] == [1 / 3] * 3
-    assert load_triples([triple])[0]["source_model"] == ["big", "third", "small"]
+    assert load_examples([triple])[0]["model"][:3] == ["big", "third", "small"]
 
 
 def test_a_weight_temperature_shares_by_softmax_of_the_reward():
@@ -331,7 +331,7 @@ def test_real_candidates_become_triples_and_train(tmp_path, monkeypatch):
         assert triple["target_reward"] - triple["rejected_reward"] >= 0.01
 
     tokenizer = tiny_tokenizer()
-    rows = tokenize_triples(load_triples(triples[:12]), tokenizer, max_length=128, max_prompt_length=64)
+    rows = tokenize_examples(load_examples(triples[:12]), tokenizer, max_length=128, max_prompt_length=64)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **shape))
     config = WRPOConfig(

@@ -147,9 +147,12 @@ OUTPUTS = {
     "a file on the way to the folder": (["-o", "taken/out"], "Not a directory: '{0}/taken/out'"),
     "no folder for temporary files": (["-o", "out", "--temp_dir", "nowhere"], "temp_dir: {0}/nowhere is no folder"),
     "an unknown setting": (["-o", "out", "--num_source", "2"], "did you mean 'num_sources'"),
-    "a setting out of range": (["-o", "out", "--num_sources", "0"], "num_sources: expected at least 1, got 0"),
+    "a setting out of range": (
+        ["-o", "out", "--num_sources", "0"],
+        "num_sources: expected a finite number >= 1, got 0",
+    ),
     "no tokenizer there": (["-o", "out", "--tokenizer", "nowhere", "--max_tokens", "9"], "tokenizer '{0}/nowhere'"),
-    "no output named": ([], "the following arguments are required: --output_dir"),
+    "no output named": ([], "output_dir: expected a value, got none. Give it as --output_dir, or in the settings file"),
 }
 
 

@@ -355,19 +355,31 @@ def test_a_reward_model_named_here_decides_the_wins(unscored, capsys):
 
 MISTAKES = {
     "nothing": (["-o", "out"], "nothing to evaluate"),
-    "no output": (["a.jsonl"], "-o/--output"),
-    "a mistyped flag": (["a.jsonl", "-o", "out", "--verifer", "m:f"], "no flag --verifer; did you mean --verifier?"),
-    "models that are asked nothing": (["-o", "out", "--sources", "s.yaml"], "--sources and --prompts go together"),
-    "two scorers": (["a.jsonl", "-o", "out", "--verifier", "m:f", "--judge", "j.yaml"], "not allowed with argument"),
-    "half of the triples": (["-o", "out", "--triples", "t.jsonl", "--policy", "p"], "--policy and --reference"),
+    "no output": (["a.jsonl"], "output: expected a value, got none"),
+    "a mistyped flag": (
+        ["a.jsonl", "-o", "out", "--verifer", "m:f"],
+        "no setting named 'verifer'; did you mean 'verifier'?",
+    ),
+    "models that are asked nothing": (["-o", "out", "--sources", "s.yaml"], "sources and prompts go together"),
+    "two scorers": (["a.jsonl", "-o", "out", "--verifier", "m:f", "--judge", "j.yaml"], "got judge and verifier"),
+    "half of the triples": (
+        ["-o", "out", "--triples", "t.jsonl", "--policy", "p"],
+        "triples needs policy and reference",
+    ),
     "an export of nothing": (
         ["-o", "out", "--triples", "t", "--policy", "p", "--reference", "r", "--export", "arena-hard"],
-        "--export needs files of answers",
+        "export needs files of answers",
     ),
-    "an unknown benchmark": (["a.jsonl", "-o", "out", "--export", "mt-bench"], "invalid choice: 'mt-bench'"),
-    "a folder that is a file": (["a.jsonl", "-o", "a_file"], "-o a_file: expected a folder, got a file"),
-    "a folder below a file": (["a.jsonl", "-o", "a_file/out"], "-o a_file/out: the folder cannot be made: Not a dir"),
-    "a scorer without a name": (["a.jsonl", "-o", "out", "--judge", ""], "--judge: expected a name, got ''"),
+    "an unknown benchmark": (
+        ["a.jsonl", "-o", "out", "--export", "mt-bench"],
+        "export: expected one of alpaca-eval, arena-hard, got 'mt-bench'",
+    ),
+    "a folder that is a file": (["a.jsonl", "-o", "a_file"], "output: expected a folder, got the file a_file"),
+    "a folder below a file": (
+        ["a.jsonl", "-o", "a_file/out"],
+        "output: the folder a_file/out cannot be made: Not a dir",
+    ),
+    "a scorer without a name": (["a.jsonl", "-o", "out", "--judge", ""], "judge: expected a name, got ''"),
     "a file that is not there": (["nowhere.jsonl", "-o", "out"], "nowhere.jsonl: no such file"),
 }
 

@@ -180,9 +180,9 @@ def test_shards_score_every_answer_of_their_prompts(score, verifier, rewards):
 
 FINE = [row("a", "r")]
 MISTAKES = {
-    "no scorer": (FINE, [], "one of the arguments --reward-model --judge --verifier is required"),
-    "an empty verifier": (FINE, ["--verifier", ""], "--verifier: expected a name, got ''"),
-    "an empty judge": (FINE, ["--judge", ""], "--judge: expected a name, got ''"),
+    "no scorer": (FINE, [], "reward_model, judge, verifier: expected one of them, got none"),
+    "an empty verifier": (FINE, ["--verifier", ""], "verifier: expected a name, got ''"),
+    "an empty judge": (FINE, ["--judge", ""], "judge: expected a name, got ''"),
     "half a surrogate pair": ([row("\ud800", "r")], ["--verifier", "a:b", "--shard", "0/2"], "expected UTF-8 text"),
     "a negative sample": ([row("a", "r", sample=-1)], ["--verifier", "a:b"], "expected a whole number from 0"),
     "an answered prompt": (
@@ -190,14 +190,14 @@ MISTAKES = {
         ["--verifier", "a:b"],
         "End the prompt with the user's turn",
     ),
-    "two scorers": (FINE, ["--verifier", "a:b", "--judge", "c"], "not allowed with argument"),
-    "a misspelt flag": (FINE, ["--verifer", "a:b"], "no flag --verifer; did you mean --verifier?"),
+    "two scorers": (FINE, ["--verifier", "a:b", "--judge", "c"], "got judge and verifier"),
+    "a misspelt flag": (FINE, ["--verifer", "a:b"], "no setting named 'verifer'; did you mean 'verifier'?"),
     "no colon": (FINE, ["--verifier", "my_rewards.exact"], "expected module:function"),
     "no module": (FINE, ["--verifier", "no_such_module:f"], "No module named 'no_such_module'"),
     "no function": (FINE, ["--verifier", "json:f"], "json has no 'f'"),
     "not a function": (FINE, ["--verifier", "json:__doc__"], "expected a function, got str"),
     "a function of something else": (FINE, ["--verifier", "json:dumps"], "expected a function of (prompt, response)"),
-    "no model": (FINE, ["--reward-model", "nowhere"], "--reward-model 'nowhere': "),
+    "no model": (FINE, ["--reward-model", "nowhere"], "reward_model 'nowhere': "),
     "no judge": (FINE, ["--judge", "nowhere.yaml"], "nowhere.yaml: No such file"),
     "no response": ([{"prompt_id": "a", "prompt": "p", "model": "m"}], ["--verifier", "a:b"], "field 'response'"),
     "no answers": ([], ["--verifier", "a:b"], "expected at least one answer"),
@@ -411,7 +411,7 @@ def test_several_labels_need_a_choice(score, rewards, tmp_path, capsys):
     model, tokenizer = save_model(tmp_path / "rm", labels=3)
     flags = ["--reward-model", str(tmp_path / "rm")]
     assert score(ANSWERS, *flags) == 2
-    assert "gives 3 numbers an answer; choose one with --label, 0 to 2" in capsys.readouterr().err
+    assert "gives 3 numbers an answer; choose one with label, 0 to 2" in capsys.readouterr().err
     assert score(ANSWERS, *flags, "--label", "3") == 2
     assert score(ANSWERS, *flags, "--label", "2") == 0
     assert score(ANSWERS, *flags, "--label", "1") == 2, "another label's rewards are not these"
@@ -455,7 +455,7 @@ def test_a_model_without_a_chat_template_is_refused(score, tmp_path, capsys):
     tiny_tokenizer(chat_template=None).save_pretrained(tmp_path / "rm")
     (tmp_path / "rm" / "chat_template.jinja").unlink(missing_ok=True)
     assert score(ANSWERS, "--reward-model", str(tmp_path / "rm")) == 2
-    assert "no chat template; name one with --chat-template-file" in capsys.readouterr().err
+    assert "no chat template; name one with chat_template_file" in capsys.readouterr().err
 
 
 CUSTOM = """

@@ -101,7 +101,7 @@ def test_the_command_writes_triples_that_train_with_a_fused_reference(models, tm
     [
         (["no.jsonl", "-o", "out.jsonl", "--models", "nowhere"], "no.jsonl"),
         (["{triples}", "-o", "out.jsonl", "--models", "nowhere"], "'nowhere'"),
-        (["{triples}", "-o", "out.jsonl", "--modles", "nowhere"], "did you mean --models?"),
+        (["{triples}", "-o", "out.jsonl", "--modles", "nowhere"], "did you mean 'models'?"),
         (["{triples}", "-o", "out.parquet", "--models", "nowhere"], "expected a file name ending in .jsonl"),
         (["{triples}", "-o", "{triples}", "--models", "nowhere"], "triples.jsonl is there already"),
         (["{triples}", "-o", "{triples}", "--overwrite", "--models", "nowhere"], "is one of the triples"),

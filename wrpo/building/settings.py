@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from wrpo.rows.shards import Shard
-
-
-def _knob(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+from wrpo.settings import REQUIRED, check_range, knob
 
 
 @dataclass
@@ -23,76 +19,77 @@ class BuildSettings:
         ValueError: a value out of range, or a limit in tokens without a tokenizer.
     """
 
-    target: str = _knob("target", "Model name of the target's own answers.")
-    stage: Literal["all", "sft"] = _knob(
+    target: str = knob("target", "Model name of the target's own answers.", group="choice")
+    stage: Literal["all", "sft"] = knob(
         "all",
         "sft: the target has not answered yet; write the SFT part, and the other prompts to prompts.jsonl, for the "
         "fine-tuned target to answer. all: SFT part and triples.",
+        group="choice",
     )
-    sft_share: float = _knob(1 / 3, "Share of the prompts that goes to SFT and gives no triple, 0 to 1.")
-    seed: int = _knob(42, "Of the hash of the prompt id that decides the part of a prompt and its place in the files.")
-    num_sources: int = _knob(1, "Source models kept, the best answer of each; fewer where a prompt has fewer.")
-    source_rank: int = _knob(
-        1, "Start from the n-th best source answer instead of the best (the paper's Rank1, Rank2)."
+    sft_share: float = knob(1 / 3, "Share of the prompts that goes to SFT and gives no triple, 0 to 1.", group="choice")
+    seed: int = knob(
+        42, "Of the hash of the prompt id that decides the part of a prompt and its place in the files.", group="choice"
     )
-    weight_temperature: float | None = _knob(
-        None, "Weights of the sources kept are softmax(reward / this). Default: equal weights."
+    num_sources: int = knob(
+        1, "Source models kept, the best answer of each; fewer where a prompt has fewer.", group="choice"
     )
-    rejected: Literal["target", "source", "same_source"] = _knob(
+    source_rank: int = knob(
+        1, "Start from the n-th best source answer instead of the best (the paper's Rank1, Rank2).", group="choice"
+    )
+    weight_temperature: float | None = knob(
+        None, "Weights of the sources kept are softmax(reward / this). Default: equal weights.", group="choice"
+    )
+    rejected: Literal["target", "source", "same_source"] = knob(
         "target",
         "Whose worst answer is rejected: the target's, that of all sources together, or that of the model which gave "
         "source_chosen.",
+        group="choice",
     )
-    min_target_gap: float = _knob(0.0, "Least reward(target_chosen) - reward(rejected); 0 or less is always dropped.")
-    max_target_gap: float | None = _knob(None, "Largest reward(target_chosen) - reward(rejected).")
-    min_source_gap: float | None = _knob(None, "Least reward(source_chosen) - reward(rejected). Default: any.")
-    max_source_gap: float | None = _knob(None, "Largest reward(source_chosen) - reward(rejected).")
-    min_chosen_reward: float | None = _knob(None, "Least reward of source_chosen and target_chosen, in both parts.")
-    max_rejected_reward: float | None = _knob(None, "Largest reward of rejected.")
-    min_chars: int = _knob(1, "Shortest response, in characters, spaces around it not counted.")
-    max_chars: int | None = _knob(None, "Longest response, in characters.")
-    max_prompt_chars: int | None = _knob(None, "Longest prompt, all its messages together, in characters.")
-    tokenizer: str | None = _knob(None, "Folder or hub name of the tokenizer that max_tokens counts with.")
-    max_tokens: int | None = _knob(None, "Longest response, in tokens.")
-    max_prompt_tokens: int | None = _knob(None, "Longest prompt, all its messages together, in tokens.")
-    shard: str | None = _knob(
-        None, "i/n: only the i-th of n equal parts of the prompts, i from 0; n machines together build the whole."
+    min_target_gap: float = knob(
+        0.0, "Least reward(target_chosen) - reward(rejected); 0 or less is always dropped.", group="limits"
     )
-    skip_bad_rows: bool = _knob(False, "Leave bad candidates out and count them, instead of stopping at the first.")
+    max_target_gap: float | None = knob(None, "Largest reward(target_chosen) - reward(rejected).", group="limits")
+    min_source_gap: float | None = knob(
+        None, "Least reward(source_chosen) - reward(rejected). Default: any.", group="limits"
+    )
+    max_source_gap: float | None = knob(None, "Largest reward(source_chosen) - reward(rejected).", group="limits")
+    min_chosen_reward: float | None = knob(
+        None, "Least reward of source_chosen and target_chosen, in both parts.", group="limits"
+    )
+    max_rejected_reward: float | None = knob(None, "Largest reward of rejected.", group="limits")
+    min_chars: int = knob(1, "Shortest response, in characters, spaces around it not counted.", group="limits")
+    max_chars: int | None = knob(None, "Longest response, in characters.", group="limits")
+    max_prompt_chars: int | None = knob(
+        None, "Longest prompt, all its messages together, in characters.", group="limits"
+    )
+    tokenizer: str | None = knob(
+        None, "Folder or hub name of the tokenizer that max_tokens counts with.", group="limits"
+    )
+    max_tokens: int | None = knob(None, "Longest response, in tokens.", group="limits")
+    max_prompt_tokens: int | None = knob(None, "Longest prompt, all its messages together, in tokens.", group="limits")
+    shard: str | None = knob(
+        None,
+        "i/n: only the i-th of n equal parts of the prompts, i from 0; n machines together build the whole.",
+        group="choice",
+    )
+    skip_bad_rows: bool = knob(
+        False, "Leave bad candidates out and count them, instead of stopping at the first.", group="choice"
+    )
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "num_sources", "source_rank", "min_chars", "max_chars", "max_prompt_chars")
-        _at_least(self, 1, "max_tokens", "max_prompt_tokens")
-        _finite(self, "min_target_gap", "max_target_gap", "min_source_gap", "max_source_gap")
-        _finite(self, "min_chosen_reward", "max_rejected_reward", "weight_temperature")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed: expected 0 to 2^63 - 1, got {self.seed}.")
-        if not 0 <= self.sft_share <= 1:
-            raise ValueError(f"sft_share: expected 0 to 1, got {self.sft_share}.")
-        if self.weight_temperature is not None and not self.weight_temperature > 0:
-            raise ValueError(
-                f"weight_temperature: expected more than 0, got {self.weight_temperature}. None gives equal weights."
-            )
+        check_range(self, "num_sources", "source_rank", "min_chars", "max_chars", "max_prompt_chars", low=1)
+        check_range(self, "max_tokens", "max_prompt_tokens", low=1)
+        check_range(self, "min_target_gap", "max_target_gap", "min_source_gap", "max_source_gap")
+        check_range(self, "min_chosen_reward", "max_rejected_reward")
+        check_range(self, "weight_temperature", low=0, open_low=True)
+        check_range(self, "seed", low=0, high=2**63 - 1)
+        check_range(self, "sft_share", low=0, high=1)
         if self.tokenizer is None and (self.max_tokens is not None or self.max_prompt_tokens is not None):
             raise ValueError("tokenizer: expected a folder or hub name, got none. Limits in tokens are counted by it.")
         _in_order(self, "min_target_gap", "max_target_gap")
         _in_order(self, "min_source_gap", "max_source_gap")
         _in_order(self, "min_chars", "max_chars")
         Shard.parse(self.shard)
-
-
-def _at_least(settings: BuildSettings, least: int, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}.")
-
-
-def _finite(settings: BuildSettings, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"{name}: expected a finite number, got {value}.")
 
 
 def _in_order(settings: BuildSettings, low: str, high: str) -> None:
@@ -105,22 +102,26 @@ def _in_order(settings: BuildSettings, low: str, high: str) -> None:
 class BuildFiles:
     """Where candidates are read and training data written."""
 
-    candidates: list[str] = field(
-        metadata={
-            "help": "Rows of prompt_id, prompt, model, sample, response, reward: .jsonl, .jsonl.gz, .parquet, globs. "
-            "On the command line the flag can be left out: wrpo build [CONFIG.yaml] CANDIDATES ... -o FOLDER."
-        }
+    candidates: list[str] = knob(
+        REQUIRED,
+        "Rows of prompt_id, prompt, model, sample, response, reward: .jsonl, .jsonl.gz, .parquet, globs. On the "
+        "command line the flag can be left out.",
+        group="files",
     )
-    output_dir: str = field(
-        metadata={"help": "Folder for sft.jsonl, triples.jsonl, report.json and rewards.png; -o for short."}
+    output_dir: str = knob(
+        REQUIRED,
+        "Folder for sft.jsonl, triples.jsonl, report.json and rewards.png.",
+        group="files",
+        aliases=["-o"],
     )
-    format: Literal["jsonl", "parquet"] = _knob("jsonl", "Form of the files written.")
-    rows_per_file: int | None = _knob(None, "Begin another file after so many rows. Default: one file.")
-    overwrite: bool = _knob(False, "Replace what an earlier build left in output_dir.")
-    temp_dir: str | None = _knob(
-        None, "Folder for temporary files, together as large as the unpacked candidates. Default: output_dir."
+    format: Literal["jsonl", "parquet"] = knob("jsonl", "Form of the files written.", group="files")
+    rows_per_file: int | None = knob(None, "Begin another file after so many rows. Default: one file.", group="files")
+    overwrite: bool = knob(False, "Replace what an earlier build left in output_dir.", group="files")
+    temp_dir: str | None = knob(
+        None,
+        "Folder for temporary files, together as large as the unpacked candidates. Default: output_dir.",
+        group="files",
     )
 
     def __post_init__(self) -> None:
-        if self.rows_per_file is not None and self.rows_per_file < 1:
-            raise ValueError(f"rows_per_file: expected at least 1, got {self.rows_per_file}.")
+        check_range(self, "rows_per_file", low=1)

@@ -26,7 +26,7 @@ import torch
 from transformers import ProgressCallback, set_seed
 
 from wrpo import WRPOConfig, WRPOTrainer
-from wrpo.data import load_triples, tokenize_triples
+from wrpo.data import load_examples, tokenize_examples
 from wrpo.user_error import UserError
 
 from . import model as demo_model
@@ -118,10 +118,10 @@ def open_trainer(model: Any, tokenizer: Any, options: argparse.Namespace, bf16: 
         save_strategy="no",
         report_to="none",
     )
-    triples = load_triples(PATH)
+    triples = load_examples(PATH)
     # No more than are trained on: the reference pass goes through every row that it is given.
     needed = min(len(triples), options.steps * options.batch)
-    rows = tokenize_triples(triples.select(range(needed)), tokenizer)
+    rows = tokenize_examples(triples.select(range(needed)), tokenizer)
     trainer = WRPOTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Bar)

@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from wrpo.rows.json_lines import write_json_lines
 from wrpo.user_error import UserError
 
 from .answers import Answer
@@ -62,8 +63,8 @@ def write_arena_hard(answers: Iterable[Answer], folder: Path) -> list[Path]:
                 "prompt": prompt,
             }
         paths.append(folder / "model_answer" / f"{file_name(model)}.jsonl")
-        _write_lines([_arena_hard_answer(answer) for answer in first], paths[-1])
-    _write_lines(questions.values(), folder / "question.jsonl")
+        write_json_lines(paths[-1], map(_arena_hard_answer, first))
+    write_json_lines(folder / "question.jsonl", questions.values())
     return [folder / "question.jsonl", *paths]
 
 
@@ -112,9 +113,3 @@ def _instruction(answer: Answer) -> str:
             f"{', '.join(message['role'] for message in messages)}. Leave such prompts out of the export"
         )
     return messages[0]["content"]
-
-
-def _write_lines(rows: Iterable[dict], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

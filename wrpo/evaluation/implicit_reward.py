@@ -9,7 +9,6 @@ one after the other, so that only one of them needs memory at a time. Source: WR
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,14 +21,14 @@ from wrpo.data import PreferenceCollator, load_examples, tokenize_examples
 from wrpo.data.collation import pad_token
 from wrpo.data.roles import Role
 from wrpo.head.fused_head import install_fused_head
-from wrpo.pretrained import load_model, load_tokenizer
+from wrpo.pretrained import free_memory, load_model, load_tokenizer
 from wrpo.reference.reference import sequence_logp
-from wrpo.sampling.memory import free_unused
 from wrpo.settings import ModelSettings
 from wrpo.training.metrics import preference_metrics
 from wrpo.user_error import UserError
 
 from .intervals import Interval, wilson_interval
+from .settings import TriplesSettings
 
 # Names in wrpo.training.metrics: the reward of the preferred side, and how often it wins.
 PAIRS = {
@@ -83,7 +82,7 @@ def _longest(row: dict) -> int:
     return len(row["prompt_ids"]) + max(map(len, row["response_ids"]))
 
 
-def accuracy_of_models(options: Namespace) -> dict[str, Accuracy]:
+def accuracy_of_models(options: TriplesSettings) -> dict[str, Accuracy]:
     """Implicit-reward accuracy of `options.policy` against `options.reference` on `options.triples`.
 
     Raises:
@@ -98,6 +97,7 @@ def accuracy_of_models(options: Namespace) -> dict[str, Accuracy]:
             trust_remote_code=options.trust_remote_code,
         )
 
+    assert options.policy is not None and options.reference is not None  # the settings saw to it
     tokenizer = load_tokenizer(settings(options.policy), "--policy")
     if load_tokenizer(settings(options.reference), "--reference").get_vocab() != tokenizer.get_vocab():
         raise UserError("--reference has another vocabulary than --policy: name the model that the policy started from")
@@ -116,7 +116,7 @@ def accuracy_of_models(options: Namespace) -> dict[str, Accuracy]:
         model = load_model(settings(name), f"--{title}").to(device)
         found = response_logps(model, rows, tokenizer, batch_size=options.batch_size, title=title)
         del model
-        free_unused()  # before the other model is loaded
+        free_memory()  # before the other model is loaded
         return found
 
     policy, reference = logps(options.policy, "policy"), logps(options.reference, "reference")

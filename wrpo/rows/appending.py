@@ -24,6 +24,7 @@ import numpy as np
 from wrpo.user_error import UserError
 
 from .errors import DataError
+from .json_lines import json_line
 from .reading import read_rows
 
 logger = logging.getLogger("wrpo")
@@ -49,7 +50,7 @@ class AppendedRows:
         self._begins = b'{"' + first_field.encode() + b'"'
         if self.path.suffix != ".jsonl":
             raise UserError(f"{self.path}: expected a file name ending in .jsonl, got {self.path.name!r}")
-        self._file = _open(self.path)
+        self._file = _opened_for_appending(self.path)
         try:
             self._lock()
             self._mend_end()
@@ -79,10 +80,7 @@ class AppendedRows:
 
     def append(self, row: dict[str, Any]) -> None:
         """Raises UserError where the disk is full or gone; what was written before stays."""
-        try:
-            line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
-        except UnicodeEncodeError:  # half a surrogate pair in some field: as an escape it stays readable
-            line = (json.dumps(row) + "\n").encode()
+        line = json_line(row)
         size = os.fstat(self._file).st_size
         try:
             while line:
@@ -126,7 +124,7 @@ class AppendedRows:
         return 0
 
 
-def _open(path: Path) -> int:
+def _opened_for_appending(path: Path) -> int:
     """The file for reading and appending; it is looked at before it is opened, for a device may act on that."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 from .errors import DataError, shown
-from .messages import Message, prompt_messages
+from .messages import Message, prompt_messages, utf8
 
 LARGEST_REWARD = 1e30  # sums, gaps and softmax stay finite far below the limits of float64
 
@@ -45,12 +45,7 @@ def checked_text(row: dict, name: str, may_be_empty: bool = False) -> str:
         expected = "text" if may_be_empty else "text that is not empty"
         got = shown(value) if name in row else "no such field"
         raise DataError(expected, got, "Fill it in, or drop the row.", field=name)
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        got = f"half a surrogate pair, {value[error.start]!r}, at character {error.start}"
-        raise DataError("UTF-8 text", got, "Repair the escape.", field=name) from None
-    return value
+    return utf8(value, name)
 
 
 def _prompt(row: dict) -> str | list[Message]:

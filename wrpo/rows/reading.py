@@ -111,13 +111,13 @@ def _as_object(row: object) -> DataError:
 # -- JSON -------------------------------------------------------------------------------------------------------------
 
 
-def _open(path: Path) -> IO[bytes]:
+def _opened(path: Path) -> IO[bytes]:
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
 def _read_json(path: Path) -> Iterator[RawRow]:
     """A file that starts with `[` is one array; anything else is JSON lines, whatever its suffix."""
-    with _open(path) as file:
+    with _opened(path) as file:
         try:
             start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
         except BROKEN_GZIP as error:
@@ -144,7 +144,7 @@ def _read_json_lines(path: Path) -> Iterator[RawRow]:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    with _open(path) as file:
+    with _opened(path) as file:
         try:
             yield from file
         except BROKEN_GZIP as error:

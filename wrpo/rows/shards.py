@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from wrpo.user_error import UserError
-
 SEED = 42  # of `wrpo build` by default: the answers of shard i/n are then what its shard i/n reads
 ORDER_BITS = 64
 
@@ -56,15 +54,8 @@ class Shard:
 
 
 def in_shard(text: str | None) -> Callable[[str], bool]:
-    """From "i/n", i from 0: whether the shard holds a prompt id; None is the whole.
-
-    Raises:
-        UserError: anything else, or i not in 0..n-1.
-    """
+    """From "i/n", i from 0: whether the shard holds a prompt id; None is the whole.  ValueError: as `Shard.parse`."""
     if text is None:
         return lambda prompt_id: True
-    try:
-        shard = Shard.parse(text)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    shard = Shard.parse(text)
     return lambda prompt_id: shard.holds(place(prompt_id, SEED)[0])

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from wrpo.user_error import in_one_line
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-LONGEST_REASON = 200  # characters of an error that are repeated
 
 
 class Refusal(str):
@@ -25,7 +25,7 @@ def halving(batch: list[Item], compute: Callable[[list[Item]], list[Result]]) ->
         results = compute(batch)
     except (RuntimeError, ValueError, IndexError) as error:
         is_torchs = isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError"
-        reason = one_line(error) if is_torchs else Refusal(one_line(error))
+        reason = in_one_line(error) if is_torchs else Refusal(in_one_line(error))
     else:
         yield from zip(batch, results, strict=True)
         return
@@ -35,7 +35,3 @@ def halving(batch: list[Item], compute: Callable[[list[Item]], list[Result]]) ->
     middle = len(batch) // 2
     yield from halving(batch[:middle], compute)
     yield from halving(batch[middle:], compute)
-
-
-def one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:LONGEST_REASON]}"

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from wrpo.pretrained import load_model, load_tokenizer
+from wrpo.pretrained import free_memory, load_model, load_tokenizer
 from wrpo.settings import ModelSettings, SettingsError
+from wrpo.user_error import in_one_line
 
-from .halving import Refusal, halving, one_line
-from .memory import free_unused
+from .halving import Refusal, halving
 from .prompts import Reply, Request
 from .sources import LocalSource, Sampling
 
@@ -39,6 +39,7 @@ class LocalModel:
             gguf_file=source.gguf_file,
             torch_dtype=source.torch_dtype,
             attn_implementation=source.attn_implementation,
+            chat_template=source.chat_template,
             chat_template_file=source.chat_template_file,
             trust_remote_code=source.trust_remote_code,
         )
@@ -56,7 +57,7 @@ class LocalModel:
             try:
                 rendered.append((self._ids(request), request))
             except Exception as error:  # a template raises what it likes
-                yield request, Refusal(f"the chat template refuses the prompt: {one_line(error)}"), 0
+                yield request, Refusal(f"the chat template refuses the prompt: {in_one_line(error)}"), 0
         rendered.sort(key=lambda pair: len(pair[0]))
         for start in range(0, len(rendered), self._batch_size):
             batch = rendered[start : start + self._batch_size]
@@ -66,7 +67,7 @@ class LocalModel:
     def close(self) -> None:
         """Free the weights."""
         self._model = None
-        free_unused()
+        free_memory()
 
     def _load(self) -> None:
         if self._model is None:

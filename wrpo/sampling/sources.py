@@ -25,52 +25,33 @@ import json
 import os
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-import yaml
-
 from wrpo.rows.errors import shown
-from wrpo.settings import SettingsError, UniqueFields, settings_from
+from wrpo.settings import REQUIRED, SettingsError, check_choice, check_range, knob
+from wrpo.settings.command_line import settings_from
+from wrpo.settings.model import check_template
+from wrpo.settings.yaml_file import read_yaml
 
-SETTLED = ("model", "messages", "stream", "n")  # fields of a request that no setting may touch
+from .settings import Sampling
+
+SET_ELSEWHERE = ("model", "messages", "stream", "n")  # fields of a request that no setting may touch
 OPTIONAL = ("temperature", "top_p", "max_tokens", "seed")  # and those that some servers refuse
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn. The defaults are the paper's (arXiv:2412.03187)."""
-
-    samples: int = 5
-    temperature: float = 0.8
-    top_p: float = 0.95
-    max_tokens: int = 2048
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        _at_least("samples", self.samples, 1)
-        _at_least("temperature", self.temperature, 0)
-        _at_least("max_tokens", self.max_tokens, 1)
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: expected more than 0 and at most 1, got {self.top_p}.")
-
-
-def _knob(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class Source:
     """One model that answers."""
 
-    model: str = field(metadata={"help": "Name of the model in the rows; the target's own answers carry `target`."})
-    samples: int | None = _knob(None, "Answers a prompt. Default: the command's.")
-    temperature: float | None = _knob(None, "Softmax temperature; 0 is greedy. Default: the command's.")
-    top_p: float | None = _knob(None, "Nucleus sampling. Default: the command's.")
-    max_tokens: int | None = _knob(None, "Longest answer, in tokens of the model. Default: the command's.")
+    model: str = knob(REQUIRED, "Name of the model in the rows; the target's own answers carry `target`.")
+    samples: int | None = knob(None, "Answers a prompt. Default: the command's.")
+    temperature: float | None = knob(None, "Softmax temperature; 0 is greedy. Default: the command's.")
+    top_p: float | None = knob(None, "Nucleus sampling. Default: the command's.")
+    max_tokens: int | None = knob(None, "Longest answer, in tokens of the model. Default: the command's.")
 
     def __post_init__(self) -> None:
         if not self.model.strip() or not self.model.isprintable():
@@ -89,46 +70,35 @@ class Source:
 class ServerSource(Source):
     """A model behind an OpenAI-compatible server: vLLM, llama.cpp, TGI, `transformers serve`, or a vendor's."""
 
-    base_url: str = _knob("", "Address of the server's API, for example http://localhost:8000/v1.")
-    served_model: str | None = _knob(None, "Name of the model on the server. Default: `model`.")
-    api_key_env: str | None = _knob(None, "Name of the environment variable that holds the key. Default: no key.")
-    concurrency: int = _knob(8, "Requests in flight at a time.")
-    requests_per_minute: float | None = _knob(None, "Most requests started in a minute, evenly spaced. Default: any.")
-    timeout: float = _knob(600.0, "Seconds that one answer may take.")
-    retries: int = _knob(6, "Further tries after one that failed (time-out, lost connection, 408, 409, 429, 5xx, ...).")
-    retry_wait: float = _knob(
+    base_url: str = knob("", "Address of the server's API, for example http://localhost:8000/v1.")
+    served_model: str | None = knob(None, "Name of the model on the server. Default: `model`.")
+    api_key_env: str | None = knob(None, "Name of the environment variable that holds the key. Default: no key.")
+    concurrency: int = knob(8, "Requests in flight at a time.")
+    requests_per_minute: float | None = knob(None, "Most requests started in a minute, evenly spaced. Default: any.")
+    timeout: float = knob(600.0, "Seconds that one answer may take.")
+    retries: int = knob(6, "Further tries after one that failed (time-out, lost connection, 408, 409, 429, 5xx, ...).")
+    retry_wait: float = knob(
         1.0, "Seconds before the first further try; doubled each time, less up to half of it by chance."
     )
-    longest_retry_wait: float = _knob(60.0, "Seconds at which that doubling ends.")
-    give_up_after: int = _knob(
+    longest_retry_wait: float = knob(60.0, "Seconds at which that doubling ends.")
+    give_up_after: int = knob(
         20, "Requests in a row that the server left unanswered, after all tries, that end asking this model."
     )
-    extra_body: str | None = _knob(
+    extra_body: str | None = knob(
         None, "Further fields of each request, a mapping, e.g. {chat_template_kwargs: {enable_thinking: false}}."
     )
-    leave_out: list[str] | None = field(
-        default=None,
-        metadata={"help": "Fields that the server refuses, of: temperature, top_p, max_tokens, seed."},
+    leave_out: list[str] | None = knob(
+        None, "Fields that the server refuses, of: temperature, top_p, max_tokens, seed."
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_address(self.base_url)
-        for name, least in (
-            ("concurrency", 1),
-            ("timeout", 0),
-            ("retries", 0),
-            ("retry_wait", 0),
-            ("longest_retry_wait", 0),
-        ):
-            _at_least(name, getattr(self, name), least)
-        _at_least("give_up_after", self.give_up_after, 1)
-        if self.requests_per_minute is not None and not self.requests_per_minute > 0:
-            raise ValueError(f"requests_per_minute: expected more than 0, got {self.requests_per_minute}.")
-        _mapping("extra_body", self.extra_body, SETTLED)
-        for name in self.leave_out or ():
-            if name not in OPTIONAL:
-                raise ValueError(f"leave_out: expected some of {', '.join(OPTIONAL)}, got {name!r}.")
+        check_range(self, "concurrency", "give_up_after", low=1)
+        check_range(self, "timeout", "retries", "retry_wait", "longest_retry_wait", low=0)
+        check_range(self, "requests_per_minute", low=0, open_low=True)
+        _check_mapping("extra_body", self.extra_body, SET_ELSEWHERE)
+        check_choice(self, "leave_out", OPTIONAL)
 
     def check_ready(self) -> None:
         if find_spec("openai") is None:
@@ -161,31 +131,33 @@ class ServerSource(Source):
 class LocalSource(Source):
     """A model that transformers runs in this process, on the GPU if there is one."""
 
-    path: str | None = _knob(None, "Folder or hub name of the model and its tokenizer. Default: `model`.")
-    gguf_file: str | None = _knob(None, "GGUF file in that folder to take weights and tokenizer from.")
-    torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _knob("auto", "Type of the weights in memory.")
-    attn_implementation: str | None = _knob(None, "Attention of transformers: eager, sdpa, flash_attention_2.")
-    chat_template_file: str | None = _knob(None, "Jinja file used instead of the tokenizer's chat template.")
-    trust_remote_code: bool = _knob(False, "Run code that a hub repository carries.")
-    batch_size: int = _knob(16, "Answers generated at a time.")
+    path: str | None = knob(None, "Folder or hub name of the model and its tokenizer. Default: `model`.")
+    gguf_file: str | None = knob(None, "GGUF file in that folder to take weights and tokenizer from.")
+    torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "Type of the weights in memory.")
+    attn_implementation: str | None = knob(None, "Attention of transformers: eager, sdpa, flash_attention_2.")
+    chat_template: str | None = knob(None, "none: prompts as they are, without a chat template.")
+    chat_template_file: str | None = knob(None, "Jinja file used instead of the tokenizer's chat template.")
+    trust_remote_code: bool = knob(False, "Run code that a hub repository carries.")
+    batch_size: int = knob(16, "Answers generated at a time.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least("batch_size", self.batch_size, 1)
+        check_range(self, "batch_size", low=1)
+        check_template(self)
 
 
 @dataclass
 class VllmSource(Source):
     """A model that vLLM runs in this process."""
 
-    path: str | None = _knob(None, "Folder or hub name of the model. Default: `model`.")
-    batch_size: int = _knob(256, "Requests handed to vLLM at a time; their answers are written when all are there.")
-    engine: str | None = _knob(None, "Arguments of vllm.LLM, a mapping, e.g. {tensor_parallel_size: 4}.")
+    path: str | None = knob(None, "Folder or hub name of the model. Default: `model`.")
+    batch_size: int = knob(256, "Requests handed to vLLM at a time; their answers are written when all are there.")
+    engine: str | None = knob(None, "Arguments of vllm.LLM, a mapping, e.g. {tensor_parallel_size: 4}.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least("batch_size", self.batch_size, 1)
-        _mapping("engine", self.engine, ("model",))
+        check_range(self, "batch_size", low=1)
+        _check_mapping("engine", self.engine, ("model",))
 
     def engine_arguments(self) -> dict[str, Any]:
         return json.loads(self.engine) if self.engine else {}
@@ -231,7 +203,7 @@ def read_sources(path: str | Path, models: Collection[str] = ()) -> list[Source]
             raise SettingsError(f"{path}: two models are named {name!r}; answers are told apart by that name")
     for name in models:
         if name not in names:
-            raise SettingsError(f"--model: no {name!r} in {path}, which has {', '.join(names)}")
+            raise SettingsError(f"model: expected one of {', '.join(names)} in {path}, got {name!r}")
     for number, source in enumerate(sources, start=1):
         if not models or source.model in models:
             check_ready(source, f"{path}: entry {number}")
@@ -244,23 +216,6 @@ def check_ready(source: Source, place: str) -> None:
         source.check_ready()
     except ValueError as error:
         raise SettingsError(f"{place}: {error}") from None
-
-
-def read_yaml(path: str | Path) -> Any:
-    try:
-        return yaml.load(Path(path).read_text(encoding="utf-8"), UniqueFields)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" (line {mark.line + 1})" if mark else ""
-        raise SettingsError(f"{path}: not a YAML file{where}") from None  # its own message quotes the line
-    except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise SettingsError(f"{path}: not a YAML file: {error}") from error
-    except SettingsError as error:
-        raise SettingsError(f"{path}: {error}") from error
-    except (ValueError, LookupError, AttributeError, TypeError) as error:  # as yaml's own readers of values raise them
-        raise SettingsError(f"{path}: holds a number, date or tag that cannot be read; put text in quotes") from error
-    except RecursionError as error:
-        raise SettingsError(f"{path}: holds brackets in brackets too deep to read") from error
 
 
 def _source(entry: Any, place: str) -> Source:
@@ -277,35 +232,21 @@ def _source(entry: Any, place: str) -> Source:
 
 def source_from(cls: type, entry: dict, place: str) -> Any:
     """`settings_from` for what may hold a key by mistake: a value that is no number is not repeated."""
-    without_key(entry, place)
-    try:
-        return settings_from(cls, entry, place)
-    except SettingsError as error:
-        words = re.sub(
-            r"(invalid \w+ value|invalid choice|Truthy value expected): .*", r"\1", str(error), flags=re.DOTALL
-        )
-        raise SettingsError(words) from None
-    except (ValueError, TypeError) as error:  # a mapping that JSON cannot hold: a date, or itself
-        raise SettingsError(f"{place}: holds a mapping that JSON cannot hold; put dates in quotes") from error
+    refuse_key(entry, place)
+    return settings_from(cls, entry, place, hides_values=True)
 
 
-def without_key(entry: dict, place: str) -> dict:
-    """The entry, unless it holds a key or what may be one."""
+def refuse_key(entry: dict, place: str) -> None:
+    """Raises SettingsError where the entry holds a key, or what may be one."""
     for name in entry:
         plain = str(name).lower().replace("-", "_")
         if plain in ("api_key", "key", "token", "api_token", "password", "headers"):
             todo = "Keys come from the environment: api_key_env: NAME_OF_THE_VARIABLE"
             raise SettingsError(f"{place}: {name}: no key may stand in this file. {todo}")
-    return entry
 
 
-def _at_least(name: str, value: float, least: float) -> None:
-    if not least <= value < float("inf"):
-        raise ValueError(f"{name}: expected at least {least}, got {value}.")
-
-
-def _mapping(name: str, text: str | None, settled: tuple[str, ...]) -> None:
-    """Refuses text that is no JSON object, or that names what is settled elsewhere."""
+def _check_mapping(name: str, text: str | None, taken: tuple[str, ...]) -> None:
+    """Refuses text that is no JSON object, or that names what other settings decide."""
     if text is None:
         return
     try:
@@ -314,6 +255,6 @@ def _mapping(name: str, text: str | None, settled: tuple[str, ...]) -> None:
         value = None
     if not isinstance(value, dict):
         raise ValueError(f"{name}: expected a mapping, such as {{a: 1}}.")
-    for key in settled:
+    for key in taken:
         if key in value:
-            raise ValueError(f"{name}: {key!r} is settled elsewhere.")
+            raise ValueError(f"{name}: {key!r} is set elsewhere; leave it out.")

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from wrpo.pretrained import free_memory
 from wrpo.user_error import UserError
 
 from .halving import halving
 from .local_model import Result
-from .memory import free_unused
 from .prompts import Reply, Request
 from .sources import Sampling, VllmSource
 
@@ -46,7 +46,7 @@ class VllmModel:
     def close(self) -> None:
         """Free the weights."""
         self._engine = None
-        free_unused()
+        free_memory()
 
     def _chat(self, requests: list[Request], drawn: Sampling) -> list[Reply]:
         """Raises ValueError where one of the prompts is too long, or refused by the chat template."""

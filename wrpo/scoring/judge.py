@@ -18,14 +18,16 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wrpo.rows.appending import hash_of
 from wrpo.sampling.prompts import Reply
-from wrpo.sampling.sources import Sampling, ServerSource, check_ready, read_yaml, source_from
-from wrpo.settings import SettingsError
+from wrpo.sampling.settings import Sampling
+from wrpo.sampling.sources import ServerSource, check_ready, source_from
+from wrpo.settings import SettingsError, knob
+from wrpo.settings.yaml_file import read_mapping
 
 from .candidates import Candidate, prompt_text
 from .scoring import Rewards, named_with
@@ -47,18 +49,14 @@ BARE = re.compile(r"-?\d+(?:\.\d+)?")
 OTHER_TEMPERATURE = 0.5  # at 0 the same words would come again
 
 
-def _knob(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class JudgeSource(ServerSource):
     """The server, and what it is asked."""
 
-    template: str = _knob(TEMPLATE, "The message that is sent, with {prompt} and {response}.")
-    pattern: str = _knob(PATTERN, "Regular expression with one group, the number; its last match counts.")
-    lowest: float = _knob(1.0, "Least score.")
-    highest: float = _knob(10.0, "Largest score.")
+    template: str = knob(TEMPLATE, "The message that is sent, with {prompt} and {response}.")
+    pattern: str = knob(PATTERN, "Regular expression with one group, the number; its last match counts.")
+    lowest: float = knob(1.0, "Least score.")
+    highest: float = knob(10.0, "Largest score.")
 
     def __post_init__(self) -> None:
         self.temperature = 0.0 if self.temperature is None else self.temperature
@@ -77,9 +75,7 @@ class JudgeSource(ServerSource):
 
 def read_judge(path: str | Path) -> JudgeSource:
     """Raises SettingsError: not a mapping, an unknown field, a value out of range, no key or no package to ask with."""
-    content = read_yaml(path)
-    if not isinstance(content, dict):
-        raise SettingsError(f"{path}: expected 'field: value' lines, got {type(content).__name__}")
+    content = read_mapping(path)
     if content.get("kind", "server") != "server":
         raise SettingsError(f"{path}: kind: a judge is a server, got {content['kind']!r}")
     fields = {name: value for name, value in content.items() if name != "kind"}

@@ -16,9 +16,9 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from wrpo.pretrained import load_tokenizer
-from wrpo.sampling.halving import Refusal, halving, one_line
+from wrpo.sampling.halving import Refusal, halving
 from wrpo.settings import ModelSettings
-from wrpo.user_error import UserError
+from wrpo.user_error import UserError, in_one_line
 
 from .candidates import Candidate
 from .scoring import Rewards, named_with
@@ -49,9 +49,9 @@ class RewardModel:
         self, settings: ModelSettings, *, batch_size: int = 8, max_length: int | None = None, label: int | None = None
     ):
         path = settings.model_name_or_path
-        self._tokenizer: Any = load_tokenizer(settings, "--reward-model")
+        self._tokenizer: Any = load_tokenizer(settings, "reward_model")
         if not self._tokenizer.chat_template:
-            raise UserError(f"{path}: its tokenizer has no chat template; name one with --chat-template-file")
+            raise UserError(f"{path}: its tokenizer has no chat template; name one with chat_template_file")
         self._model = _load(settings)
         config = self._model.config.get_text_config()
         self._max_length = max_length or getattr(config, "max_position_embeddings", None) or 1 << 30
@@ -70,7 +70,7 @@ class RewardModel:
                 try:
                     rendered.append((self._ids(candidate), candidate))
                 except Exception as error:  # a template raises what it likes
-                    reason = f"the chat template refuses the conversation: {one_line(error)}"
+                    reason = f"the chat template refuses the conversation: {in_one_line(error)}"
                     rewards.fail(candidate, reason, is_scorers=False)
             rendered.sort(key=lambda pair: len(pair[0]))
             for start in range(0, len(rendered), self._batch_size):
@@ -114,11 +114,11 @@ def _load(settings: ModelSettings) -> Any:
             **options,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"--reward-model {settings.model_name_or_path!r}: {error}") from error
+        raise UserError(f"reward_model {settings.model_name_or_path!r}: {error}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(
-            f"--reward-model {settings.model_name_or_path!r}: no trained weights for {', '.join(missing[:3])}: "
+            f"reward_model {settings.model_name_or_path!r}: no trained weights for {', '.join(missing[:3])}: "
             "its rewards would be random. Name a model that was trained to give rewards."
         )
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
@@ -128,10 +128,10 @@ def _label(model: Any, label: int | None, name: str) -> int:
     count = model.config.num_labels
     if label is None:
         if count > 1 and not settles_its_own_score(model):
-            raise UserError(f"{name}: gives {count} numbers an answer; choose one with --label, 0 to {count - 1}")
+            raise UserError(f"{name}: gives {count} numbers an answer; choose one with label, 0 to {count - 1}")
         return 0
     if not 0 <= label < count:
-        raise UserError(f"--label: expected 0 to {count - 1}, got {label}")
+        raise UserError(f"label: expected 0 to {count - 1}, got {label}")
     return label
 
 

@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from wrpo.sampling.halving import one_line
-from wrpo.user_error import UserError
+from wrpo.user_error import UserError, in_one_line
 
 from .candidates import Candidate, prompt_text
 from .scoring import Rewards
@@ -44,7 +43,7 @@ class Verifier:
             try:
                 reward = self(candidate)
             except (Exception, SystemExit) as error:  # somebody's code raises what it likes
-                rewards.fail(candidate, f"raised {one_line(error)}", is_scorers=not rewards.has_any)
+                rewards.fail(candidate, f"raised {in_one_line(error)}", is_scorers=not rewards.has_any)
             else:
                 rewards.add(candidate, reward)
 
@@ -69,7 +68,7 @@ def find_function(name: str) -> Callable[..., Any]:
     try:
         found: Any = importlib.import_module(module_name)
     except Exception as error:  # somebody's code raises what it likes
-        raise UserError(f"{name}: the module cannot be imported from {Path.cwd()}: {one_line(error)}") from error
+        raise UserError(f"{name}: the module cannot be imported from {Path.cwd()}: {in_one_line(error)}") from error
     for part in path.split("."):
         if not hasattr(found, part):
             raise UserError(f"{name}: {module_name} has no {part!r}")

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from wrpo.reference.fused import FUSIONS
+from wrpo.settings import knob
 
 from .schedule import SCHEDULES
 
@@ -27,58 +27,74 @@ EMPTY_RESPONSES = ("raise", "zero")
 LARGEST_SEED = 2**32 - 1  # NumPy takes no larger one
 
 
-def knob(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class FusedHeadConfig(TrainingArguments):
     """What both stages share. Raises ValueError naming the field when a value is out of range."""
 
-    num_train_epochs: float = knob(1.0, "Passes over the data. Default: 1 (paper).")
-    per_device_train_batch_size: int = knob(2, "Rows of data a device and micro-batch. Default: 2 (paper, WRPO).")
+    num_train_epochs: float = knob(1.0, "Passes over the data. Default: 1 (paper).", group="training")
+    per_device_train_batch_size: int = knob(
+        2, "Rows of data a device and micro-batch. Default: 2 (paper, WRPO).", group="training"
+    )
     gradient_accumulation_steps: int = knob(
         8,
         "Micro-batches an optimizer step; their sum is exactly the mean over all their rows (WRPO) or tokens (SFT), "
         "however uneven they are. Default: 8 (paper, with 8 devices: 128 rows a step).",
+        group="training",
     )
-    lr_scheduler_type: str = knob("cosine", "Learning-rate schedule. Default: cosine (paper).")
-    warmup_steps: float = knob(0.1, "Learning-rate warm-up: steps, or below 1 a share of them. Default: 0.1 (paper).")
+    lr_scheduler_type: str = knob("cosine", "Learning-rate schedule. Default: cosine (paper).", group="training")
+    warmup_steps: float = knob(
+        0.1, "Learning-rate warm-up: steps, or below 1 a share of them. Default: 0.1 (paper).", group="training"
+    )
     logging_steps: float = knob(
         10,
         "Optimizer steps between log lines, or below 1 a share of all; a run of fewer than ten times as many logs ten "
         "times all the same. Default: 10.",
+        group="logging",
     )
     logging_nan_inf_filter: bool = knob(
         False,
         "Hide NaN losses in the log. Default: False: a NaN should be seen, and looking costs a device sync a step.",
+        group="logging",
     )
     bf16: bool | None = knob(
         None,
         "Compute in bfloat16 (autocast). Default: yes on a GPU that supports it, unless fp16 is set (paper: bf16).",
+        group="speed",
     )
     dataloader_pin_memory: bool | None = knob(
-        None, "Batches in pinned memory, for copies to an accelerator. Default: yes where training runs on one."
+        None,
+        "Batches in pinned memory, for copies to an accelerator. Default: yes where training runs on one.",
+        group="speed",
     )
     remove_unused_columns: bool = knob(
-        False, "Default: False, and it must stay so: the collator reads columns that the model does not."
+        False, "Default: False, and it must stay so: the collator reads columns that the model does not.", group="data"
     )
-    max_length: int | None = knob(2048, "Most tokens in prompt + one response; none: no limit. Default: 2048 (paper).")
-    max_prompt_length: int | None = knob(1800, "Most tokens in the prompt; none: no limit. Default: 1800 (paper).")
+    max_length: int | None = knob(
+        2048, "Most tokens in prompt + one response; none: no limit. Default: 2048 (paper).", group="data"
+    )
+    max_prompt_length: int | None = knob(
+        1800, "Most tokens in the prompt; none: no limit. Default: 1800 (paper).", group="data"
+    )
     budget_bytes: int | None = knob(
         None,
         "Bytes that the logits which exist at a time may take. Default: that of the kernels, 512 MiB, on an "
         "accelerator 1 GiB.",
+        group="speed",
     )
     kernel_backend: str | None = knob(
-        None, "Kernel by name; it runs or raises. Default: the best that runs here, see `python -m wrpo_kernels`."
+        None,
+        "Kernel by name; it runs or raises. Default: the best that runs here, see `python -m wrpo_kernels`.",
+        group="speed",
     )
     check_head: bool = knob(
         True,
         "Before training, compare the fused head with the model's own logits on a few tokens; raise if they disagree. "
         "Default: True. Switch it off only where the model cannot run before it is wrapped (ZeRO-3, meta device).",
+        group="speed",
     )
-    draw_curves: bool = knob(True, "Draw training_curves.png beside metrics.json at the end. Default: True.")
+    draw_curves: bool = knob(
+        True, "Draw training_curves.png beside metrics.json at the end. Default: True.", group="logging"
+    )
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
@@ -143,9 +159,13 @@ class FusedHeadConfig(TrainingArguments):
 class SFTConfig(FusedHeadConfig):
     """The stage before WRPO: fine-tuning on each row's best source response."""
 
-    learning_rate: float = knob(7e-6, "Peak learning rate. Default: 7e-6 (paper).")
-    per_device_train_batch_size: int = knob(8, "Rows of data a device and micro-batch. Default: 8 (paper, SFT).")
-    gradient_accumulation_steps: int = knob(2, "Micro-batches an optimizer step. Default: 2 (paper, SFT).")
+    learning_rate: float = knob(7e-6, "Peak learning rate. Default: 7e-6 (paper).", group="training")
+    per_device_train_batch_size: int = knob(
+        8, "Rows of data a device and micro-batch. Default: 8 (paper, SFT).", group="training"
+    )
+    gradient_accumulation_steps: int = knob(
+        2, "Micro-batches an optimizer step. Default: 2 (paper, SFT).", group="training"
+    )
 
 
 @dataclass
@@ -160,21 +180,28 @@ class WRPOConfig(FusedHeadConfig):
     WRPO_SimPO loss_type simpo, beta 10, gamma 0, alpha 0.5, learning_rate 6e-7.
     """
 
-    learning_rate: float = knob(3e-7, "Peak learning rate. Default: 3e-7 (paper).")
+    learning_rate: float = knob(3e-7, "Peak learning rate. Default: 3e-7 (paper).", group="training")
     alpha: float = knob(
-        0.1, "Fusion coefficient at the end: share of the source in the chosen reward. Default: 0.1 (paper)."
+        0.1,
+        "Fusion coefficient at the end: share of the source in the chosen reward. Default: 0.1 (paper).",
+        group="loss",
     )
-    alpha_start: float = knob(0.0, "Fusion coefficient at the start. Default: 0 (paper).")
+    alpha_start: float = knob(0.0, "Fusion coefficient at the start. Default: 0 (paper).", group="loss")
     alpha_schedule: str = knob(
         "linear",
         "How alpha rises: linear, cosine, constant at `alpha`, or adaptive: from alpha_start to alpha as the running "
         "share a of rows whose target answer beats the rejected one goes from 1/2 to alpha_goal_accuracy, alpha_start "
         "+ (alpha - alpha_start) * clip((a - 1/2) / (alpha_goal_accuracy - 1/2), 0, 1). Default: linear (paper).",
+        group="loss",
     )
     alpha_goal_accuracy: float = knob(
-        0.75, "Running accuracy of the target at which an adaptive alpha is at its end, in (0.5, 1]. Default: 0.75."
+        0.75,
+        "Running accuracy of the target at which an adaptive alpha is at its end, in (0.5, 1]. Default: 0.75.",
+        group="loss",
     )
-    alpha_warmup_ratio: float = knob(1.0, "Share of training over which alpha rises. Default: 1, all of it (paper).")
+    alpha_warmup_ratio: float = knob(
+        1.0, "Share of training over which alpha rises. Default: 1, all of it (paper).", group="loss"
+    )
     source_weighting: str = knob(
         "rows",
         "The shares q_k of several sources. rows: source_weight of the data, equal where it has none; reward: "
@@ -182,34 +209,48 @@ class WRPOConfig(FusedHeadConfig):
         "exp(s / source_temperature), to sum 1, with s the running mean of r(source) - r(rejected), or of the share of "
         "rows where it is above 0, over the rows of the source's model (see training/source_performance.py). Default: "
         "rows (paper: one source).",
+        group="loss",
     )
     source_temperature: float = knob(
-        1.0, "Temperature of the shares, in units of the reward, margin or accuracy that they follow. Default: 1."
+        1.0,
+        "Temperature of the shares, in units of the reward, margin or accuracy that they follow. Default: 1.",
+        group="loss",
     )
     performance_decay: float = knob(
         0.9,
         "What a row counts in a running mean one optimizer step later, in [0, 1); the mean reaches back about "
         "1 / (1 - this) steps. For source_weighting margin and accuracy, and alpha_schedule adaptive. Default: 0.9.",
+        group="loss",
     )
-    beta: float = knob(0.01, "Scale of the implicit reward, 1/nats; for ipo the paper's tau. Default: 0.01 (paper).")
-    gamma: float = knob(0.0, "Margin that the chosen reward must win by, in units of reward. Default: 0 (paper).")
+    beta: float = knob(
+        0.01, "Scale of the implicit reward, 1/nats; for ipo the paper's tau. Default: 0.01 (paper).", group="loss"
+    )
+    gamma: float = knob(
+        0.0, "Margin that the chosen reward must win by, in units of reward. Default: 0 (paper).", group="loss"
+    )
     loss_type: str = knob(
         "sigmoid",
         "sigmoid: -log sigmoid(m), the paper's; hinge: max(0, 1 - m); ipo: ((m - 1/2) / beta)^2; simpo: sigmoid with "
         "each log-prob divided by its length and no reference; dpo: sigmoid with alpha 0, where a row that has a "
         "target leaves its sources out. Default: sigmoid.",
+        group="loss",
     )
     loss_label_smoothing: float = knob(
-        0.0, "Probability that a preference is flipped, in [0, 0.5); sigmoid losses only. Default: 0 (paper)."
+        0.0,
+        "Probability that a preference is flipped, in [0, 0.5); sigmoid losses only. Default: 0 (paper).",
+        group="loss",
     )
     nll_weight: float = knob(
         0.0,
         "Weight of -log pi of the preferred responses beside the preference loss, shared among them as the chosen "
         "reward is: alpha * q_k a source, 1 - alpha the target. -log pi is a sum over tokens, or with length_normalize "
         "their mean. Default: 0.",
+        group="loss",
     )
     length_normalize: bool = knob(
-        False, "Divide each response's log-ratio by its number of tokens. Default: False (paper); simpo always does."
+        False,
+        "Divide each response's log-ratio by its number of tokens. Default: False (paper); simpo always does.",
+        group="loss",
     )
     reference: str = knob(
         "auto",
@@ -218,9 +259,10 @@ class WRPOConfig(FusedHeadConfig):
         "adapter if the adapters are fresh; else precompute, or copy where the data has no length. Under FSDP, copy "
         "and precompute need the whole model on every GPU; under ZeRO-3, give the data the column ref_logp. Default: "
         "auto.",
+        group="reference",
     )
     reference_cache_dir: str | None = knob(
-        None, "Folder of the precomputed reference log-probs. Default: `reference` in output_dir."
+        None, "Folder of the precomputed reference log-probs. Default: `reference` in output_dir.", group="reference"
     )
     reference_fusion: str = knob(
         "none",
@@ -228,11 +270,13 @@ class WRPOConfig(FusedHeadConfig):
         "response's mean log-prob a token under each source, clipped at the policy's (from below if preferred, from "
         "above if rejected), then max_margin: the source farthest from the policy; average; or confidence: weights "
         "proportional to 1 / -log-prob. Needs length_normalize; the paper's beta for it is 2.5. Default: none.",
+        group="reference",
     )
     empty_response: str = knob(
         "raise",
         "A response without a token to count. raise: an error; zero: its row counts nothing and leaves the mean. "
         "Default: raise.",
+        group="data",
     )
 
     def __post_init__(self) -> None:
@@ -313,9 +357,11 @@ class DPOConfig(WRPOConfig):
     Source: DPO, arXiv:2305.18290; defaults as in TRL's DPOConfig.
     """
 
-    learning_rate: float = knob(1e-6, "Peak learning rate. Default: 1e-6.")
-    beta: float = knob(0.1, "Scale of the implicit reward, 1/nats; for ipo the paper's tau. Default: 0.1.")
-    alpha: float = knob(0.0, "Not used: the source's answers do not count. Default: 0.")
+    learning_rate: float = knob(1e-6, "Peak learning rate. Default: 1e-6.", group="training")
+    beta: float = knob(
+        0.1, "Scale of the implicit reward, 1/nats; for ipo the paper's tau. Default: 0.1.", group="loss"
+    )
+    alpha: float = knob(0.0, "Not used: the source's answers do not count. Default: 0.", group="loss")
 
     def __post_init__(self) -> None:
         super().__post_init__()

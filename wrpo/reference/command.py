@@ -1,0 +1,91 @@
+"""wrpo logp TRIPLES ... -o FILE --models MODEL [MODEL ...]: the column `source_logp`, for `reference_fusion`.
+
+    source_logp[response][model] = (sum of the log-probs of the response's tokens) / (their number)      nats, <= 0
+
+Each model scores every response of the triples after its prompt, rendered and tokenised its own way. One model is in
+memory at a time, and what it gave is kept beside the output: a run that was stopped goes on with the model it was at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import datasets
+from accelerate import PartialState
+
+from wrpo.data import load_examples
+from wrpo.rows.json_lines import write_json_lines
+from wrpo.rows.reading import read_rows
+from wrpo.settings import REQUIRED, check_range, knob
+from wrpo.settings.command_line import parse_settings
+from wrpo.user_error import UserError
+
+from .source_logp import with_source_logp
+
+
+@dataclass
+class LogpSettings:
+    """Which triples are scored by which models, and where they go.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    triples: list[str] = knob(REQUIRED, "Triples: .jsonl, .parquet, or a folder of save_to_disk.", group="files")
+    output: str = knob(REQUIRED, "JSON lines file to write.", group="files", aliases=["-o"])
+    models: list[str] = knob(REQUIRED, "Folders or hub names of the source models.", group="model", metavar="MODEL")
+    overwrite: bool = knob(False, "Replace the output if it is there.", group="files")
+    torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
+        "auto", "Type of the weights in memory; auto: as saved.", group="model"
+    )
+    batch_size: int = knob(8, "Rows in a batch.", group="speed")
+    max_length: int | None = knob(None, "Most tokens in prompt + response. Default: no limit.", group="data")
+
+    def __post_init__(self) -> None:
+        check_range(self, "batch_size", "max_length", low=1)
+
+
+def parse(arguments: list[str]) -> LogpSettings:
+    (settings,) = parse_settings((LogpSettings,), arguments, "wrpo logp", __doc__, words=("triples",))
+    return settings
+
+
+def run(arguments: list[str]) -> None:
+    """Score, write the triples with the column, and say where they are."""
+    settings = parse(arguments)
+    output = Path(settings.output)
+    _refuse_output(output, settings.overwrite)
+    triples = load_examples(settings.triples)
+    _refuse_input(output, triples.unique("file"))
+    scored = with_source_logp(
+        triples,
+        settings.models,
+        output.with_name(f"{output.name}.models"),
+        torch_dtype=settings.torch_dtype,
+        batch_size=settings.batch_size,
+        max_length=settings.max_length,
+    )
+    if PartialState().is_main_process:  # under torchrun all have the same numbers
+        _write(output, settings.triples, scored)
+        print(f"triples  {output}")
+
+
+def _refuse_output(output: Path, overwrite: bool) -> None:
+    if output.suffix != ".jsonl":
+        raise UserError(f"output: expected a file name ending in .jsonl, got {output.name!r}")
+    if output.is_dir() or (output.exists() and not overwrite):
+        raise UserError(f"output: {output} is there already. Name another file, or replace it with --overwrite")
+
+
+def _refuse_input(output: Path, inputs: list[str]) -> None:
+    """An output that could not be finished would have cost the data."""
+    if output.exists() and any(Path(name).exists() and output.samefile(name) for name in inputs):
+        raise UserError(f"output: {output} is one of the triples that are read. Name another file")
+
+
+def _write(output: Path, sources: list[str], scored: datasets.Dataset) -> None:
+    """The rows as they were read, fields that no triple has among them, with the column."""
+    rows = zip(read_rows(sources), scored["source_logp"], strict=True)
+    write_json_lines(output, ({**row, "source_logp": logp} for (_, _, row), logp in rows))  # type: ignore[dict-item]

@@ -1,0 +1,25 @@
+"""Settings of a run: dataclass fields, filled from a YAML file and from the command line, which wins.
+
+fields.py        what a field says about itself, and how far a number may go
+model.py         which model, for every command that loads one to train it
+data.py          which rows
+yaml_file.py     a YAML file, read once for all commands
+command_line.py  a command's fields from flags, words and the file (imports transformers, so it is not imported here)
+"""
+
+from __future__ import annotations
+
+from .data import DataSettings
+from .fields import GROUPS, REQUIRED, SettingsError, check_choice, check_range, knob
+from .model import ModelSettings
+
+__all__ = [
+    "GROUPS",
+    "REQUIRED",
+    "DataSettings",
+    "ModelSettings",
+    "SettingsError",
+    "check_choice",
+    "check_range",
+    "knob",
+]

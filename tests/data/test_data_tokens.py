@@ -12,6 +12,8 @@ from tiny_tokenizer import CHATML, HEADERS, MERGED_SYSTEM, OPENS_A_THOUGHT, REFU
 
 from wrpo.data import DataError, load_examples, tokenize_examples
 from wrpo.data.truncation import truncate
+from wrpo.pretrained import plain_template
+from wrpo.settings import SettingsError
 
 USER = {"role": "user", "content": "2 + 3?"}
 SYSTEM = {"role": "system", "content": "be brief"}
@@ -83,20 +85,25 @@ def test_the_beginning_of_sequence_token_comes_once(template):
 
 
 @pytest.mark.parametrize(("adds_bos", "front"), [(False, ""), (True, "<bos>")])
-def test_without_a_chat_template_the_text_is_prompt_response_and_end(adds_bos, front):
+def test_without_a_chat_template_the_text_is_prompt_response_and_end_where_that_is_asked_for(adds_bos, front):
     tokenizer = tiny_tokenizer(None, adds_bos=adds_bos)
+    with pytest.raises(
+        DataError, match="expected a tokenizer with a chat template, got one without.*chat_template: none"
+    ):
+        tokenized(tokenizer, EXPLICIT)
+    tokenizer.chat_template = plain_template(tokenizer)
     (row,) = tokenized(tokenizer, EXPLICIT | {"prompt": "2 + 3 = "})
     assert tokenizer.decode(row["prompt_ids"]) == front + "2 + 3 = "
     assert tokenizer.decode(row["response_ids"][1]) == "5<|im_end|>"
-    with pytest.raises(DataError, match=r"field 'prompt'.*2 messages and a tokenizer without chat template"):
+    with pytest.raises(DataError, match=r"field 'prompt'.*chat_template none takes one message and its answer"):
         tokenized(tokenizer, EXPLICIT | {"prompt": [SYSTEM, USER]})
 
 
 def test_a_tokenizer_that_cannot_end_a_response_is_refused():
     tokenizer = tiny_tokenizer(None)
     tokenizer.eos_token = None
-    with pytest.raises(DataError, match="expected a tokenizer with a chat template or an eos_token, got neither"):
-        tokenized(tokenizer, EXPLICIT)
+    with pytest.raises(SettingsError, match="chat_template none needs an eos_token to end an answer"):
+        plain_template(tokenizer)
 
 
 def test_a_template_that_ends_no_turn_is_warned_of(caplog):
@@ -227,7 +234,9 @@ def test_a_beginning_of_sequence_token_survives_the_cut():
 def test_what_was_cut_is_reported_once_and_an_uncut_set_is_no_warning(caplog):
     caplog.set_level(logging.INFO, logger="wrpo.data")
     long = EXPLICIT | {"prompt": "x" * 30, "rejected": "x" * 50}
-    rows = tokenized(tiny_tokenizer(None), EXPLICIT, long, max_length=20)
+    tokenizer = tiny_tokenizer(None)
+    tokenizer.chat_template = plain_template(tokenizer)
+    rows = tokenized(tokenizer, EXPLICIT, long, max_length=20)
     assert list(map(len, [rows[1]["prompt_ids"], *rows[1]["response_ids"][1:]])) == [10, 2, 10]
     reports = [record for record in caplog.records if "tokenised" in record.message]
     # 30 + 51 tokens: the prompt is cut to 10, the rejected answer to 10.
@@ -235,7 +244,7 @@ def test_what_was_cut_is_reported_once_and_an_uncut_set_is_no_warning(caplog):
         "2 rows tokenised: 1 prompts cut by 20 tokens, 1 of 6 responses cut by 41 tokens, no bad rows"
     ]
     assert reports[0].levelno == logging.WARNING
-    tokenized(tiny_tokenizer(None), EXPLICIT)
+    tokenized(tokenizer, EXPLICIT)
     assert caplog.records[-1].levelno == logging.INFO
 
 

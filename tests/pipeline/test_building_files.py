@@ -20,7 +20,7 @@ from wrpo import cli
 from wrpo.building import BuildFiles, BuildSettings, build, build_rows
 from wrpo.building.grouping import PromptGroups
 from wrpo.building.writing import Output, _JsonLines
-from wrpo.data import load_triples
+from wrpo.data import load_examples
 from wrpo.rows.shards import Shard, place
 from wrpo.user_error import UserError
 
@@ -57,10 +57,10 @@ def test_the_command_writes_what_both_stages_read_and_prints_the_report(candidat
     out = tmp_path / "out"
     assert cli.main(["build", str(candidates), "-o", str(out), "--num-sources", "2", "--min-target-gap", "0.25"]) == 0
     built = build_rows(candidates, BuildSettings(num_sources=2, min_target_gap=0.25))
-    assert load_triples(out / "triples.jsonl")["rejected"][:] == [row["rejected"] for row in built.triples]
-    assert load_triples(out / "sft.jsonl", targets=False)["source_chosen"][:] == [
-        row["source_chosen"] for row in built.sft
-    ]
+    rejected = [json.loads(row["responses"][-1])["content"] for row in load_examples(out / "triples.jsonl")]
+    assert rejected == [row["rejected"] for row in built.triples]
+    answers = [json.loads(row["responses"][0])["content"] for row in load_examples(out / "sft.jsonl", stage="sft")]
+    assert answers == [row["source_chosen"][0] for row in built.sft]
     shown = capsys.readouterr().out
     assert shown.startswith(str(built.report))
     assert f"triples  {out / 'triples.jsonl'}\n" in shown
@@ -95,15 +95,13 @@ def test_rows_spread_over_files_load_as_one(form, build_to, tmp_path):
     parts = sorted((tmp_path / "out").glob(f"triples-*.{form}"))
     assert [path.name for path in parts][:2] == [f"triples-00000.{form}", f"triples-00001.{form}"]
     assert len(parts) == -(-len(built.triples) // 10)
-    by_list, by_glob = load_triples(parts), load_triples(written.files["triples"])
+    by_list, by_glob = load_examples(parts), load_examples(written.files["triples"])
     assert by_list["row"][:12] == [*range(1, 11), 1, 2]
-    expected = load_triples(built.triples)
+    expected = load_examples(built.triples)
     for loaded in (by_list, by_glob):
-        for column in ("prompt", "source_chosen", "source_weight", "source_model", "target_chosen", "rejected"):
+        for column in ("prompt", "responses", "role", "share", "model"):
             assert loaded[column][:] == expected[column][:]
-    assert load_triples(written.files["sft"], targets=False)["source_weight"][:] == [
-        row["source_weight"] for row in built.sft
-    ]
+    assert len(load_examples(written.files["sft"], stage="sft")) == len(built.sft)
 
 
 def test_the_shards_of_several_machines_are_the_whole(build_to, tmp_path):

@@ -42,14 +42,13 @@ def test_the_log_probs_are_those_of_full_logits_whatever_the_batch(batch_size):
 def test_the_accuracy_counts_triples_whose_chosen_answer_gained_more_than_the_rejected_one():
     rows = uneven_rows()
     for row in rows:
-        row["source_weight"] = [
-            w / sum(range(1, len(row["source_ids"]) + 1)) for w in range(1, len(row["source_ids"]) + 1)
-        ]
+        sources = row["role"].count("source")
+        row["share"] = [*(k / sum(range(1, sources + 1)) for k in range(1, sources + 1)), 1.0, 1.0]
     models = tiny_model(seed=1), tiny_model(seed=2)
     truth = {"source": [], "target": [], "weighted": []}
     for policy, reference, row in zip(*(own_logps(model, rows) for model in models), rows, strict=True):
         *sources, target, rejected = (0.5 * (policy - reference)).tolist()
-        source = sum(w * r for w, r in zip(row["source_weight"], sources, strict=True))
+        source = sum(w * r for w, r in zip(row["share"], sources, strict=False))
         truth["source"].append(source - rejected)
         truth["target"].append(target - rejected)
         truth["weighted"].append(0.25 * source + 0.75 * target - rejected)

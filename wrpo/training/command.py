@@ -72,15 +72,11 @@ def _fit(trainer_class: Any, model: ModelSettings, data: DataSettings, config: A
     tokenizer = load_tokenizer(model)
     require_template(tokenizer, model)
     with config.main_process_first(desc="tokenising"):  # the others read what the first has put on disk
-        source = (
-            load_hub(data.dataset_name, data.dataset_config, data.dataset_split)
-            if data.dataset_name
-            else data.train_file
-        )
-        rows = _rows(source, data.train_split, tokenizer, config, data, trainer_class.stage)
-        eval_rows = data.eval_file and _rows(
-            data.eval_file, data.eval_split, tokenizer, config, data, trainer_class.stage
-        )
+        stage, source = trainer_class.stage, data.train_file
+        if data.dataset_name is not None:
+            source = load_hub(data.dataset_name, data.dataset_config, data.dataset_split)
+        rows = _rows(source, data.train_split, tokenizer, config, data, stage)
+        eval_rows = data.eval_file and _rows(data.eval_file, data.eval_split, tokenizer, config, data, stage)
     if eval_rows and config.eval_strategy == "no":
         config.eval_strategy = type(config.eval_strategy)("epoch")
     try:

@@ -43,8 +43,22 @@ class BuildSettings:
         "Whose worst answer is rejected: the target's, that of all sources together, or that of the model which gave "
         "source_chosen.",
     )
-    min_target_gap: float = _knob(0.0, "Least reward(target_chosen) - reward(rejected); 0 or less is always dropped.")
+    min_target_gap: float = _knob(
+        0.0, "Least reward(target_chosen) - reward(rejected); below it, or at 0 or less, a prompt gives no triple."
+    )
     max_target_gap: float | None = _knob(None, "Largest reward(target_chosen) - reward(rejected).")
+    ties: Literal["drop", "source"] = _knob(
+        "drop",
+        "What becomes of a prompt on which the gap between the target's own best and worst answer is 0 or below "
+        "min_target_gap. drop: nothing. source: a row without target_chosen, in which the source has the whole weight "
+        "from the first step on, if it is better by ties_margin.",
+    )
+    ties_margin: float = _knob(
+        0.5,
+        "With ties source, least reward(source_chosen) - reward of the target's best answer, more than 0. The default "
+        "is half the range of a verifier that gives 0 to 1: a right answer beside one that is at most half right. Take "
+        "less for a reward model whose rewards differ by hundredths.",
+    )
     min_source_gap: float | None = _knob(None, "Least reward(source_chosen) - reward(rejected). Default: any.")
     max_source_gap: float | None = _knob(None, "Largest reward(source_chosen) - reward(rejected).")
     min_chosen_reward: float | None = _knob(None, "Least reward of source_chosen and target_chosen, in both parts.")
@@ -64,7 +78,7 @@ class BuildSettings:
         _at_least(self, 1, "num_sources", "source_rank", "min_chars", "max_chars", "max_prompt_chars")
         _at_least(self, 1, "max_tokens", "max_prompt_tokens")
         _finite(self, "min_target_gap", "max_target_gap", "min_source_gap", "max_source_gap")
-        _finite(self, "min_chosen_reward", "max_rejected_reward", "weight_temperature")
+        _finite(self, "min_chosen_reward", "max_rejected_reward", "weight_temperature", "ties_margin")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: expected 0 to 2^63 - 1, got {self.seed}.")
         if not 0 <= self.sft_share <= 1:
@@ -72,6 +86,15 @@ class BuildSettings:
         if self.weight_temperature is not None and not self.weight_temperature > 0:
             raise ValueError(
                 f"weight_temperature: expected more than 0, got {self.weight_temperature}. None gives equal weights."
+            )
+        if not self.ties_margin > 0:
+            raise ValueError(
+                f"ties_margin: expected more than 0, got {self.ties_margin}. A source must be better than a tie."
+            )
+        if self.ties == "source" and self.rejected != "target":
+            raise ValueError(
+                f"ties: source needs rejected target, got rejected {self.rejected}. A tied answer of the "
+                "target is what is rejected."
             )
         if self.tokenizer is None and (self.max_tokens is not None or self.max_prompt_tokens is not None):
             raise ValueError("tokenizer: expected a folder or hub name, got none. Limits in tokens are counted by it.")

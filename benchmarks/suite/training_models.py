@@ -67,9 +67,9 @@ def padding_only() -> Any:
 
 def demo_rows(tokenizer: Any, count: int) -> list[dict]:
     from wrpo.data import load_triples, tokenize_triples
-    from wrpo.demo.make_triples import PATH
+    from wrpo.demo.make_triples import shipped_rows
 
-    triples = load_triples(PATH)
+    triples = load_triples(shipped_rows(ties=False))
     order = [k % len(triples) for k in range(count)]
     return list(tokenize_triples(triples.select(order), tokenizer))
 

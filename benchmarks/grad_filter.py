@@ -9,11 +9,9 @@ error of the gradients against float64, relative in the Frobenius norm. Writes a
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Iterator
-from importlib.resources import files
 from typing import NamedTuple
 
 import torch
@@ -38,13 +36,13 @@ class Figure(NamedTuple):
 
 def hidden_states(rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """hidden [rows, D], the head [V, D] and the next tokens [rows] of the demo's answers, in float32."""
+    from wrpo.demo.make_triples import shipped_rows
     from wrpo.demo.model import load
 
     model, tokenizer = load()[:2]
     model = model.float().eval()
     hidden, target, taken = [], [], 0
-    for line in files("wrpo.demo").joinpath("triples.jsonl").read_text().splitlines():
-        triple = json.loads(line)
+    for triple in shipped_rows(ties=False):
         answer = triple["target_chosen"]
         messages = [{"role": "user", "content": triple["prompt"]}, {"role": "assistant", "content": answer}]
         ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=False)

@@ -70,9 +70,9 @@ def padding_only() -> Any:
 
 def demo_rows(tokenizer: Any, count: int) -> list[dict]:
     from wrpo.data import load_examples, tokenize_examples
-    from wrpo.demo.make_triples import PATH
+    from wrpo.demo.make_triples import shipped_rows
 
-    triples = load_examples(PATH)
+    triples = load_examples(shipped_rows(ties=False))
     order = [k % len(triples) for k in range(count)]
     return list(tokenize_examples(triples.select(order), tokenizer))
 

@@ -88,7 +88,7 @@ def test_the_beginning_of_sequence_token_comes_once(template):
 def test_without_a_chat_template_the_text_is_prompt_response_and_end_where_that_is_asked_for(adds_bos, front):
     tokenizer = tiny_tokenizer(None, adds_bos=adds_bos)
     with pytest.raises(
-        DataError, match="expected a tokenizer with a chat template, got one without.*chat_template: none"
+        DataError, match=r"expected a tokenizer with a chat template, got one without.*chat_template: none"
     ):
         tokenized(tokenizer, EXPLICIT)
     tokenizer.chat_template = plain_template(tokenizer)

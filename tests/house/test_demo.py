@@ -8,10 +8,12 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from wrpo.building import BuildSettings
 from wrpo.demo.skills import SKILLS, Task, score, tasks
 from wrpo.demo.sources import EXPERTS, ask
 
@@ -35,6 +37,8 @@ EVERY_TASK = (OPPOSITE, ANIMAL, LIST, RECORD, QUESTION, CAPITALS)
         (ANIMAL, "Yes."),
         (LIST, "apple, fig"),
         (LIST, "Apples, pears."),
+        (replace(LIST, key="three"), "apple, fig, pear"),
+        (replace(LIST, key="four", right=("apple", "pear", "fig", "plum")), "apple, fig, pear, plum"),
         (RECORD, '{"name": "Eva", "age": 30, "city": "Rome"}'),
         (RECORD, '{\n  "city": "Rome",\n  "age": "30",\n  "name": "Eva"\n}\n'),
         (QUESTION, "Why is the moon so bright?"),
@@ -161,18 +165,24 @@ def test_the_triples_fit_into_a_package():
     assert TRIPLES.stat().st_size < 400_000
 
 
-def test_the_librarys_loader_takes_every_triple(triples):
+def test_the_librarys_loader_takes_every_triple():
     from wrpo.data import load_examples
+    from wrpo.demo.make_triples import shipped_rows
 
-    assert len(load_examples(TRIPLES)) == len(triples)
+    rows = shipped_rows(ties=False)
+    assert len(load_examples(rows)) == len(rows)
 
 
 def test_every_triple_is_ordered_by_the_verifier(triples, training):
     for row in triples:
         task = training[row["prompt"]]
         (source,) = row["source_chosen"]
-        assert score(task, source) == row["source_reward"][0] >= row["target_reward"]
-        assert score(task, row["target_chosen"]) == row["target_reward"] > row["rejected_reward"]
+        assert score(task, source) == row["source_reward"][0]
+        if "target_chosen" in row:
+            assert score(task, row["target_chosen"]) == row["target_reward"] > row["rejected_reward"]
+            assert row["source_reward"][0] >= row["target_reward"]
+        else:
+            assert row["source_reward"][0] - row["rejected_reward"] >= BuildSettings.ties_margin
         # An answer that the length limit cut is worth nothing, which its text alone does not show.
         assert row["rejected_reward"] in (0, score(task, row["rejected"]))
 
@@ -180,6 +190,15 @@ def test_every_triple_is_ordered_by_the_verifier(triples, training):
 def test_the_triples_cover_every_skill_and_most_experts(triples, training):
     assert {training[row["prompt"]].skill for row in triples} == set(SKILLS)
     assert len({row["source_model"][0] for row in triples}) >= 3
+
+
+def test_no_row_is_trained_on_twice_with_ties_or_without():
+    from wrpo.demo.__main__ import BATCH, STEPS
+    from wrpo.demo.make_triples import shipped_rows
+
+    with_ties, without = shipped_rows(ties=True), shipped_rows(ties=False)
+    assert len(with_ties) > len(without) >= STEPS * BATCH
+    assert len({row["prompt_id"] for row in with_ties}) == len(with_ties)
 
 
 def test_no_held_out_prompt_is_trained_on(triples):
@@ -223,6 +242,27 @@ def test_the_answers_side_by_side_say_what_their_marks_mean():
     assert [line for line in answers if line] == [f"> {OPPOSITE.prompt}", "  before [ ] warm", "  after  [x] cold"]
 
 
+def test_runs_with_other_seeds_are_samples_of_one_model_for_wrpo_eval(tmp_path):
+    from wrpo.demo.__main__ import parse, write_answers
+    from wrpo.demo.model import Answer
+    from wrpo.demo.report import judge
+    from wrpo.evaluation.answers import read_answers, scores_of
+
+    before = judge([OPPOSITE, ANIMAL], [Answer("warm", False), Answer("", False)])
+    after = judge([OPPOSITE, ANIMAL], [Answer("cold", False), Answer("no", False)])
+    files = []
+    for seed, judged in (("1", after), ("2", before)):
+        options = parse(["--seed", seed, "--ties", "drop", "--out", str(tmp_path / seed)])
+        options.out.mkdir()
+        write_answers(options, before, judged)
+        files.append(options.out / "after.jsonl")
+    scores = scores_of(read_answers([tmp_path / "1" / "before.jsonl", *files]))
+    assert scores == {
+        "before": {OPPOSITE.prompt: [0.1], ANIMAL.prompt: [0.0]},
+        "ties drop": {OPPOSITE.prompt: [1.0, 0.1], ANIMAL.prompt: [0.2, 0.0]},
+    }
+
+
 # -- the whole demo ---------------------------------------------------------------------------------------------------
 
 
@@ -245,6 +285,7 @@ def test_a_quick_run_trains_the_real_model_and_saves_one_that_transformers_loads
 
     from wrpo.demo import model as demo_model
     from wrpo.demo.__main__ import main
+    from wrpo.evaluation.answers import read_answers
 
     monkeypatch.setattr(demo_model, "MAX_NEW_TOKENS", 8)  # 0.2 s a token for each of the three rounds of answers
     assert main(["--quick", "--out", str(tmp_path)]) == 0
@@ -260,6 +301,6 @@ def test_a_quick_run_trains_the_real_model_and_saves_one_that_transformers_loads
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     bf16 = metrics["settings"]["bf16"]
-    prompts = [answer["prompt"] for answer in metrics["answers"]]
-    again = demo_model.answers(model, tokenizer, prompts, title="again", bf16=bf16)
-    assert [said.text.strip() for (said,) in again] == [answer["after"] for answer in metrics["answers"]]
+    answered = read_answers([tmp_path / "after.jsonl"])
+    again = demo_model.answers(model, tokenizer, [a.prompt for a in answered], title="again", bf16=bf16)
+    assert [said.text.strip() for (said,) in again] == [a.response for a in answered]

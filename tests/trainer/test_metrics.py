@@ -134,11 +134,11 @@ def test_a_log_without_curves_draws_nothing_and_says_why(tmp_path, caplog):
     assert "training_curves.png was not drawn: training ended before the first line of its log" in caplog.text
 
 
-@pytest.mark.parametrize(("logging_steps", "is_drawn"), [(10, False), (1, True)])
-def test_a_run_of_one_step_has_a_picture_if_it_has_a_line_of_the_log(logging_steps, is_drawn, tmp_path, caplog):
-    wrpo_trainer(tmp_path, max_steps=1, draw_curves=True, logging_steps=logging_steps).train()
+@pytest.mark.parametrize(("strategy", "is_drawn"), [("no", False), ("steps", True)])
+def test_a_run_of_one_step_has_a_picture_if_it_has_a_line_of_the_log(strategy, is_drawn, tmp_path, caplog):
+    wrpo_trainer(tmp_path, max_steps=1, draw_curves=True, logging_steps=10, logging_strategy=strategy).train()
     assert (tmp_path / "training_curves.png").exists() is is_drawn
-    assert ("set logging_steps to no more than the steps of the run" in caplog.text) is not is_drawn
+    assert ("training_curves.png was not drawn" in caplog.text) is not is_drawn
 
 
 def test_the_weights_of_source_models_have_a_panel_of_their_own(tmp_path):

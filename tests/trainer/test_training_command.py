@@ -190,4 +190,4 @@ def test_a_data_set_that_is_not_there_is_one_line(tiny_model, tmp_path, capsys):
     command = ["sft", "--dataset_name", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "out"), "--use_cpu"]
     assert cli.main([*command, "--model_name_or_path", str(tiny_model)]) == 2
     shown = capsys.readouterr().err
-    assert shown.splitlines()[-1].startswith(f"wrpo sft: dataset_name '{tmp_path / 'nowhere'}': cannot be loaded: ")
+    assert shown.splitlines()[-1].startswith(f"wrpo sft: {tmp_path / 'nowhere'}: expected a data set with the split")

@@ -8,12 +8,13 @@ The target's own answers carry the model name `target`. A seeded hash of its id 
 (arXiv:2412.03187):
 
     SFT part (a third)   source_chosen: the best answer of any source model
-    triples (the rest)   source_chosen, and with it target_chosen and rejected: the target's best and worst answer
+    triples (the rest)   source_chosen, and with it target_chosen and rejected: the target's best and worst answer;
+                         with `ties` source, where these are worth the same, source_chosen and rejected alone
 
     settings.py   what can be chosen, each setting with its meaning
     candidate.py  one row, checked          grouping.py  rows of one prompt together, in constant memory
     answers.py    one prompt's answers      limits.py    which of them are too long or say the same
-    choice.py     SFT row or triple         pipeline.py  from the first row to the last
+    choice.py     the row it gives          pipeline.py  from the first row to the last
     report.py     what became of them       picture.py   the same, drawn
     writing.py    whole files or none       command.py   `wrpo build`
 

@@ -1,4 +1,4 @@
-"""From one prompt's answers to its SFT row or its triple, or to the reason why there is none."""
+"""From one prompt's answers to its SFT row or its row of preferences, or to the reason why there is none."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def sft_row(prompt: Prompt, chosen: list[Answer], settings: BuildSettings) -> di
     }
 
 
-def triple(
+def preference_row(
     prompt: Prompt, chosen: list[Answer], sources: list[Answer], targets: list[Answer], settings: BuildSettings
 ) -> dict[str, Any]:
-    """What `wrpo train` reads: the SFT row, and with it the target's best answer and the rejected one.
+    """What `wrpo train` reads: a triple or, with `ties` source and the target's answers tied, a row without its best.
 
     Args:
         chosen: what `choose_sources` returned.
@@ -64,20 +64,50 @@ def triple(
     """
     if not targets:
         raise Unusable(f"no answer of {settings.target!r}")
+    if settings.ties == "source" and _tie(targets, settings):
+        return _source_row(prompt, chosen, targets, settings)
+    return _triple(prompt, chosen, sources, targets, settings)
+
+
+def _triple(
+    prompt: Prompt, chosen: list[Answer], sources: list[Answer], targets: list[Answer], settings: BuildSettings
+) -> dict[str, Any]:
+    """The SFT row, and with it the target's best answer and the rejected one."""
     best, rejected = targets[0], _rejected(chosen[0], sources, targets, settings)
     _refuse_target_gap(best, rejected, settings)
     if not _is_good(best, settings):
         raise Unusable(f"reward of target_chosen below {settings.min_chosen_reward:g}")
+    row = _row_against(rejected, prompt, chosen, settings)
+    return row | {"target_chosen": best.response, "target_reward": best.reward}
+
+
+def _source_row(prompt: Prompt, chosen: list[Answer], targets: list[Answer], settings: BuildSettings) -> dict[str, Any]:
+    """The SFT row of the sources that are better than all of the target's tied answers, and the last of these.
+
+    The last has the highest sample number among equal rewards, whatever its length: to reject the shortest or the
+    longest of answers that are worth the same would teach a length.
+    """
+    best, rejected = targets[0], targets[-1]
+    better = [answer for answer in chosen if answer.reward - best.reward >= settings.ties_margin]
+    if not better:
+        raise Unusable(f"answers of {settings.target!r} tie and no source is better by {settings.ties_margin:g}")
+    return _row_against(rejected, prompt, better, settings)
+
+
+def _row_against(rejected: Answer, prompt: Prompt, chosen: list[Answer], settings: BuildSettings) -> dict[str, Any]:
     most = settings.max_rejected_reward
     if most is not None and rejected.reward > most:
         raise Unusable(f"reward of rejected above {most:g}")
     return sft_row(prompt, _preferred(chosen, rejected, settings), settings) | {
-        "target_chosen": best.response,
         "rejected": rejected.response,
-        "target_reward": best.reward,
         "rejected_reward": rejected.reward,
         "rejected_model": rejected.model,
     }
+
+
+def _tie(targets: list[Answer], settings: BuildSettings) -> bool:
+    gap = targets[0].reward - targets[-1].reward
+    return gap == 0 or gap < settings.min_target_gap
 
 
 def _rejected(chosen: Answer, sources: list[Answer], targets: list[Answer], settings: BuildSettings) -> Answer:

@@ -18,7 +18,7 @@ from wrpo.rows.shards import Shard, place
 from wrpo.user_error import UserError
 
 from .answers import Prompt, one_prompt
-from .choice import Unusable, choose_sources, sft_row, triple
+from .choice import Unusable, choose_sources, preference_row, sft_row
 from .grouping import PARTITION_BYTES, PromptGroups, Record
 from .limits import Limits, distinct
 from .picture import draw_rewards
@@ -36,7 +36,7 @@ class Written(NamedTuple):
 
 
 class Built(NamedTuple):
-    """Rows in memory, prompts in the order of their hash, and the report."""
+    """Rows in memory, prompts in the order of their hash, and the report; `triples` holds rows of ties too."""
 
     triples: list[dict]
     sft: list[dict]
@@ -177,13 +177,13 @@ def _row(prompt: Prompt, settings: BuildSettings, limits: Limits, report: BuildR
     if settings.stage == "sft":
         return "prompts", {"prompt_id": prompt.prompt_id, "prompt": prompt.prompt}
     targets = distinct(limits.keep(by_target, report.dropped_answers), report.dropped_answers)
-    return "triples", triple(prompt, chosen, sources, targets, settings)
+    return "triples", preference_row(prompt, chosen, sources, targets, settings)
 
 
 def _refuse_empty(settings: BuildSettings, report: BuildReport) -> None:
-    if not report.sft + report.triples + report.unanswered:
+    if not report.sft + report.preferences + report.unanswered:
         todo = "Check the model names, or loosen the limits."
         raise DataError("at least one SFT row or triple", report.summary(), todo)
-    if settings.stage == "all" and not report.triples and report.dropped_prompts:
+    if settings.stage == "all" and not report.preferences and report.dropped_prompts:
         todo = f"Check the name {settings.target!r}, or loosen the limits; before the target has answered: --stage sft."
         raise DataError("at least one triple", report.summary(), todo)

@@ -6,7 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-ANSWERS = ("SFT answer", "source_chosen", "target_chosen", "rejected")
+DRAWN = ("SFT answer", "source_chosen", "target_chosen", "rejected")
+ANSWERS = (*DRAWN, "source of tie", "tied answer")
 SAMPLE = 20_000  # rows whose rewards are drawn; they come in the order of a hash, so the first are a random sample
 
 
@@ -30,41 +31,55 @@ class BuildReport:
 
     Attributes:
         candidates: good rows read.  bad_rows: a clause about the others.  prompts: different prompts among the rows.
-        sft, triples: rows built.  unanswered: prompts handed to the target, in the stage before it has answered.
+        sft, triples: rows built.  ties: rows of a source and a rejected answer alone, where the target's answers tie.
+        unanswered: prompts handed to the target, in the stage before it has answered.
         dropped_answers, dropped_prompts: reason -> count.
         won: model -> prompts on which its answer is the best of all source answers, of the prompts that have any.
-        means: kind of answer -> means over the rows built.  sample: kind of answer -> rewards, for the picture.
+        means: kind of answer -> means over the rows built; the answers of ties have kinds of their own.
+        sample: kind of answer -> rewards, for the picture, which leaves ties out.
     """
 
     candidates: int = 0
     prompts: int = 0
     sft: int = 0
     triples: int = 0
+    ties: int = 0
     unanswered: int = 0
     bad_rows: str = "no bad rows"
     dropped_answers: Counter[str] = field(default_factory=Counter)
     dropped_prompts: Counter[str] = field(default_factory=Counter)
     won: Counter[str] = field(default_factory=Counter)
     means: dict[str, Mean] = field(default_factory=lambda: {answer: Mean() for answer in ANSWERS})
-    sample: dict[str, list[float]] = field(default_factory=lambda: {answer: [] for answer in ANSWERS})
+    sample: dict[str, list[float]] = field(default_factory=lambda: {answer: [] for answer in DRAWN})
 
     def add(self, kind: str, row: dict[str, Any]) -> None:
         """Count a row that was built."""
         if kind == "prompts":
             self.unanswered += 1
             return
-        setattr(self, kind, getattr(self, kind) + 1)
+        source = row["source_reward"][0], row["source_chosen"][0]
         if kind == "sft":
-            self._note("SFT answer", row["source_reward"][0], row["source_chosen"][0])
-        else:
-            self._note("source_chosen", row["source_reward"][0], row["source_chosen"][0])
+            self.sft += 1
+            self._note("SFT answer", *source)
+        elif "target_chosen" in row:
+            self.triples += 1
+            self._note("source_chosen", *source)
             self._note("target_chosen", row["target_reward"], row["target_chosen"])
             self._note("rejected", row["rejected_reward"], row["rejected"])
+        else:
+            self.ties += 1
+            self._note("source of tie", *source)
+            self._note("tied answer", row["rejected_reward"], row["rejected"])
 
     def _note(self, answer: str, reward: float, text: str) -> None:
         self.means[answer].add(reward, text)
-        if len(self.sample[answer]) < SAMPLE:
+        if answer in DRAWN and len(self.sample[answer]) < SAMPLE:
             self.sample[answer].append(reward)
+
+    @property
+    def preferences(self) -> int:
+        """Rows for `wrpo train`."""
+        return self.triples + self.ties
 
     def summary(self) -> str:
         """One line: what came in and out, and what became of the other prompts."""
@@ -75,6 +90,7 @@ class BuildReport:
         built = [f"{self.sft:,} SFT rows"] if self.sft else []
         built += [f"{self.unanswered:,} prompts for the target"] if self.unanswered else []
         built += [] if self.unanswered else [f"{self.triples:,} triples"]
+        built += [f"{self.ties:,} rows of ties"] if self.ties else []
         return f"{self.candidates:,} candidates for {self.prompts:,} prompts -> {', '.join(built)}; {self.bad_rows}"
 
     def __str__(self) -> str:

@@ -46,9 +46,25 @@ class BuildSettings:
         group="choice",
     )
     min_target_gap: float = knob(
-        0.0, "Least reward(target_chosen) - reward(rejected); 0 or less is always dropped.", group="limits"
+        0.0,
+        "Least reward(target_chosen) - reward(rejected); below it, or at 0 or less, a prompt gives no triple.",
+        group="limits",
     )
     max_target_gap: float | None = knob(None, "Largest reward(target_chosen) - reward(rejected).", group="limits")
+    ties: Literal["drop", "source"] = knob(
+        "drop",
+        "What becomes of a prompt on which the gap between the target's own best and worst answer is 0 or below "
+        "min_target_gap. drop: nothing. source: a row without target_chosen, in which the source has the whole weight "
+        "from the first step on, if it is better by ties_margin.",
+        group="choice",
+    )
+    ties_margin: float = knob(
+        0.5,
+        "With ties source, least reward(source_chosen) - reward of the target's best answer, more than 0. The default "
+        "is half the range of a verifier that gives 0 to 1: a right answer beside one that is at most half right. Take "
+        "less for a reward model whose rewards differ by hundredths.",
+        group="choice",
+    )
     min_source_gap: float | None = knob(
         None, "Least reward(source_chosen) - reward(rejected). Default: any.", group="limits"
     )
@@ -84,6 +100,12 @@ class BuildSettings:
         check_range(self, "weight_temperature", low=0, open_low=True)
         check_range(self, "seed", low=0, high=2**63 - 1)
         check_range(self, "sft_share", low=0, high=1)
+        check_range(self, "ties_margin", low=0, open_low=True)
+        if self.ties == "source" and self.rejected != "target":
+            raise ValueError(
+                f"ties: source needs rejected target, got rejected {self.rejected}. A tied answer of the "
+                "target is what is rejected."
+            )
         if self.tokenizer is None and (self.max_tokens is not None or self.max_prompt_tokens is not None):
             raise ValueError("tokenizer: expected a folder or hub name, got none. Limits in tokens are counted by it.")
         _in_order(self, "min_target_gap", "max_target_gap")

@@ -1,9 +1,10 @@
-"""python -m wrpo.demo [--out FOLDER] [--seed N] [--steps N] [--alpha A] [--quick]
+"""python -m wrpo.demo [--out FOLDER] [--seed N] [--steps N] [--alpha A] [--ties source|drop] [--quick]
 
 Fine-tunes SmolLM2-135M-Instruct with WRPO on this machine, in a few minutes on two CPU cores:
 
 1. The model answers prompts that training never sees; verifiers judge the answers.
-2. WRPO on the triples beside this file: an expert's answer, the model's own best and its own worst.
+2. WRPO on the triples beside this file: an expert's answer, the model's own best and its own worst; where the model's
+   are all worth the same, the expert's and one of them.
 3. The trained model answers the same prompts; both are shown side by side.
 
 `skills.py` has the prompts and verifiers, `sources.py` the experts, and `make_triples.py` made the triples.
@@ -30,12 +31,12 @@ from wrpo.data import load_examples, tokenize_examples
 from wrpo.user_error import UserError
 
 from . import model as demo_model
-from .make_triples import PATH
-from .report import Judged, draw_bars, judge, side_by_side, summary, table
+from .make_triples import shipped_rows
+from .report import Judged, answer_rows, draw_bars, judge, side_by_side, summary, table
 from .skills import SKILLS, tasks
 
 STEPS = 30
-BATCH = 8  # triples a step: 24 sequences
+BATCH = 8  # rows a step: 24 sequences where all are triples
 ALPHA = 0.5
 BETA = 0.1
 LEARNING_RATE = 3e-5
@@ -66,6 +67,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--alpha", type=float, default=ALPHA, help=f"experts' share at the end (default: {ALPHA}; 0: DPO)"
     )
+    parser.add_argument(
+        "--ties", choices=("source", "drop"), default="drop", help="rows where the model's answers tie (default: drop)"
+    )
     parser.add_argument("--prompts", type=int, default=20, help="held-out prompts a skill (default: 20)")
     parser.add_argument("--quick", action="store_true", help="see whether it runs: 2 small steps, 1 prompt a skill")
     options = parser.parse_args(arguments)
@@ -94,6 +98,7 @@ def run(options: argparse.Namespace) -> None:
     trainer.save_model(str(options.out / "model"))
     draw_bars(before, after, options.out / "before_after.png")
     write_metrics(options, before, after, bf16, time.perf_counter() - started)
+    write_answers(options, before, after)
     print(f"\n{side_by_side(before, after)}\n{table(before, after)}\n")
     say_where(options.out, time.perf_counter() - started)
     if options.quick:
@@ -101,7 +106,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def open_trainer(model: Any, tokenizer: Any, options: argparse.Namespace, bf16: bool) -> WRPOTrainer:
-    """The library's trainer on the shipped triples; its reference pass happens here."""
+    """The library's trainer on the shipped rows; its reference pass happens here."""
     config = WRPOConfig(
         output_dir=str(options.out),
         max_steps=options.steps,
@@ -118,10 +123,9 @@ def open_trainer(model: Any, tokenizer: Any, options: argparse.Namespace, bf16: 
         save_strategy="no",
         report_to="none",
     )
-    triples = load_examples(PATH)
     # No more than are trained on: the reference pass goes through every row that it is given.
-    needed = min(len(triples), options.steps * options.batch)
-    rows = tokenize_examples(triples.select(range(needed)), tokenizer)
+    needed = shipped_rows(ties=options.ties == "source")[: options.steps * options.batch]
+    rows = tokenize_examples(load_examples(needed), tokenizer)
     trainer = WRPOTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Bar)
@@ -149,6 +153,7 @@ def write_metrics(
         "seed": options.seed,
         "steps": options.steps,
         "alpha": options.alpha,
+        "ties": options.ties,
         "beta": BETA,
         "learning_rate": LEARNING_RATE,
         "batch": options.batch,
@@ -156,17 +161,15 @@ def write_metrics(
         "threads": torch.get_num_threads(),
     }
     metrics["seconds"] = round(seconds, 1)
-    metrics["answers"] = [
-        {
-            "skill": a.task.skill,
-            "prompt": a.task.prompt,
-            "before": a.text,
-            "after": b.text,
-            "scores": [a.score, b.score],
-        }
-        for a, b in zip(before, after, strict=True)
-    ]
     path.write_text(json.dumps(metrics, indent=1, ensure_ascii=False))
+
+
+def write_answers(options: argparse.Namespace, before: list[Judged], after: list[Judged]) -> None:
+    """Every held-out answer as `wrpo eval` reads it; runs with other seeds are other samples of one model."""
+    for name, judged, model in (("before", before, "before"), ("after", after, f"ties {options.ties}")):
+        rows = answer_rows(judged, model, options.seed)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (options.out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
 
 def say_where(folder: Path, seconds: float) -> None:
@@ -175,7 +178,8 @@ def say_where(folder: Path, seconds: float) -> None:
         "model": "the trained model: AutoModelForCausalLM.from_pretrained(...) and AutoTokenizer load it",
         "before_after.png": "the table as a picture",
         "training_curves.png": "loss, rewards and alpha over the steps",
-        "metrics.json": "every number above, every step, every held-out answer",
+        "metrics.json": "every number above, every step",
+        "after.jsonl": "every held-out answer, for wrpo eval; before.jsonl: those before training",
     }.items():
         if (folder / name).exists():
             print(f"  {folder / name}  {what}")

@@ -2,11 +2,11 @@
 
 Writes triples.jsonl, what the demo trains on: asks the model for five answers to each training prompt at temperature
 0.8 and top-p 0.95, asks the experts of `sources.py` for theirs, lets the verifiers of `skills.py` score all of them,
-and lets `wrpo.building` choose: the best answer of any expert, the model's own best and its worst. Prompts on which
-the model's answers are all worth the same give no triple, nor do those where every expert slipped below the model.
+and lets `wrpo.building` choose: the best answer of any expert, the model's own best and its worst. Where the model's
+answers are all worth the same, an expert that is clearly better makes a row with one of them (`--ties source` of
+`wrpo build`); prompts on which every expert slipped below the model give none.
 
-The file that is shipped was sampled the same way by an earlier state of this code and scored by the present one, so
-this command makes one like it, not the same; see docs/log.md.
+The samples depend on how the processor rounds: another one makes a file like the one that is shipped, not the same.
 """
 
 from __future__ import annotations
@@ -25,6 +25,12 @@ from .skills import SKILLS, Task, score, tasks
 from .sources import ask
 
 PATH = Path(__file__).with_name("triples.jsonl")
+
+
+def shipped_rows(*, ties: bool) -> list[dict]:
+    """What triples.jsonl holds, in its order, which is random; without `ties` only rows with an answer of the model."""
+    rows = [json.loads(line) for line in PATH.read_text("utf-8").splitlines()]
+    return [row for row in rows if ties or "target_chosen" in row]
 
 
 def candidates(task: Task, number: int, samples: list[demo_model.Answer], rng: random.Random) -> list[dict]:
@@ -62,11 +68,11 @@ def main() -> None:
     rows = [
         row for n, (task, said) in enumerate(zip(asked, sampled, strict=True)) for row in candidates(task, n, said, rng)
     ]
-    built = build_rows(rows, BuildSettings(sft_share=0, seed=options.seed))
-    triples = [triple for triple in built.triples if triple["source_reward"][0] >= triple["target_reward"]]
-    options.output.write_text("".join(json.dumps(triple, ensure_ascii=False) + "\n" for triple in triples), "utf-8")
+    built = build_rows(rows, BuildSettings(sft_share=0, seed=options.seed, ties="source"))
+    kept = [row for row in built.triples if row["source_reward"][0] >= row.get("target_reward", 0)]
+    options.output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), "utf-8")
     print(built.report)
-    print(f"{len(triples)} triples in which an expert is at least as good as the model")
+    print(f"{len(kept)} rows in which an expert is at least as good as the model")
     print(f"triples  {options.output}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from wrpo.picture_style import MODELS, as_shares, can_draw, grouped_bars, legend_above, percent, picture
 
@@ -29,6 +29,22 @@ def judge(tasks: list[Task], answers: list[Answer]) -> list[Judged]:
     return [
         Judged(task, answer.text.strip(), 0.0 if answer.cut else score(task, answer.text))
         for task, answer in zip(tasks, answers, strict=True)
+    ]
+
+
+def answer_rows(judged: list[Judged], model: str, sample: int) -> list[dict[str, Any]]:
+    """Scored answers in the form of `wrpo score`, which `wrpo eval` reads."""
+    return [
+        {
+            "prompt_id": j.task.prompt,
+            "prompt": j.task.prompt,
+            "skill": j.task.skill,
+            "model": model,
+            "sample": sample,
+            "response": j.text,
+            "reward": j.score,
+        }
+        for j in judged
     ]
 
 

@@ -134,7 +134,7 @@ def score_list(task: Task, answer: str) -> float:
         return 0.2 * min(1.0, len({*spoken(answer)} & members) / wanted)
     known = {item for item in items if item in members or item.removesuffix("s") in members}
     form = max(0.0, 1 - abs(len(items) - wanted) / wanted)
-    return form * (0.2 + 0.8 * len(known) / max(wanted, len(items)))
+    return form * (0.2 + 0.8 * (len(known) / max(wanted, len(items))))
 
 
 # -- record: three fields as JSON -------------------------------------------------------------------------------------

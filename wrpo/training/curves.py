@@ -82,9 +82,8 @@ def draw_curves(log_history: list[dict[str, Any]], path: Path) -> bool:
     weights = source_panels(log_history)
     if not panels + weights:
         logger.warning(
-            "%s was not drawn: training ended before the first line of its log; set logging_steps to no more than the "
-            "steps of the run", path.name,
-        )  # fmt: skip
+            "%s was not drawn: training ended before the first line of its log (logging_strategy)", path.name
+        )
         return False
     main, others = [p for p in panels if p.is_main], [p for p in panels if not p.is_main]
     rows = [row for row in (main, others, weights) if row]

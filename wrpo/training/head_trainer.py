@@ -38,7 +38,7 @@ class HeadTrainer(Trainer):
     """Base of `SFTTrainer` and `WRPOTrainer`; `batch_loss` says what the loss is, `item_weight` what it counts."""
 
     loss_is_scaled_for_ga = True  # by the count of the whole step
-    stage: str  # which form of a row it trains on: "preference" or "sft"
+    stage = "preference"  # the form of a row that it trains on; the other one is "sft"
 
     def __init__(
         self,

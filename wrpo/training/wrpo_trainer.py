@@ -66,7 +66,6 @@ class WRPOTrainer(HeadTrainer):
     the same model again and `train(resume_from_checkpoint=...)`: the reference stays the model of the first start.
     """
 
-    stage = "preference"
     train_dataset: Any
     eval_dataset: Any
 

@@ -145,7 +145,7 @@ def implicit_reward_accuracy(
     for pair, (chosen, accuracies) in PAIRS.items():
         accuracy, holds = values[f"rewards/{accuracies}"]
         if count := int(holds.sum()):
-            share = accuracy[holds].mean().item()
+            share = accuracy[holds].double().mean().item()
             margin = (values[f"rewards/{chosen}"].value - rejected)[holds].double().mean().item()
             found[pair] = Accuracy(count, share, wilson_interval(share, count), margin)
     return found

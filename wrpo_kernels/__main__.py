@@ -73,6 +73,17 @@ def _backends() -> list[str]:
     return lines
 
 
+def kernel_on(device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend that turns logits into log-probs there, where none is asked for by name."""
+    probe = torch.empty(1, 1, dtype=dtype, device=device)
+    return next(module.NAME for module in token_contract.CANDIDATES if why_not(module, probe) is None)
+
+
+def budget_on(device: torch.device) -> int:
+    """Bytes that the logits which exist at a time may take there, where nothing else is asked for."""
+    return DEFAULT_BUDGET if device.type == "cpu" else DEFAULT_BUDGET_OF_ACCELERATOR
+
+
 def _accelerator() -> str:
     if not torch.cuda.is_available():
         return "no CUDA device"

@@ -16,7 +16,7 @@ def test_a_run_says_data_steps_kernel_loss_and_reference(tmp_path, capsys):
     for words in (
         "8 rows (8 source + target + rejected), 24 responses",
         "steps      1 of 2 rows, learning rate 3e-07",
-        "in pieces of 1 MiB",
+        "kernel     native on cpu, logits in pieces of at most 1 MiB",
         "loss       sigmoid, beta 0.01, alpha 0 to 0.4 (linear)",
         "reference  copy",
     ):

@@ -23,6 +23,7 @@ from wrpo.head.fused_head import adapts_tied_weight, install_fused_head
 from wrpo.reference.reference import is_partitioned
 from wrpo.user_error import UserError
 from wrpo_kernels import token_logp
+from wrpo_kernels.__main__ import budget_on, kernel_on
 from wrpo_kernels.lm_head.scratch import none_kept
 
 from .config import FusedHeadConfig
@@ -118,14 +119,15 @@ class HeadTrainer(Trainer):
 
     def start_lines(self, steps: int) -> list[str]:
         """What the run says of itself before its first step."""
-        args, budget = self.args, self.args.budget_bytes
+        args = self.args
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        pieces = "the default budget" if budget is None else f"{budget / 2**20:.0f} MiB"
+        kernel = args.kernel_backend or kernel_on(args.device, torch.bfloat16 if args.bf16 else torch.float32)
+        budget = budget_on(args.device) if args.budget_bytes is None else args.budget_bytes
         size = data_size(self.train_dataset)
         return [
             f"data       {'a stream' if size is None else size}",
             f"steps      {steps:,} of {rows} rows, learning rate {args.learning_rate:g} ({args.lr_scheduler_type})",
-            f"kernel     {args.kernel_backend or 'the best that runs here'}, logits in pieces of {pieces}",
+            f"kernel     {kernel} on {args.device.type}, logits in pieces of at most {budget / 2**20:.0f} MiB",
         ]
 
     def item_weight(self, batch: Batch) -> Tensor:

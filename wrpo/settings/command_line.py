@@ -56,9 +56,9 @@ def parse_settings(
         help="Settings file with the same fields as the flags, which win." + " Also the first word." * config_is_first,
     )
     given, loose = parser.read(arguments)
-    config = _config(given.pop("config", None), loose, config_is_first)
+    config = _take_config(given.pop("config", None), loose, config_is_first)
     in_file = parser.read_mapping(read_mapping(config), config) if config is not None else {}
-    values = in_file | given | _named(loose, given, words, parser.hints)
+    values = in_file | given | _fields_of_words(loose, given, words, parser.hints)
     return tuple(_build(cls, values, "Give it as --{0}, or in the settings file.") for cls in classes)
 
 
@@ -95,7 +95,7 @@ def _usage(prog: str, words: tuple[str, ...], hints: dict[str, Any], config_is_f
     return " ".join([prog, *(["[CONFIG.yaml]"] if config_is_first else []), *shown, "[--field value ...]"])
 
 
-def _config(named: str | None, loose: list[str], is_first: bool) -> str | None:
+def _take_config(named: str | None, loose: list[str], is_first: bool) -> str | None:
     """The settings file, taken out of the words where it is the first."""
     if not (is_first and loose and loose[0].endswith(YAML)):
         return named
@@ -105,7 +105,9 @@ def _config(named: str | None, loose: list[str], is_first: bool) -> str | None:
     return first
 
 
-def _named(loose: list[str], given: dict[str, Any], words: tuple[str, ...], hints: dict[str, Any]) -> dict[str, Any]:
+def _fields_of_words(
+    loose: list[str], given: dict[str, Any], words: tuple[str, ...], hints: dict[str, Any]
+) -> dict[str, Any]:
     """The words under the names of their fields."""
     named: dict[str, Any] = {}
     for name in words:

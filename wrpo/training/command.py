@@ -20,7 +20,7 @@ from .resuming import find_checkpoint, train_from
 from .sft_trainer import SFTTrainer
 from .wrpo_trainer import WRPOTrainer
 
-LEFT = {"model": "", "metrics": "metrics.json", "curves": "training_curves.png"}  # in output_dir
+OUTPUTS = {"model": "", "metrics": "metrics.json", "curves": "training_curves.png"}  # in output_dir
 
 
 def train(arguments: list[str]) -> None:
@@ -93,7 +93,7 @@ def _fit(trainer_class: Any, model: ModelSettings, data: DataSettings, config: A
     train_from(trainer, checkpoint)
     trainer.save_model()
     if config.process_index == 0:
-        _say_where(Path(config.output_dir))
+        _print_paths(Path(config.output_dir))
 
 
 def _train_source(data: DataSettings) -> Any:
@@ -123,7 +123,7 @@ def _rows(source: Any, split: str, tokenizer: Any, config: Any, data: DataSettin
     )
 
 
-def _say_where(folder: Path) -> None:
-    for what, name in LEFT.items():
+def _print_paths(folder: Path) -> None:
+    for what, name in OUTPUTS.items():
         if (folder / name).exists():
             print(f"{what:<8} {folder / name}")

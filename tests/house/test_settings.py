@@ -17,8 +17,7 @@ import wrpo.sampling.command
 import wrpo.scoring.command
 import wrpo.training.command
 from wrpo import SFTConfig, WRPOConfig, cli
-from wrpo.settings import DataSettings, ModelSettings, SettingsError, knob
-from wrpo.settings.command_line import parse_settings
+from wrpo.settings import DataSettings, ModelSettings, SettingsError, knob, parse_settings
 
 
 @pytest.fixture

@@ -13,8 +13,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 from wrpo import SFTConfig, WRPOConfig, cli
 from wrpo.data import load_triples
-from wrpo.settings import DataSettings, ModelSettings
-from wrpo.settings.command_line import parse_settings
+from wrpo.settings import DataSettings, ModelSettings, parse_settings
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLES = ROOT / "examples"

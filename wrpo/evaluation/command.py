@@ -17,8 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from wrpo.scoring.settings import RewardModelSettings, ScorerSettings
-from wrpo.settings import SettingsError
-from wrpo.settings.command_line import parse_settings
+from wrpo.settings import SettingsError, parse_settings
 from wrpo.user_error import UserError
 
 from .answers import Answer, groups_of, scores_of

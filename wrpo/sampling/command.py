@@ -15,7 +15,7 @@ put right first; 130 stopped by Ctrl-C.
 from __future__ import annotations
 
 from wrpo.rows.shards import in_shard
-from wrpo.settings.command_line import describe_fields, parse_settings
+from wrpo.settings import describe_fields, parse_settings
 
 from .asking import sample
 from .prompts import Prompts

@@ -19,8 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from wrpo.rows.shards import in_shard
-from wrpo.settings import ModelSettings, SettingsError
-from wrpo.settings.command_line import describe_fields, parse_settings
+from wrpo.settings import ModelSettings, SettingsError, describe_fields, parse_settings
 
 from .candidates import Candidates
 from .judge import Judge, JudgeSource, read_judge

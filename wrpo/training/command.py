@@ -11,8 +11,7 @@ from transformers import set_seed
 
 from wrpo.data import load_triples, tokenize_triples
 from wrpo.pretrained import load_model, load_tokenizer, require_template, warn_of_coarse_weights
-from wrpo.settings import DataSettings, ModelSettings, SettingsError
-from wrpo.settings.command_line import parse_settings
+from wrpo.settings import DataSettings, ModelSettings, SettingsError, parse_settings
 from wrpo.user_error import UserError, in_one_line
 
 from .config import FusedHeadConfig, SFTConfig, WRPOConfig

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import sys
 from contextlib import suppress
@@ -17,7 +18,7 @@ import wrpo.sampling.command
 import wrpo.scoring.command
 import wrpo.training.command
 from wrpo import SFTConfig, WRPOConfig, cli
-from wrpo.settings import DataSettings, ModelSettings, SettingsError, knob, parse_settings
+from wrpo.settings import DataSettings, ModelSettings, SettingsError, check_range, knob, parse_settings
 
 
 @pytest.fixture
@@ -346,3 +347,37 @@ def test_help_shows_the_commands_own_fields_first_and_a_default_once(command, ca
 def test_a_field_names_a_group_that_help_shows():
     with pytest.raises(ValueError, match="expected one of files, model, data"):
         knob(1, "Something.", group="various")
+
+
+@dataclasses.dataclass
+class Ranged:
+    share: float = 0.5
+    limit: int | None = None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "ends", "words"),
+    [
+        (
+            "share",
+            1.0,
+            {"low": 0, "high": 1, "open_high": True},
+            "share: expected a finite number >= 0 and < 1, got 1.0",
+        ),
+        ("share", 0, {"low": 0.0, "open_low": True}, "share: expected a finite number > 0, got 0"),
+        ("share", math.nan, {}, "share: expected a finite number, got nan"),
+        ("share", -math.inf, {"high": 1}, "share: expected a finite number <= 1, got -inf"),
+        ("share", 10**400, {}, "share: expected a finite number, got 1000"),
+        ("share", None, {}, "share: expected a finite number, got None"),
+        ("share", "1", {}, "share: expected a finite number, got 1"),
+        ("limit", 0, {"low": 1}, "limit: expected a finite number >= 1, got 0"),
+    ],
+)
+def test_a_number_out_of_range_is_named_with_the_range(name, value, ends, words):
+    with pytest.raises(ValueError, match=f"^{words}"):
+        check_range(Ranged(**{name: value}), name, **ends)
+
+
+def test_the_ends_of_a_range_belong_to_it_and_none_passes_where_a_field_may_be_none():
+    for value in (0, 1):
+        check_range(Ranged(share=value), "share", "limit", low=0, high=1)

@@ -14,6 +14,7 @@ from tiny_tokenizer import tiny_tokenizer
 from wrpo import SFTConfig, WRPOConfig, cli
 from wrpo.data import load_triples
 from wrpo.settings import DataSettings, ModelSettings, parse_settings
+from wrpo.training.command import parse
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLES = ROOT / "examples"
@@ -190,3 +191,13 @@ def test_a_data_set_that_is_not_there_is_one_line(tiny_model, tmp_path, capsys):
     assert cli.main([*command, "--model_name_or_path", str(tiny_model)]) == 2
     shown = capsys.readouterr().err
     assert shown.splitlines()[-1].startswith(f"wrpo sft: dataset_name '{tmp_path / 'nowhere'}': cannot be loaded: ")
+
+
+def test_dpo_takes_the_pairs_as_a_word_and_needs_a_model(monkeypatch, capsys):
+    monkeypatch.setattr("wrpo.training.config.DPOConfig", WRPOConfig, raising=False)
+    assert cli.main(["dpo", "pairs.jsonl", "--use_cpu"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "wrpo dpo: model_name_or_path: expected a value, got none. Give it as --mod"
+    )
+    _, data, _ = parse("dpo", WRPOConfig, ["pairs.jsonl", "--model_name_or_path", "m", "--use_cpu"])
+    assert data.train_file == "pairs.jsonl"

@@ -9,7 +9,8 @@ import dataclasses
 import math
 import sys
 from collections.abc import Collection
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from wrpo.user_error import UserError
 
@@ -62,17 +63,19 @@ def check_range(
     open_low: bool = False,
     open_high: bool = False,
 ) -> None:
-    """Refuse fields that are neither None nor a finite number from `low` to `high`, without an end that is open.
+    """Refuse fields that are no finite number from `low` to `high`, without an end that is open; None where it may be.
 
     Raises:
         ValueError: with the field, what was expected and what came.
     """
     for name in names:
         value = getattr(settings, name)
+        if value is None and NoneType in get_args(get_type_hints(type(settings))[name]):
+            continue
         # Compared, not converted: an integer may be too large for a float. NaN fails the comparison.
         is_number = isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
         is_inside = is_number and low <= value <= high and not (open_low and value == low)
-        if value is not None and (not is_inside or (open_high and value == high)):
+        if not is_inside or (open_high and value == high):
             bounds = [f" {'>' if open_low else '>='} {_short(low)}"] if low > -math.inf else []
             bounds += [f" {'<' if open_high else '<='} {_short(high)}"] if high < math.inf else []
             raise ValueError(f"{name}: expected a finite number{' and'.join(bounds)}, got {value}")

@@ -70,7 +70,7 @@ def check_range(
     """
     for name in names:
         value = getattr(settings, name)
-        if value is None and NoneType in get_args(get_type_hints(type(settings))[name]):
+        if value is None and _may_be_none(settings, name):
             continue
         # Compared, not converted: an integer may be too large for a float. NaN fails the comparison.
         is_number = isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
@@ -81,13 +81,19 @@ def check_range(
             raise ValueError(f"{name}: expected a finite number{' and'.join(bounds)}, got {value}")
 
 
+def _may_be_none(settings: Any, name: str) -> bool:
+    return NoneType in get_args(get_type_hints(type(settings))[name])
+
+
 def _short(bound: float) -> str:
     return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def check_choice(settings: Any, name: str, choices: Collection[str]) -> None:
-    """Raises ValueError where a field that is not None, or a value in its list, is not one of `choices`."""
+    """Raises ValueError where a field, or a value in its list, is not one of `choices`, nor None where it may be."""
     value = getattr(settings, name)
+    if value is None and _may_be_none(settings, name):
+        return
     for one in value if isinstance(value, list) else [value]:
-        if one is not None and one not in choices:
+        if one not in choices:
             raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {one!r}")

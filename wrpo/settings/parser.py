@@ -85,7 +85,8 @@ class Parser(ArgumentParser):
         try:
             given, loose = self.parse_known_args([*self._with_values(spelt)])
         except ArgumentError as error:
-            raise SettingsError(f"{(error.argument_name or '').split('--')[-1]}: {error.message}") from error
+            name, is_bare = (error.argument_name or "").split("--")[-1], error.message.endswith("one argument")
+            raise SettingsError(f"{name}: {'expected a value, got none' if is_bare else error.message}") from error
         for word in loose:
             if word.startswith("-") and word not in ("-", "--"):
                 raise SettingsError(self._no_such(word))

@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # answers and paths hold more than some terminals can show
     prog = f"wrpo {arguments[0]}" if arguments and arguments[0] in COMMANDS else "wrpo"
     try:
-        return _flushed(_run, arguments)
+        return _run_and_flush(_run, arguments)
     except UserError as error:
         return _user_error(prog, str(error))
     except FileNotFoundError as error:
@@ -66,13 +66,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{prog}: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        _leave_stdout()
+        _discard_stdout()
         return CLOSED_PIPE
     except Exception as error:
         if not _cannot_be_written(error):
             raise
         status = _user_error(prog, f"cannot be read or written: {error}")
-        _leave_stdout()
+        _discard_stdout()
         return status
 
 
@@ -95,7 +95,7 @@ def _run(arguments: list[str]) -> int:
     return command(rest) or 0
 
 
-def _flushed(run: Callable[[list[str]], int], arguments: list[str]) -> int:
+def _run_and_flush(run: Callable[[list[str]], int], arguments: list[str]) -> int:
     """What was printed is out, or that is an error of this command and not one of Python's exit."""
     try:
         status = run(arguments)
@@ -112,7 +112,7 @@ def _cannot_be_written(error: Exception) -> bool:
     return isinstance(error, OSError) or is_tensors or "PytorchStreamWriter" in str(error)
 
 
-def _leave_stdout() -> None:
+def _discard_stdout() -> None:
     """Where it is stdout that cannot be written, Python would try again at its exit, and complain."""
     try:
         sys.stdout.flush()

@@ -25,20 +25,20 @@ PLAIN = (
 PLAIN_WITH_START = "{% if not messages[0].content.startswith(bos_token) %}{{ bos_token }}{% endif %}" + PLAIN
 
 
-def load_tokenizer(settings: ModelSettings, named: str = "model_name_or_path") -> PreTrainedTokenizerBase:
+def load_tokenizer(settings: ModelSettings, field: str = "model_name_or_path") -> PreTrainedTokenizerBase:
     """The tokenizer with a padding token and, where the settings name one, another chat template.
 
-    named: the setting that the user gave the name in, for the message.
+    field: the setting that the user gave the name in, for the message.
 
     Raises:
         SettingsError: nothing to load there, a template file that is no text, or `chat_template: none` for a tokenizer
             without an end-of-sequence token.  FileNotFoundError: no such template file.
     """
-    tokenizer = _load(AutoTokenizer, settings, named)
+    tokenizer = _load(AutoTokenizer, settings, field)
     if settings.chat_template_file:
         tokenizer.chat_template = _template(Path(settings.chat_template_file))
     if settings.chat_template == "none":
-        tokenizer.chat_template = plain_template(tokenizer, f"{named} {settings.model_name_or_path!r}")
+        tokenizer.chat_template = plain_template(tokenizer, f"{field} {settings.model_name_or_path!r}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked everywhere, so any id serves
     return tokenizer
@@ -74,10 +74,10 @@ def require_template(tokenizer: Any, settings: ModelSettings) -> None:
         )
 
 
-def load_model(settings: ModelSettings, named: str = "model_name_or_path") -> Any:
+def load_model(settings: ModelSettings, field: str = "model_name_or_path") -> Any:
     """The causal language model, with fresh LoRA adapters if `lora_r` > 0.
 
-    named: as for `load_tokenizer`.
+    field: as for `load_tokenizer`.
 
     Raises:
         SettingsError: nothing to load there, or a module to adapt that the model does not have.
@@ -89,7 +89,7 @@ def load_model(settings: ModelSettings, named: str = "model_name_or_path") -> An
     if settings.gguf_file is not None and hasattr(transformers, "GgufConfig"):
         # Plain tensors; without it some releases keep them packed, or call them quantised and refuse to train them.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = _load(AutoModelForCausalLM, settings, named, dtype=dtype, **options)
+    model = _load(AutoModelForCausalLM, settings, field, dtype=dtype, **options)
     return _with_adapters(model, settings) if settings.lora_r else model
 
 
@@ -111,14 +111,14 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _load(auto: Any, settings: ModelSettings, named: str, **options: Any) -> Any:
+def _load(auto: Any, settings: ModelSettings, field: str, **options: Any) -> Any:
     name = settings.model_name_or_path
     if settings.gguf_file is not None:
         options["gguf_file"] = settings.gguf_file
     try:
         return auto.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise SettingsError(f"{named} {name!r}: {' '.join(str(error).split())}") from error
+        raise SettingsError(f"{field} {name!r}: {' '.join(str(error).split())}") from error
 
 
 def _with_adapters(model: Any, settings: ModelSettings) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import sys
 from contextlib import suppress
@@ -17,8 +18,7 @@ import wrpo.sampling.command
 import wrpo.scoring.command
 import wrpo.training.command
 from wrpo import SFTConfig, WRPOConfig, cli
-from wrpo.settings import DataSettings, ModelSettings, SettingsError, knob
-from wrpo.settings.command_line import parse_settings
+from wrpo.settings import DataSettings, ModelSettings, SettingsError, check_range, knob, parse_settings
 
 
 @pytest.fixture
@@ -86,7 +86,8 @@ MISTAKES = {
     "unknown flag like no other": ("", ["--qqqq"], "no setting named 'qqqq'; --help lists them"),
     "a stray word": ("", ["words"], "expected --field value, got 'words'"),
     "a flag of one letter": ("", ["-x"], "no setting named 'x'; --help lists them"),
-    "a flag without its value": ("", ["--beta"], "beta: expected one argument"),
+    "a flag without its value": ("", ["--beta"], "^beta: expected a value, got none$"),
+    "a list without a value": ("", ["--lora-target-modules"], "^lora_target_modules: expected a value, got none$"),
     "text for a number in a flag": ("", ["--beta", "much"], "^beta: expected a number, got 'much'"),
     "text for a whole number": ("", ["--seed", "1.5"], "^seed: expected a whole number, got '1.5'"),
     "text for true or false": ("", ["--length_normalize=maybe"], "expected true or false, got 'maybe'"),
@@ -123,7 +124,7 @@ MISTAKES = {
         "config.yaml: torch_dtype: expected one of .*, got 'int8'",
     ),
     "null where a value must be": ("beta: null", [], "config.yaml: beta: expected a value, got null"),
-    "a value out of range": ("alpha: 1.5", [], "alpha must be .* <= 1, got 1.5"),
+    "a value out of range": ("alpha: 1.5", [], "^alpha: expected a finite number >= 0 and <= 1, got 1.5"),
     "not YAML": ("beta: [", [], r"config.yaml: not a YAML file \(line 5\)"),
     "a month 13": ("run_name: 2026-13-01", [], "config.yaml: holds a number, date or tag"),
     "a number of 5000 digits": ("beta: " + "1" * 5000, [], "config.yaml: holds a number, date or tag"),
@@ -162,7 +163,7 @@ OUT_OF_RANGE = {
 @pytest.mark.parametrize("config_class", [WRPOConfig, SFTConfig])
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name in OUT_OF_RANGE for value in OUT_OF_RANGE[name]])
 def test_a_number_that_no_run_could_use_is_named(settings, name, value, config_class):
-    with pytest.raises(SettingsError, match=f"^{name} must be a finite number >= [01]"):
+    with pytest.raises(SettingsError, match=f"^{name}: expected a finite number >= [01]"):
         settings("", f"--{name}", value, config_class=config_class)
 
 
@@ -347,3 +348,37 @@ def test_help_shows_the_commands_own_fields_first_and_a_default_once(command, ca
 def test_a_field_names_a_group_that_help_shows():
     with pytest.raises(ValueError, match="expected one of files, model, data"):
         knob(1, "Something.", group="various")
+
+
+@dataclasses.dataclass
+class Ranged:
+    share: float = 0.5
+    limit: int | None = None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "ends", "words"),
+    [
+        (
+            "share",
+            1.0,
+            {"low": 0, "high": 1, "open_high": True},
+            "share: expected a finite number >= 0 and < 1, got 1.0",
+        ),
+        ("share", 0, {"low": 0.0, "open_low": True}, "share: expected a finite number > 0, got 0"),
+        ("share", math.nan, {}, "share: expected a finite number, got nan"),
+        ("share", -math.inf, {"high": 1}, "share: expected a finite number <= 1, got -inf"),
+        ("share", 10**400, {}, "share: expected a finite number, got 1000"),
+        ("share", None, {}, "share: expected a finite number, got None"),
+        ("share", "1", {}, "share: expected a finite number, got 1"),
+        ("limit", 0, {"low": 1}, "limit: expected a finite number >= 1, got 0"),
+    ],
+)
+def test_a_number_out_of_range_is_named_with_the_range(name, value, ends, words):
+    with pytest.raises(ValueError, match=f"^{words}"):
+        check_range(Ranged(**{name: value}), name, **ends)
+
+
+def test_the_ends_of_a_range_belong_to_it_and_none_passes_where_a_field_may_be_none():
+    for value in (0, 1):
+        check_range(Ranged(share=value), "share", "limit", low=0, high=1)

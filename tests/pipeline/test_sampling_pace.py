@@ -64,5 +64,5 @@ def test_a_server_that_says_when_to_come_again_is_not_asked_before(sample):
 def test_waits_double_up_to_a_minute_and_up_to_half_of_each_is_chance():
     server = Server(ServerSource(model="a", base_url="http://127.0.0.1:1/v1", retry_wait=2.0))
     for attempt, longest in enumerate((2, 4, 8, 16, 32, 60, 60)):
-        waits = [server._wait(attempt) for _ in range(200)]
+        waits = [server._seconds_to_wait(attempt) for _ in range(200)]
         assert longest / 2 <= min(waits) < 0.6 * longest < 0.9 * longest < max(waits) <= longest

@@ -10,8 +10,7 @@ import pytest
 from transformers import TrainingArguments
 
 from wrpo import SFTConfig, WRPOConfig
-from wrpo.settings import DataSettings, ModelSettings
-from wrpo.settings.command_line import parse_settings
+from wrpo.settings import DataSettings, ModelSettings, parse_settings
 from wrpo.training.schedule import alpha_at
 
 PAPER = {"schedule": "linear", "start": 0.0, "end": 0.1, "warmup_ratio": 1.0}

@@ -11,10 +11,10 @@ import pytest
 import yaml
 from tiny_tokenizer import tiny_tokenizer
 
-from wrpo import SFTConfig, WRPOConfig, cli
+from wrpo import DPOConfig, SFTConfig, WRPOConfig, cli
 from wrpo.data import load_examples
-from wrpo.settings import DataSettings, ModelSettings
-from wrpo.settings.command_line import parse_settings
+from wrpo.settings import DataSettings, ModelSettings, parse_settings
+from wrpo.training.command import parse
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLES = ROOT / "examples"
@@ -191,3 +191,12 @@ def test_a_data_set_that_is_not_there_is_one_line(tiny_model, tmp_path, capsys):
     assert cli.main([*command, "--model_name_or_path", str(tiny_model)]) == 2
     shown = capsys.readouterr().err
     assert shown.splitlines()[-1].startswith(f"wrpo sft: {tmp_path / 'nowhere'}: expected a data set with the split")
+
+
+def test_dpo_takes_the_pairs_as_a_word_and_needs_a_model(capsys):
+    assert cli.main(["dpo", "pairs.jsonl", "--use_cpu"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "wrpo dpo: model_name_or_path: expected a value, got none. Give it as --mod"
+    )
+    _, data, _ = parse("dpo", DPOConfig, ["pairs.jsonl", "--model_name_or_path", "m", "--use_cpu"])
+    assert data.train_file == "pairs.jsonl"

@@ -8,7 +8,7 @@ flags, which win.
 
 from __future__ import annotations
 
-from wrpo.settings.command_line import parse_settings
+from wrpo.settings import parse_settings
 
 from .pipeline import build
 from .settings import BuildFiles, BuildSettings

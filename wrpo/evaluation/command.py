@@ -17,8 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from wrpo.scoring.settings import RewardModelSettings, ScorerSettings
-from wrpo.settings import SettingsError
-from wrpo.settings.command_line import parse_settings
+from wrpo.settings import SettingsError, parse_settings
 from wrpo.user_error import UserError
 
 from .answers import Answer, groups_of, scores_of
@@ -33,38 +32,38 @@ WRITERS = dict(zip(EXPORTS, (write_alpaca_eval, write_arena_hard), strict=True))
 
 def parse(arguments: list[str]) -> tuple[EvalSettings, ScorerSettings, TriplesSettings]:
     """Raises SettingsError also where there is nothing to evaluate."""
-    settings, scorer, on_triples = parse_settings(
+    settings, scorer, triples = parse_settings(
         (EvalSettings, ScorerSettings, TriplesSettings), arguments, "wrpo eval", __doc__, words=("answers",)
     )
-    if not settings.has_answers and on_triples.triples is None:
+    if not settings.has_answers and triples.triples is None:
         raise SettingsError(
             "nothing to evaluate: name files of answers, sources with prompts, or triples with policy and reference"
         )
     if scorer.verifier and settings.solved_at is None:
         settings.solved_at = 1.0
-    return settings, scorer, on_triples
+    return settings, scorer, triples
 
 
 def run(arguments: list[str]) -> None:
     """Evaluate, print the tables, write the files, say where they are."""
-    settings, scorer, on_triples = parse(arguments)
+    settings, scorer, triples = parse(arguments)
     folder = Path(settings.output)
     _make_folder(folder)
     written = {"numbers": folder / "eval.json"}
     comparison, accuracies = None, None
     if settings.has_answers:
-        answers = gather(settings, scorer, _how(on_triples))
+        answers = gather(settings, scorer, _reward_model_settings(triples))
         written |= export(answers, settings)
         comparison = compare_answers(answers, settings)
-    if on_triples.triples is not None:
+    if triples.triples is not None:
         from .implicit_reward import accuracy_of_models  # torch, which tables of answers do without
 
-        accuracies = accuracy_of_models(on_triples)
+        accuracies = accuracy_of_models(triples)
     if comparison is not None:
         print(f"\n{answers_table(comparison)}\n{_left_out(comparison)}")
     if accuracies is not None:
         print(f"\n{triples_table(accuracies)}\n")
-    write_json(written["numbers"], asdict(settings) | asdict(scorer) | asdict(on_triples), comparison, accuracies)
+    write_json(written["numbers"], asdict(settings) | asdict(scorer) | asdict(triples), comparison, accuracies)
     if comparison is not None or accuracies is not None:
         from .picture import draw
 
@@ -83,7 +82,7 @@ def _make_folder(path: Path) -> None:
         raise UserError(f"output: the folder {path} cannot be made: {error.strerror}. Name another.") from error
 
 
-def _how(settings: TriplesSettings) -> RewardModelSettings:
+def _reward_model_settings(settings: TriplesSettings) -> RewardModelSettings:
     return RewardModelSettings(
         batch_size=settings.batch_size,
         torch_dtype=settings.torch_dtype,

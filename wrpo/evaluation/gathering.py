@@ -26,7 +26,7 @@ ANSWERS, SCORED = "answers.jsonl", "scored.jsonl"
 Belongs = Callable[[str, dict], bool]  # file, row -> whether this evaluation is about it
 
 
-def gather(settings: EvalSettings, scorer: ScorerSettings, how: RewardModelSettings) -> list[Answer]:
+def gather(settings: EvalSettings, scorer: ScorerSettings, reward_model: RewardModelSettings) -> list[Answer]:
     """The answers of the files and of the models that are asked here, with the rewards of a scorer that is named here.
 
     Raises:
@@ -38,7 +38,7 @@ def gather(settings: EvalSettings, scorer: ScorerSettings, how: RewardModelSetti
         paths.append(ask(settings, settings.sources))
         belongs = asked_here(paths[-1], settings, settings.sources)
     if scorer.is_given:
-        scored = score(paths, settings, scorer, how, belongs)
+        scored = score(paths, settings, scorer, reward_model, belongs)
         paths, belongs = [scored], scored_here(paths, scored, belongs)
     return read_answers(paths, belongs)
 
@@ -75,11 +75,15 @@ def asked_here(path: str, settings: EvalSettings, sources: str) -> Belongs:
 
 
 def score(
-    paths: list[str], settings: EvalSettings, scorer: ScorerSettings, how: RewardModelSettings, belongs: Belongs
+    paths: list[str],
+    settings: EvalSettings,
+    scorer: ScorerSettings,
+    reward_model: RewardModelSettings,
+    belongs: Belongs,
 ) -> str:
     """The answers of `paths` that belong, with their rewards; their file."""
     path = str(Path(settings.output) / SCORED)
-    if score_files(ScoreSettings(paths, path), scorer, how, belongs):
+    if score_files(ScoreSettings(paths, path), scorer, reward_model, belongs):
         raise UserError(f"{path}: some answers have no reward, said why above; the same command tries them again")
     return path
 

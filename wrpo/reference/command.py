@@ -18,8 +18,7 @@ from accelerate import PartialState
 from wrpo.data import load_examples
 from wrpo.rows.json_lines import write_json_lines
 from wrpo.rows.reading import read_rows
-from wrpo.settings import REQUIRED, check_range, knob
-from wrpo.settings.command_line import parse_settings
+from wrpo.settings import REQUIRED, check_range, knob, parse_settings
 from wrpo.user_error import UserError
 
 from .source_logp import with_source_logp

@@ -47,13 +47,13 @@ class AppendedRows:
 
     def __init__(self, path: str | Path, first_field: str = "prompt_id"):
         self.path = Path(path)
-        self._begins = b'{"' + first_field.encode() + b'"'
+        self._row_start = b'{"' + first_field.encode() + b'"'
         if self.path.suffix != ".jsonl":
             raise UserError(f"{self.path}: expected a file name ending in .jsonl, got {self.path.name!r}")
         self._file = _opened_for_appending(self.path)
         try:
             self._lock()
-            self._mend_end()
+            self._repair_last_line()
         except OSError as error:
             os.close(self._file)
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
@@ -100,20 +100,20 @@ class AppendedRows:
             todo = "Name a file on another file system."
             raise UserError(f"{self.path}: its file system has no locks: {error.strerror}. {todo}") from error
 
-    def _mend_end(self) -> None:
+    def _repair_last_line(self) -> None:
         """End the last line, or cut off one that a kill has torn."""
         end = os.fstat(self._file).st_size
-        start = self._last_line(end)
+        start = self._last_line_start(end)
         last = os.pread(self._file, end - start, start)
         if not last:
             return
         if _is_object(last):
             os.write(self._file, b"\n")
-        elif last.startswith(self._begins) or self._begins.startswith(last):
+        elif last.startswith(self._row_start) or self._row_start.startswith(last):
             os.ftruncate(self._file, start)
             logger.warning("%s: the last line was torn when a run was killed; cut it off", self.path)
 
-    def _last_line(self, end: int) -> int:
+    def _last_line_start(self, end: int) -> int:
         """Where the text after the last line end begins."""
         while end > 0:
             start = max(0, end - BLOCK)

@@ -53,7 +53,7 @@ def read_rows(source: Any, *, split: str = "train") -> Iterator[RawRow]:
     if isinstance(source, (list, tuple)):
         if source and all(isinstance(part, (str, Path)) for part in source):
             return chain.from_iterable(_read_path(Path(part), split) for part in source)
-        return _number("rows", source)
+        return _numbered("rows", source)
     raise TypeError(
         f"source: expected a path, a list of paths or of dicts, or a datasets.Dataset, got {type(source).__name__}. "
         "Load a streaming data set into a datasets.Dataset first."
@@ -99,7 +99,7 @@ def _pick_split(saved: datasets.DatasetDict, split: str) -> datasets.Dataset:
     return saved[split]
 
 
-def _number(file: str, rows: Iterable) -> Iterator[RawRow]:
+def _numbered(file: str, rows: Iterable) -> Iterator[RawRow]:
     for number, row in enumerate(rows, start=1):
         yield file, number, _as_object(row).at(file, number) if not isinstance(row, dict) else row
 
@@ -129,7 +129,7 @@ def _read_json_array(path: Path) -> Iterator[RawRow]:
     rows = _parse(b"".join(_lines(path)))
     if isinstance(rows, DataError):
         raise rows.at(str(path), None)
-    yield from _number(str(path), rows)
+    yield from _numbered(str(path), rows)
 
 
 def _read_json_lines(path: Path) -> Iterator[RawRow]:
@@ -179,7 +179,7 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
         try:
             rows: list = batch.to_pylist()
         except UnicodeDecodeError:  # one row is at fault; the others are good
-            rows = [_decoded(lambda: batch.slice(k, 1).to_pylist()[0]) for k in range(batch.num_rows)]  # noqa: B023
+            rows = [_row_or_error(lambda: batch.slice(k, 1).to_pylist()[0]) for k in range(batch.num_rows)]  # noqa: B023
         for row in rows:
             number += 1
             yield str(path), number, row.at(str(path), number) if isinstance(row, DataError) else row
@@ -199,11 +199,11 @@ def _parquet_batches(path: Path) -> Iterator[Any]:
 def _read_dataset(name: str, dataset: datasets.Dataset) -> Iterator[RawRow]:
     plain = dataset.with_format(None)
     for number in range(1, len(plain) + 1):
-        row = _decoded(lambda: plain[number - 1])  # noqa: B023
+        row = _row_or_error(lambda: plain[number - 1])  # noqa: B023
         yield name, number, row.at(name, number) if isinstance(row, DataError) else row
 
 
-def _decoded(fetch: Callable[[], dict]) -> dict | DataError:
+def _row_or_error(fetch: Callable[[], dict]) -> dict | DataError:
     """Arrow checks its text only when it is read."""
     try:
         return fetch()

@@ -23,7 +23,8 @@ from wrpo.rows.errors import DataError, shown
 
 from .halving import Refusal
 from .prompts import Prompts, Request
-from .sources import LocalSource, Sampling, ServerSource, Source, VllmSource
+from .settings import Sampling
+from .sources import LocalSource, ServerSource, Source, VllmSource
 from .tally import Tally
 
 DRAWN_WITH = ("temperature", "top_p")  # answers drawn in two ways are not one sample
@@ -38,11 +39,11 @@ def sample(prompts: Prompts, sources: list[Source], output: str | Path, sampling
     """
     settings = {source.model: source.sampling(sampling) for source in sources}
     with AppendedRows(output) as rows:
-        there, counts = _read(rows, settings, prompts)
-        run = _Run(prompts, settings, rows, there)
-        local = [(source, _model(source)) for source in sources if not isinstance(source, ServerSource)]
+        answered, counts = _answered(rows, settings, prompts)
+        run = _Run(prompts, settings, rows, answered)
+        local = [(source, _local_model(source)) for source in sources if not isinstance(source, ServerSource)]
         wanted = {source.model: len(prompts) * settings[source.model].samples for source in sources}
-        with Tally(wanted, "answer", run.count(sources) if counts else None) as tally:
+        with Tally(wanted, "answer", run.count_answered(sources) if counts else None) as tally:
             run.tally = tally
             asyncio.run(_ask_servers(run, [source for source in sources if isinstance(source, ServerSource)]))
             for source, model in local:
@@ -55,16 +56,16 @@ class _Run:
 
     tally: Tally
 
-    def __init__(self, prompts: Prompts, settings: dict[str, Sampling], rows: AppendedRows, there: KeySet):
-        self.prompts, self.settings, self.rows, self.there = prompts, settings, rows, there
+    def __init__(self, prompts: Prompts, settings: dict[str, Sampling], rows: AppendedRows, answered: KeySet):
+        self.prompts, self.settings, self.rows, self.answered = prompts, settings, rows, answered
 
-    def count(self, sources: list[Source]) -> Counter[str]:
+    def count_answered(self, sources: list[Source]) -> Counter[str]:
         """How many of the requests are answered, by model: the file may hold answers to other prompts too."""
         wanted = (request for source in sources for request in self._requests(source))
-        return Counter(request.model for request in wanted if request.key in self.there)
+        return Counter(request.model for request in wanted if request.key in self.answered)
 
-    def missing(self, source: Source) -> Iterator[Request]:
-        return (request for request in self._requests(source) if request.key not in self.there)
+    def unanswered(self, source: Source) -> Iterator[Request]:
+        return (request for request in self._requests(source) if request.key not in self.answered)
 
     def _requests(self, source: Source) -> Iterator[Request]:
         for prompt in self.prompts:
@@ -72,7 +73,7 @@ class _Run:
                 yield Request(prompt, source.model, number)
 
     def write(self, request: Request, text: str, finish_reason: str | None, seed: int) -> None:
-        drawn = self.settings[request.model]
+        sampling = self.settings[request.model]
         self.rows.append(
             {
                 "prompt_id": request.prompt.prompt_id,
@@ -82,16 +83,16 @@ class _Run:
                 "response": text,
                 "finish_reason": finish_reason,
                 "seed": seed,
-                **{name: getattr(drawn, name) for name in (*DRAWN_WITH, "max_tokens")},
+                **{name: getattr(sampling, name) for name in (*DRAWN_WITH, "max_tokens")},
                 **request.prompt.kept,
             }
         )
         self.tally.add(request.model, cut=finish_reason == "length")
 
 
-def _read(rows: AppendedRows, settings: dict[str, Sampling], prompts: Prompts) -> tuple[KeySet, int]:
+def _answered(rows: AppendedRows, settings: dict[str, Sampling], prompts: Prompts) -> tuple[KeySet, int]:
     """(keys of the answers that are there, their number)."""
-    there = KeySet()
+    answered = KeySet()
     for number, row in rows:
         model = row.get("model")
         fields = (row.get("prompt_id"), model, row.get("sample"), row.get("response"))
@@ -108,8 +109,8 @@ def _read(rows: AppendedRows, settings: dict[str, Sampling], prompts: Prompts) -
                 prompts.refuse_changed(row["prompt_id"], row["prompt"])
         except DataError as error:
             raise error.at(str(rows.path), number) from None
-        there.add((row["prompt_id"], row["model"], row["sample"]))
-    return there, len(there)
+        answered.add((row["prompt_id"], row["model"], row["sample"]))
+    return answered, len(answered)
 
 
 # -- servers ----------------------------------------------------------------------------------------------------------
@@ -122,27 +123,27 @@ async def _ask_servers(run: _Run, sources: list[ServerSource]) -> None:
 async def _ask_server(run: _Run, source: ServerSource) -> None:
     from .server import Server
 
-    requests = run.missing(source)  # shared by the workers: each takes the next
+    requests = run.unanswered(source)  # shared by the workers: each takes the next
     async with Server(source, on_retry=lambda: run.tally.retry(source.model)) as server:
-        workers = [_work(run, server, requests) for _ in range(source.concurrency)]
+        workers = [_worker(run, server, requests) for _ in range(source.concurrency)]
         await asyncio.gather(*workers)
         if server.given_up:
             run.tally.give_up(source.model, server.given_up)
 
 
-async def _work(run: _Run, server: Any, requests: Iterator[Request]) -> None:
+async def _worker(run: _Run, server: Any, requests: Iterator[Request]) -> None:
     from .server import Failed
 
-    drawn = run.settings[server.source.model]
+    sampling = run.settings[server.source.model]
     for request in requests:
         seeds: list[int] = []
 
         def options(unusable: int, request: Request = request, seeds: list[int] = seeds) -> dict[str, Any]:
-            seeds.append(request.seed(drawn.seed, unusable))
+            seeds.append(request.seed(sampling.seed, unusable))
             return {
-                "temperature": drawn.temperature,
-                "top_p": drawn.top_p,
-                "max_tokens": drawn.max_tokens,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "max_tokens": sampling.max_tokens,
                 "seed": seeds[-1],
             }
 
@@ -158,7 +159,7 @@ async def _work(run: _Run, server: Any, requests: Iterator[Request]) -> None:
 # -- models that run here ---------------------------------------------------------------------------------------------
 
 
-def _model(source: Source) -> Any:
+def _local_model(source: Source) -> Any:
     if isinstance(source, VllmSource):
         from .vllm_model import VllmModel
 
@@ -170,10 +171,10 @@ def _model(source: Source) -> Any:
 
 
 def _ask_local(run: _Run, source: Source, model: Any) -> None:
-    drawn = run.settings[source.model]
+    sampling = run.settings[source.model]
     in_a_row = 0
-    for window in _windows(run.missing(source), model.window):
-        for request, result, seed in model.answers(window, drawn):
+    for window in _windows(run.unanswered(source), model.window):
+        for request, result, seed in model.answers(window, sampling):
             if isinstance(result, str):
                 run.tally.fail(source.model, result, request.place)
                 in_a_row += not isinstance(result, Refusal)

@@ -15,7 +15,7 @@ put right first; 130 stopped by Ctrl-C.
 from __future__ import annotations
 
 from wrpo.rows.shards import in_shard
-from wrpo.settings.command_line import describe_fields, parse_settings
+from wrpo.settings import describe_fields, parse_settings
 
 from .asking import sample
 from .prompts import Prompts
@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> int:
     return sample_files(*parse(arguments))
 
 
-def sample_files(settings: SampleSettings, drawn: Sampling) -> int:
+def sample_files(settings: SampleSettings, sampling: Sampling) -> int:
     """Ask, print what became of it, and return the exit status."""
     sources = read_sources(settings.sources, settings.model)
     prompts = Prompts(
@@ -51,7 +51,7 @@ def sample_files(settings: SampleSettings, drawn: Sampling) -> int:
     )
     repeated = f"; {prompts.repeated} repeated" if prompts.repeated else ""
     print(f"{len(prompts):,} prompts; {prompts.bad.report()}{repeated}")
-    tally = sample(prompts, sources, settings.output, drawn)
+    tally = sample(prompts, sources, settings.output, sampling)
     print(tally.summary())
     print(f"candidates  {settings.output}")
     return tally.status

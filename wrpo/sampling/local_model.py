@@ -18,21 +18,22 @@ from wrpo.user_error import in_one_line
 
 from .halving import Refusal, halving
 from .prompts import Reply, Request
-from .sources import LocalSource, Sampling
+from .settings import Sampling
+from .sources import LocalSource
 
-BATCHES = 16  # a window's: sorted by length, so that batches hold little padding
+BATCHES_PER_WINDOW = 16  # a window's: sorted by length, so that batches hold little padding
 Result = tuple[Request, "Reply | str", int]  # request, its reply or why there is none, the seed of its batch
 
 
 class LocalModel:
-    """`answers(requests, drawn)`; the weights are loaded at the first call.
+    """`answers(requests, sampling)`; the weights are loaded at the first call.
 
     Raises:
         SettingsError: no tokenizer, or one without a chat template, or no model.
     """
 
     def __init__(self, source: LocalSource):
-        self.window = source.batch_size * BATCHES
+        self.window = source.batch_size * BATCHES_PER_WINDOW
         self._batch_size = source.batch_size
         self._settings = ModelSettings(
             model_name_or_path=source.path or source.model,
@@ -43,25 +44,25 @@ class LocalModel:
             chat_template_file=source.chat_template_file,
             trust_remote_code=source.trust_remote_code,
         )
-        self._named = "path" if source.path else "model"
-        self._tokenizer: Any = load_tokenizer(self._settings, self._named)
+        self._field = "path" if source.path else "model"
+        self._tokenizer: Any = load_tokenizer(self._settings, self._field)
         if not self._tokenizer.chat_template:
             raise SettingsError(f"{source.model}: its tokenizer has no chat template; name one: chat_template_file")
         self._model: Any = None
 
-    def answers(self, requests: list[Request], drawn: Sampling) -> Iterator[Result]:
+    def answers(self, requests: list[Request], sampling: Sampling) -> Iterator[Result]:
         """Every request with its reply or the reason why there is none, in the order of their lengths."""
         self._load()
         rendered = []
         for request in requests:
             try:
-                rendered.append((self._ids(request), request))
+                rendered.append((self._prompt_ids(request), request))
             except Exception as error:  # a template raises what it likes
                 yield request, Refusal(f"the chat template refuses the prompt: {in_one_line(error)}"), 0
         rendered.sort(key=lambda pair: len(pair[0]))
         for start in range(0, len(rendered), self._batch_size):
             batch = rendered[start : start + self._batch_size]
-            for (_, request), result in halving(batch, lambda part: self._batch(part, drawn)):
+            for (_, request), result in halving(batch, lambda part: self._answer_batch(part, sampling)):
                 yield (request, result, 0) if isinstance(result, str) else (request, *result)
 
     def close(self) -> None:
@@ -71,29 +72,29 @@ class LocalModel:
 
     def _load(self) -> None:
         if self._model is None:
-            model = load_model(self._settings, self._named).eval()
+            model = load_model(self._settings, self._field).eval()
             self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
             config = model.config.get_text_config()
             self._context = getattr(config, "max_position_embeddings", None) or 1 << 30
             ends = model.generation_config.eos_token_id
             ends = self._tokenizer.eos_token_id if ends is None else ends
-            self._ends = torch.tensor([ends] if isinstance(ends, int) else ends or [], device=self._model.device)
+            self._end_ids = torch.tensor([ends] if isinstance(ends, int) else ends or [], device=self._model.device)
 
-    def _ids(self, request: Request) -> list[int]:
+    def _prompt_ids(self, request: Request) -> list[int]:
         rendered = self._tokenizer.apply_chat_template(
             request.prompt.messages, tokenize=True, add_generation_prompt=True, return_dict=True
         )
         return rendered["input_ids"]
 
-    def _batch(self, batch: list[tuple[list[int], Request]], drawn: Sampling) -> list[tuple[Reply, int]]:
-        seed = batch[0][1].seed(drawn.seed)
+    def _answer_batch(self, batch: list[tuple[list[int], Request]], sampling: Sampling) -> list[tuple[Reply, int]]:
+        seed = batch[0][1].seed(sampling.seed)
         longest = len(batch[-1][0])
         if longest >= self._context:
             raise ValueError(f"the prompt has {longest} tokens, and the model takes {self._context}")
-        return [(reply, seed) for reply in self._generate([ids for ids, _ in batch], drawn, seed)]
+        return [(reply, seed) for reply in self._generate([ids for ids, _ in batch], sampling, seed)]
 
     @torch.inference_mode()
-    def _generate(self, prompts: list[list[int]], drawn: Sampling, seed: int) -> list[Reply]:
+    def _generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[Reply]:
         device = self._model.device
         padded = self._tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(device)
         width = padded["input_ids"].shape[1]
@@ -101,18 +102,18 @@ class LocalModel:
         out = self._model.generate(
             input_ids=padded["input_ids"],
             attention_mask=padded["attention_mask"],
-            max_new_tokens=min(drawn.max_tokens, self._context - width),
+            max_new_tokens=min(sampling.max_tokens, self._context - width),
             pad_token_id=self._tokenizer.pad_token_id,
-            **_drawing(drawn),
+            **_generation_options(sampling),
         )
         new = out[:, width:]
-        finished = torch.isin(new, self._ends).any(1).tolist()
+        finished = torch.isin(new, self._end_ids).any(1).tolist()
         texts = self._tokenizer.batch_decode(new, skip_special_tokens=True)
         return [Reply(text, "stop" if end else "length") for text, end in zip(texts, finished, strict=True)]
 
 
-def _drawing(drawn: Sampling) -> dict[str, Any]:
+def _generation_options(sampling: Sampling) -> dict[str, Any]:
     """Temperature and top-p alone: a model's own settings often add a top-k, which the paper does not have."""
-    if drawn.temperature == 0:
+    if sampling.temperature == 0:
         return {"do_sample": False}
-    return {"do_sample": True, "temperature": drawn.temperature, "top_p": drawn.top_p, "top_k": 0}
+    return {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}

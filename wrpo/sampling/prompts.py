@@ -53,9 +53,9 @@ class Request:
         """For messages."""
         return f"sample {self.sample} of prompt {self.prompt.prompt_id}"
 
-    def seed(self, seed: int, spoiled: int = 0) -> int:
+    def seed(self, run_seed: int, unusable: int = 0) -> int:
         """31 bits fixed by the run's seed and the request; another one after each answer that could not be used."""
-        return hash_of((seed, *self.key, spoiled)) >> 33
+        return hash_of((run_seed, *self.key, unusable)) >> 33
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,13 @@ class Prompts:
     def __iter__(self) -> Iterator[Prompt]:
         for file, number, row in read_rows(self._paths):
             if (file, number) not in self._left_out and isinstance(row, dict):
-                prompt = self._read(row)
+                prompt = self._prompt_of(row)
                 if self._in_shard(prompt.prompt_id):
                     yield prompt
 
     def refuse_changed(self, prompt_id: str, prompt: Any) -> None:
         """Raises DataError where `prompt` is not what the files hold under that id."""
-        if self._contents.get(hash_of((prompt_id,)), _content(prompt)) != _content(prompt):
+        if self._contents.get(hash_of((prompt_id,)), _content_hash(prompt)) != _content_hash(prompt):
             todo = "Give the changed prompt another id, or name another output file."
             raise DataError(f"the prompt that is now {prompt_id!r}", shown(prompt), todo, field="prompt")
 
@@ -118,9 +118,9 @@ class Prompts:
             try:
                 if isinstance(row, DataError):
                     raise row
-                prompt = self._read(row)
+                prompt = self._prompt_of(row)
                 if self._in_shard(prompt.prompt_id):
-                    self._note(prompt, (file, number))
+                    self._register(prompt, (file, number))
             except DataError as error:
                 self._left_out.add((file, number))
                 self.bad.add(error.at(file, number))
@@ -129,8 +129,8 @@ class Prompts:
             raise DataError("at least one prompt", got, "Check the files.", file=", ".join(map(str, self._paths)))
         return len(self._contents)
 
-    def _note(self, prompt: Prompt, where: tuple[str, int]) -> None:
-        identity, content = hash_of((prompt.prompt_id,)), _content(prompt.prompt)
+    def _register(self, prompt: Prompt, where: tuple[str, int]) -> None:
+        identity, content = hash_of((prompt.prompt_id,)), _content_hash(prompt.prompt)
         if identity not in self._contents:
             self._contents[identity] = content
         elif self._contents[identity] == content:
@@ -140,7 +140,7 @@ class Prompts:
             got = f"another prompt under {prompt.prompt_id!r}"
             raise DataError("one prompt an id", got, "Give different prompts different ids.", field="prompt_id")
 
-    def _read(self, row: dict) -> Prompt:
+    def _prompt_of(self, row: dict) -> Prompt:
         messages = prompt_messages(row.get("prompt"))
         if messages[-1]["role"] == "assistant":
             todo = "End the prompt with the user's turn."
@@ -149,10 +149,10 @@ class Prompts:
         if missing:
             got = f"fields {sorted(map(str, row))}"
             raise DataError("the field that --keep names", got, "Add it, or name another.", field=missing[0])
-        return Prompt(_id(row), row["prompt"], {name: row[name] for name in self._keep})
+        return Prompt(_prompt_id(row), row["prompt"], {name: row[name] for name in self._keep})
 
 
-def _id(row: dict) -> str:
+def _prompt_id(row: dict) -> str:
     if row.get("prompt_id") is None:
         return blake2b(_canonical(row["prompt"]).encode(), digest_size=8).hexdigest()
     value = row["prompt_id"]
@@ -163,7 +163,7 @@ def _id(row: dict) -> str:
     return value
 
 
-def _content(prompt: Any) -> int:
+def _content_hash(prompt: Any) -> int:
     """The same for all ways to write the same messages."""
     return hash_of((_canonical(prompt_messages(prompt)),))
 

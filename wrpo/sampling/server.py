@@ -91,7 +91,7 @@ class Server:
             Failed: no usable reply.
         """
         try:
-            result = await self._tries(messages, options, read)
+            result = await self._ask_with_retries(messages, options, read)
         except Failed as failure:
             self._unanswered_in_a_row = self._unanswered_in_a_row + 1 if failure.fault == "server" else 0
             if self._unanswered_in_a_row >= self.source.give_up_after:
@@ -100,7 +100,7 @@ class Server:
         self._unanswered_in_a_row = 0
         return result
 
-    async def _tries(self, messages: list[Message], options: Callable, read: Callable[[Reply], T]) -> T:
+    async def _ask_with_retries(self, messages: list[Message], options: Callable, read: Callable[[Reply], T]) -> T:
         unusable = 0
         fault: Fault
         for attempt in range(self.source.retries + 1):
@@ -109,19 +109,19 @@ class Server:
                 await self._pace.turn()
                 return read(await self._request(messages, options(unusable)))
             except UnusableReply as error:
-                reason, fault = self._hidden(str(error))[:LONGEST_REASON], "reply"
+                reason, fault = self._masked(str(error))[:LONGEST_REASON], "reply"
                 unusable += 1
             except (asyncio.TimeoutError, openai.APITimeoutError):
                 reason = f"no answer within {self.source.timeout:g} s"
             except openai.APIStatusError as error:
-                reason = self._without_key(error)
-                self._refuse_for_good(error, reason)
+                reason = self._masked_message(error)
+                self._raise_if_permanent(error, reason)
                 wait = _retry_after(error)
             except openai.APIConnectionError as error:
-                reason = self._without_key(error.__cause__ or error, f"no connection to {self.source.base_url}: ")
+                reason = self._masked_message(error.__cause__ or error, f"no connection to {self.source.base_url}: ")
             if attempt < self.source.retries and self.given_up is None:
                 self._on_retry()
-                await asyncio.sleep(self._wait(attempt) if wait is None else wait)
+                await asyncio.sleep(self._seconds_to_wait(attempt) if wait is None else wait)
             else:
                 break
         tries = attempt + 1
@@ -143,29 +143,29 @@ class Server:
             # No JSON, brackets in thousands of brackets, or a number of thousands of digits.
             raise UnusableReply("the reply is not the JSON of a chat completion") from None
         reply = _reply(completion)
-        return Reply(self._hidden(reply.text), reply.finish_reason and self._hidden(reply.finish_reason))
+        return Reply(self._masked(reply.text), reply.finish_reason and self._masked(reply.finish_reason))
 
-    def _refuse_for_good(self, error: openai.APIStatusError, reason: str) -> None:
+    def _raise_if_permanent(self, error: openai.APIStatusError, reason: str) -> None:
         """Raises where trying again cannot help."""
         if error.status_code in WRONG_SETTINGS:
             self.given_up = self.given_up or reason
         if error.status_code < 500 and error.status_code not in TEMPORARY:
             raise Failed(reason, "request") from None
 
-    def _wait(self, attempt: int) -> float:
+    def _seconds_to_wait(self, attempt: int) -> float:
         longest = min(self.source.longest_retry_wait, self.source.retry_wait * 2.0 ** min(attempt, 60))
         return longest * random.uniform(0.5, 1.0)
 
-    def _without_key(self, error: BaseException, prefix: str = "") -> str:
+    def _masked_message(self, error: BaseException, prefix: str = "") -> str:
         """One line of the server's words; some servers repeat the key that they were sent."""
         if isinstance(error, openai.APIStatusError):
             prefix = f"{error.status_code}: "
         words = " ".join((str(getattr(error, "message", "")) or str(error) or type(error).__name__).split())
         if self._key:
             words = words.replace(self._key, "***")
-        return prefix + self._hidden(words)[:LONGEST_REASON]
+        return prefix + self._masked(words)[:LONGEST_REASON]
 
-    def _hidden(self, text: str) -> str:
+    def _masked(self, text: str) -> str:
         """The text without the key, percent-encoded or not; a placeholder such as `EMPTY` is a word like any other."""
         if self._key is None or len(self._key) < SHORTEST_KEY:
             return text

@@ -32,8 +32,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from wrpo.rows.errors import shown
-from wrpo.settings import REQUIRED, SettingsError, check_choice, check_range, knob
-from wrpo.settings.command_line import settings_from
+from wrpo.settings import REQUIRED, SettingsError, check_choice, check_range, knob, settings_from
 from wrpo.settings.model import check_template
 from wrpo.settings.yaml_file import read_yaml
 

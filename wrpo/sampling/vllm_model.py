@@ -15,11 +15,12 @@ from wrpo.user_error import UserError
 from .halving import halving
 from .local_model import Result
 from .prompts import Reply, Request
-from .sources import Sampling, VllmSource
+from .settings import Sampling
+from .sources import VllmSource
 
 
 class VllmModel:
-    """`answers(requests, drawn)`; the engine starts at the first call.
+    """`answers(requests, sampling)`; the engine starts at the first call.
 
     Raises:
         UserError: vLLM is not installed.
@@ -34,27 +35,27 @@ class VllmModel:
         self._vllm, self._source = vllm, source
         self._engine: Any = None
 
-    def answers(self, requests: list[Request], drawn: Sampling) -> Iterator[Result]:
+    def answers(self, requests: list[Request], sampling: Sampling) -> Iterator[Result]:
         """Every request with its reply or the reason why there is none."""
         if self._engine is None:
             self._engine = self._vllm.LLM(
                 model=self._source.path or self._source.model, **self._source.engine_arguments()
             )
-        for request, result in halving(requests, lambda part: self._chat(part, drawn)):
-            yield request, result, request.seed(drawn.seed)
+        for request, result in halving(requests, lambda part: self._chat(part, sampling)):
+            yield request, result, request.seed(sampling.seed)
 
     def close(self) -> None:
         """Free the weights."""
         self._engine = None
         free_memory()
 
-    def _chat(self, requests: list[Request], drawn: Sampling) -> list[Reply]:
+    def _chat(self, requests: list[Request], sampling: Sampling) -> list[Reply]:
         """Raises ValueError where one of the prompts is too long, or refused by the chat template."""
-        how = [self._how(drawn, request.seed(drawn.seed)) for request in requests]
-        outputs = self._engine.chat([request.prompt.messages for request in requests], how, use_tqdm=False)
+        parameters = [self._sampling_params(sampling, request.seed(sampling.seed)) for request in requests]
+        outputs = self._engine.chat([request.prompt.messages for request in requests], parameters, use_tqdm=False)
         return [Reply(output.outputs[0].text, output.outputs[0].finish_reason) for output in outputs]
 
-    def _how(self, drawn: Sampling, seed: int) -> Any:
+    def _sampling_params(self, sampling: Sampling, seed: int) -> Any:
         return self._vllm.SamplingParams(
-            temperature=drawn.temperature, top_p=drawn.top_p, max_tokens=drawn.max_tokens, seed=seed
+            temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_tokens, seed=seed
         )

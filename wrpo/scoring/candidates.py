@@ -65,7 +65,7 @@ class Candidates:
         self._belongs = belongs
         self.bad = BadRows(skip_bad_rows)
         self._count, rows = 0, 0
-        for candidate in self._read():
+        for candidate in self._all():
             rows += 1
             if isinstance(candidate, DataError):
                 self.bad.add(candidate)
@@ -79,11 +79,11 @@ class Candidates:
         return self._count
 
     def __iter__(self) -> Iterator[Candidate]:
-        for candidate in self._read():
+        for candidate in self._all():
             if isinstance(candidate, Candidate) and self._in_shard(candidate.fields["prompt_id"]):
                 yield candidate
 
-    def _read(self) -> Iterator[Candidate | DataError]:
+    def _all(self) -> Iterator[Candidate | DataError]:
         last = None
         for file, number, row in read_rows(self._paths):
             if file != last:

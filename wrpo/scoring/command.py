@@ -19,8 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from wrpo.rows.shards import in_shard
-from wrpo.settings import ModelSettings, SettingsError
-from wrpo.settings.command_line import describe_fields, parse_settings
+from wrpo.settings import ModelSettings, SettingsError, describe_fields, parse_settings
 
 from .candidates import Candidates
 from .judge import Judge, JudgeSource, read_judge
@@ -31,7 +30,7 @@ from .verifier import Verifier
 
 def parse(arguments: list[str]) -> tuple[ScoreSettings, ScorerSettings, RewardModelSettings]:
     """Raises SettingsError also where no scorer is named."""
-    settings, scorer, how = parse_settings(
+    settings, scorer, reward_model = parse_settings(
         (ScoreSettings, ScorerSettings, RewardModelSettings),
         arguments,
         "wrpo score",
@@ -41,7 +40,7 @@ def parse(arguments: list[str]) -> tuple[ScoreSettings, ScorerSettings, RewardMo
     )
     if not scorer.is_given:
         raise SettingsError(f"{', '.join(vars(scorer))}: expected one of them, got none")
-    return settings, scorer, how
+    return settings, scorer, reward_model
 
 
 def run(arguments: list[str]) -> int:
@@ -51,7 +50,7 @@ def run(arguments: list[str]) -> int:
 def score_files(
     settings: ScoreSettings,
     scorer: ScorerSettings,
-    how: RewardModelSettings,
+    reward_model: RewardModelSettings,
     belongs: Callable[[str, dict], bool] = lambda file, row: True,
 ) -> int:
     """Score the rows that `belongs(file, row)` lets through, print what became of it, and return the exit status."""
@@ -63,13 +62,13 @@ def score_files(
         skip_bad_rows=settings.skip_bad_rows,
     )
     print(f"{len(candidates):,} answers; {candidates.bad.report()}")
-    tally = score(candidates, _scorer(scorer, how), settings.output)
+    tally = score(candidates, _scorer(scorer, reward_model), settings.output)
     print(tally.summary())
     print(f"scored  {settings.output}")
     return tally.status
 
 
-def _scorer(scorer: ScorerSettings, how: RewardModelSettings) -> Scorer:
+def _scorer(scorer: ScorerSettings, reward_model: RewardModelSettings) -> Scorer:
     if scorer.verifier is not None:
         return Verifier(scorer.verifier)
     if scorer.judge is not None:
@@ -79,9 +78,11 @@ def _scorer(scorer: ScorerSettings, how: RewardModelSettings) -> Scorer:
     assert scorer.reward_model is not None
     settings = ModelSettings(
         model_name_or_path=scorer.reward_model,
-        torch_dtype=how.torch_dtype,
-        attn_implementation=how.attn_implementation,
-        chat_template_file=how.chat_template_file,
-        trust_remote_code=how.trust_remote_code,
+        torch_dtype=reward_model.torch_dtype,
+        attn_implementation=reward_model.attn_implementation,
+        chat_template_file=reward_model.chat_template_file,
+        trust_remote_code=reward_model.trust_remote_code,
     )
-    return RewardModel(settings, batch_size=how.batch_size, max_length=how.max_length, label=how.label)
+    return RewardModel(
+        settings, batch_size=reward_model.batch_size, max_length=reward_model.max_length, label=reward_model.label
+    )

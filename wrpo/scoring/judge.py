@@ -89,8 +89,8 @@ class Judge:
 
     def __init__(self, source: JudgeSource):
         self._source = source
-        self._drawn = source.sampling(Sampling(max_tokens=1024))
-        scale = (source.lowest, source.highest, self._drawn.temperature)
+        self._sampling = source.sampling(Sampling(max_tokens=1024))
+        scale = (source.lowest, source.highest, self._sampling.temperature)
         self.name = named_with(f"judge:{source.model}", source.template, source.pattern, *map(repr, scale))
 
     def score(self, candidates: Iterator[Candidate], rewards: Rewards) -> None:
@@ -100,10 +100,10 @@ class Judge:
         from wrpo.sampling.server import Server
 
         async with Server(self._source, on_retry=rewards.retry) as server:
-            workers = [self._work(server, candidates, rewards) for _ in range(self._source.concurrency)]
+            workers = [self._worker(server, candidates, rewards) for _ in range(self._source.concurrency)]
             await asyncio.gather(*workers)
 
-    async def _work(self, server: Any, candidates: Iterator[Candidate], rewards: Rewards) -> None:
+    async def _worker(self, server: Any, candidates: Iterator[Candidate], rewards: Rewards) -> None:
         from wrpo.sampling.server import Failed
 
         for candidate in candidates:
@@ -151,10 +151,10 @@ class Judge:
         return value
 
     def _options(self, unusable: int, key: tuple) -> dict[str, Any]:
-        drawn = self._drawn
+        sampling = self._sampling
         return {
-            "temperature": max(drawn.temperature, OTHER_TEMPERATURE) if unusable else drawn.temperature,
-            "top_p": drawn.top_p,
-            "max_tokens": drawn.max_tokens,
-            "seed": hash_of((drawn.seed, *key, unusable)) >> 33,
+            "temperature": max(sampling.temperature, OTHER_TEMPERATURE) if unusable else sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_tokens,
+            "seed": hash_of((sampling.seed, *key, unusable)) >> 33,
         }

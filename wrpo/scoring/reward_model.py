@@ -25,7 +25,7 @@ from .scoring import Rewards, named_with
 
 logger = logging.getLogger("wrpo")
 
-BATCHES = 16  # a window's
+BATCHES_PER_WINDOW = 16  # a window's
 Rendered = tuple[list[int], Candidate]
 
 
@@ -64,11 +64,11 @@ class RewardModel:
             self._batch_size = 1
 
     def score(self, candidates: Iterator[Candidate], rewards: Rewards) -> None:
-        while window := list(islice(candidates, self._batch_size * BATCHES)):
+        while window := list(islice(candidates, self._batch_size * BATCHES_PER_WINDOW)):
             rendered = []
             for candidate in window:
                 try:
-                    rendered.append((self._ids(candidate), candidate))
+                    rendered.append((self._token_ids(candidate), candidate))
                 except Exception as error:  # a template raises what it likes
                     reason = f"the chat template refuses the conversation: {in_one_line(error)}"
                     rewards.fail(candidate, reason, is_scorers=False)
@@ -80,7 +80,7 @@ class RewardModel:
                     else:
                         rewards.add(candidate, reward)
 
-    def _ids(self, candidate: Candidate) -> list[int]:
+    def _token_ids(self, candidate: Candidate) -> list[int]:
         messages = [*candidate.messages, {"role": "assistant", "content": candidate.response}]
         return self._tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
 
@@ -127,7 +127,7 @@ def _load(settings: ModelSettings) -> Any:
 def _label(model: Any, label: int | None, name: str) -> int:
     count = model.config.num_labels
     if label is None:
-        if count > 1 and not settles_its_own_score(model):
+        if count > 1 and not gives_its_own_score(model):
             raise UserError(f"{name}: gives {count} numbers an answer; choose one with label, 0 to {count - 1}")
         return 0
     if not 0 <= label < count:
@@ -135,6 +135,6 @@ def _label(model: Any, label: int | None, name: str) -> int:
     return label
 
 
-def settles_its_own_score(model: Any) -> bool:
+def gives_its_own_score(model: Any) -> bool:
     """Code of the model's own repository, which may return `score` beside any number of logits."""
     return type(model).__module__.startswith("transformers_modules")

@@ -74,24 +74,24 @@ def score(candidates: Candidates, scorer: Scorer, output: str | Path) -> Tally:
         UserError: an output file that is in use, or holds another scorer's rewards, or no rewards; a full disk.
     """
     with AppendedRows(output) as rows:
-        there = _read(rows, scorer.name)
-        done = sum(candidate.key in there for candidate in candidates) if len(there) else 0
+        scored = _scored_keys(rows, scorer.name)
+        done = sum(candidate.key in scored for candidate in candidates) if len(scored) else 0
         with Tally({scorer.name: len(candidates)}, "answer", {scorer.name: done}) as tally:
-            rewards = Rewards(rows, scorer.name, tally, has_any=len(there) > 0)
-            scorer.score(_missing(candidates, there, rewards), rewards)
+            rewards = Rewards(rows, scorer.name, tally, has_any=len(scored) > 0)
+            scorer.score(_unscored(candidates, scored, rewards), rewards)
     return tally
 
 
-def _missing(candidates: Candidates, there: KeySet, rewards: Rewards) -> Iterator[Candidate]:
+def _unscored(candidates: Candidates, scored: KeySet, rewards: Rewards) -> Iterator[Candidate]:
     for candidate in candidates:
         if rewards.given_up:
             return
-        if candidate.key not in there:
+        if candidate.key not in scored:
             yield candidate
 
 
-def _read(rows: AppendedRows, name: str) -> KeySet:
-    there = KeySet()
+def _scored_keys(rows: AppendedRows, name: str) -> KeySet:
+    scored = KeySet()
     for number, row in rows:
         try:
             if "reward" not in row:
@@ -102,7 +102,7 @@ def _read(rows: AppendedRows, name: str) -> KeySet:
                     "One file holds one scorer's rewards, with one template, scale and label; name another output file."
                 )
                 raise DataError(f"rewards of {name!r}, as now", shown(row.get("scorer")), todo, field="scorer")
-            there.add(Candidate(checked(row), "").key)
+            scored.add(Candidate(checked(row), "").key)
         except DataError as error:
             raise error.at(str(rows.path), number) from None
-    return there
+    return scored

@@ -9,6 +9,7 @@ command_line.py  a command's fields from flags, words and the file (imports tran
 
 from __future__ import annotations
 
+from .command_line import describe_fields, parse_settings, settings_from
 from .data import DataSettings
 from .fields import GROUPS, REQUIRED, SettingsError, check_choice, check_range, knob
 from .model import ModelSettings
@@ -21,5 +22,8 @@ __all__ = [
     "SettingsError",
     "check_choice",
     "check_range",
+    "describe_fields",
     "knob",
+    "parse_settings",
+    "settings_from",
 ]

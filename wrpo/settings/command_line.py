@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from argparse import SUPPRESS
 from typing import Any
 
 from .fields import SettingsError
-from .parser import Parser, takes_several
+from .parser import Parser
+from .reading import Reading
 from .yaml_file import read_mapping
 
 YAML = (".yaml", ".yml")
@@ -47,18 +47,16 @@ def parse_settings(
         FileNotFoundError: no such YAML file.
     """
     parser = Parser(classes, prog, description=description, epilog=epilog)
-    parser.usage = _usage(prog, words, parser.hints, config_is_first)
-    parser.add_argument(
+    parser.usage = _usage(prog, words, parser.readings, config_is_first)
+    parser.groups["files"].add_argument(
         "--config",
         metavar="FILE.yaml",
-        group="files",
-        default=SUPPRESS,
         help="Settings file with the same fields as the flags, which win." + " Also the first word." * config_is_first,
     )
     given, loose = parser.read(arguments)
-    config = _config(given.pop("config", None), loose, config_is_first)
+    config = _take_config(given.pop("config", None), loose, config_is_first)
     in_file = parser.read_mapping(read_mapping(config), config) if config is not None else {}
-    values = in_file | given | _named(loose, given, words, parser.hints)
+    values = in_file | given | _fields_of_words(loose, given, words, parser.readings)
     return tuple(_build(cls, values, "Give it as --{0}, or in the settings file.") for cls in classes)
 
 
@@ -90,12 +88,12 @@ def describe_fields(cls: type) -> str:
     return "\n".join(lines)
 
 
-def _usage(prog: str, words: tuple[str, ...], hints: dict[str, Any], config_is_first: bool) -> str:
-    shown = [f"[{name.upper()}{' ...' if takes_several(hints[name]) else ''}]" for name in words]
+def _usage(prog: str, words: tuple[str, ...], readings: dict[str, Reading], config_is_first: bool) -> str:
+    shown = [f"[{name.upper()}{' ...' if readings[name].is_only_list else ''}]" for name in words]
     return " ".join([prog, *(["[CONFIG.yaml]"] if config_is_first else []), *shown, "[--field value ...]"])
 
 
-def _config(named: str | None, loose: list[str], is_first: bool) -> str | None:
+def _take_config(named: str | None, loose: list[str], is_first: bool) -> str | None:
     """The settings file, taken out of the words where it is the first."""
     if not (is_first and loose and loose[0].endswith(YAML)):
         return named
@@ -105,17 +103,19 @@ def _config(named: str | None, loose: list[str], is_first: bool) -> str | None:
     return first
 
 
-def _named(loose: list[str], given: dict[str, Any], words: tuple[str, ...], hints: dict[str, Any]) -> dict[str, Any]:
-    """The words under the names of their fields."""
+def _fields_of_words(
+    loose: list[str], given: dict[str, Any], words: tuple[str, ...], readings: dict[str, Reading]
+) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for name in words:
         if not loose:
             break
         if name in given:
             raise SettingsError(f"{name}: given as --{name}, and again as the word {loose[0]!r}; keep one")
-        taken = len(loose) if takes_several(hints[name]) else 1
-        named[name] = loose[:taken] if takes_several(hints[name]) else loose[0]
-        loose = loose[taken:]
+        if readings[name].is_only_list:
+            named[name], loose = loose, []
+        else:
+            named[name], loose = loose[0], loose[1:]
     if loose:
         raise SettingsError(f"expected --field value, got {loose[0]!r}")
     return named

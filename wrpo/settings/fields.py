@@ -9,7 +9,8 @@ import dataclasses
 import math
 import sys
 from collections.abc import Collection
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from wrpo.user_error import UserError
 
@@ -62,20 +63,26 @@ def check_range(
     open_low: bool = False,
     open_high: bool = False,
 ) -> None:
-    """Refuse fields that are neither None nor a finite number from `low` to `high`, without an end that is open.
+    """Refuse fields that are no finite number from `low` to `high`, without an end that is open; None where it may be.
 
     Raises:
         ValueError: with the field, what was expected and what came.
     """
     for name in names:
         value = getattr(settings, name)
+        if value is None and _may_be_none(settings, name):
+            continue
         # Compared, not converted: an integer may be too large for a float. NaN fails the comparison.
         is_number = isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
         is_inside = is_number and low <= value <= high and not (open_low and value == low)
-        if value is not None and (not is_inside or (open_high and value == high)):
+        if not is_inside or (open_high and value == high):
             bounds = [f" {'>' if open_low else '>='} {_short(low)}"] if low > -math.inf else []
             bounds += [f" {'<' if open_high else '<='} {_short(high)}"] if high < math.inf else []
             raise ValueError(f"{name}: expected a finite number{' and'.join(bounds)}, got {value}")
+
+
+def _may_be_none(settings: Any, name: str) -> bool:
+    return NoneType in get_args(get_type_hints(type(settings))[name])
 
 
 def _short(bound: float) -> str:
@@ -83,8 +90,10 @@ def _short(bound: float) -> str:
 
 
 def check_choice(settings: Any, name: str, choices: Collection[str]) -> None:
-    """Raises ValueError where a field that is not None, or a value in its list, is not one of `choices`."""
+    """Raises ValueError where a field, or a value in its list, is not one of `choices`, nor None where it may be."""
     value = getattr(settings, name)
+    if value is None and _may_be_none(settings, name):
+        return
     for one in value if isinstance(value, list) else [value]:
-        if one is not None and one not in choices:
+        if one not in choices:
             raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {one!r}")

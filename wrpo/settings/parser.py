@@ -1,38 +1,24 @@
-"""The fields of dataclasses as flags: `HfArgumentParser`, in groups and with mistakes that name field, wish and value.
-
-A field is read by one function, whether its value comes as a flag or out of a mapping of a YAML file.
-"""
+"""The fields of dataclasses as flags in groups; mistakes name the field, what was expected and what came."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from argparse import (
-    SUPPRESS,
-    Action,
-    ArgumentError,
-    ArgumentTypeError,
-    RawDescriptionHelpFormatter,
-    _ArgumentGroup,
-    _StoreFalseAction,
-)
-from collections.abc import Callable, Iterator
-from functools import cached_property
+from argparse import SUPPRESS, ArgumentError, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields
+from functools import partial
 from itertools import zip_longest
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
-
-from transformers import HfArgumentParser
-from transformers.hf_argparser import string_to_bool
+from typing import Any, NoReturn, get_type_hints
 
 from wrpo.spelling import nearest
 
 from .fields import GROUPS, SettingsError
+from .reading import FALSE, TRUE, Reading, Unreadable, reading_of
 
 INHERITED = "other fields of transformers.TrainingArguments"  # whose metadata name no group
-WORDS_FOR: dict[Any, str] = {int: "a whole number", float: "a number", string_to_bool: "true or false"}
 
 
-class Parser(HfArgumentParser):
+class Parser(ArgumentParser):
     """Gives the fields that are set, and no defaults.
 
     Args:
@@ -42,28 +28,50 @@ class Parser(HfArgumentParser):
         **options: of `ArgumentParser`.
 
     Attributes:
-        hints: field -> its type.
+        readings: field -> how its values are read.
     """
 
     def __init__(self, classes: tuple[type, ...], prog: str, *, hides_values: bool = False, **options: Any):
-        super().__init__(classes, prog=prog, formatter_class=_Help, allow_abbrev=False, exit_on_error=False, **options)
-        self.hints = {name: hint for cls in classes for name, hint in _hints(cls).items()}
-        self._fields: dict[str, Action] = {}
-        for action in [action for action in self._actions if action.dest in self.hints]:
-            self._fields.setdefault(action.dest, action)
-            action.help = _help(action)
-            action.type = _reader(action, self.hints[action.dest], hides_values)
-            action.default, action.required = SUPPRESS, False
+        super().__init__(
+            prog=prog,
+            formatter_class=RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            exit_on_error=False,
+            argument_default=SUPPRESS,
+            **options,
+        )
+        self.groups = {title: self.add_argument_group(title) for title in (*GROUPS, INHERITED)}
+        self.readings: dict[str, Reading] = {}
+        self._hides_values = hides_values
+        for cls in classes:
+            hints = get_type_hints(cls)
+            for field in fields(cls):
+                if field.init:
+                    self.readings[field.name] = reading_of(hints[field.name])
+                    self._add(field, self.readings[field.name])
 
-    def add_argument(self, *names: str, group: str = INHERITED, **options: Any) -> Any:
-        """`HfArgumentParser` hands on the metadata of a field, and so its group."""
-        if "--help" in names:  # by ArgumentParser itself, before there are groups
-            return super().add_argument(*names, **options)
-        return self._groups[group].add_argument(*names, **options)
+    def _add(self, field: Field, reading: Reading) -> None:
+        """`--field`, `--no_field` where it is true unless somebody says no, and its other flags."""
+        metadata = dict(field.metadata)
+        group = self.groups[metadata.pop("group", INHERITED)]
+        flags = [*metadata.pop("aliases", []), f"--{field.name}"]
+        options: dict[str, Any] = {"dest": field.name, "type": partial(self._read, reading), "help": _help(field)}
+        if reading.choices:
+            options["metavar"] = f"{{{','.join(reading.choices)}}}"
+        if reading.is_only_list:
+            options["nargs"] = "+"
+        if reading.is_bool:
+            options |= {"nargs": "?", "const": True, "metavar": "true|false"}
+        group.add_argument(*flags, **{**metadata, **options})
+        if field.default is True:
+            text = f"The same as --{field.name} false."
+            group.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", help=text)
 
-    @cached_property
-    def _groups(self) -> dict[str, _ArgumentGroup]:
-        return {title: self.add_argument_group(title) for title in (*GROUPS, INHERITED)}
+    def _read(self, reading: Reading, text: str) -> Any:
+        try:
+            return reading(text)
+        except Unreadable as error:
+            raise ArgumentTypeError(f"{error}" + ("" if self._hides_values else f", got {text!r}")) from None
 
     def error(self, message: str) -> NoReturn:
         raise SettingsError(message)
@@ -77,7 +85,8 @@ class Parser(HfArgumentParser):
         try:
             given, loose = self.parse_known_args([*self._with_values(spelt)])
         except ArgumentError as error:
-            raise SettingsError(f"{(error.argument_name or '').split('/')[0].lstrip('-')}: {error.message}") from error
+            name, is_bare = (error.argument_name or "").split("--")[-1], error.message.endswith("one argument")
+            raise SettingsError(f"{name}: {'expected a value, got none' if is_bare else error.message}") from error
         for word in loose:
             if word.startswith("-") and word not in ("-", "--"):
                 raise SettingsError(self._no_such(word))
@@ -87,79 +96,47 @@ class Parser(HfArgumentParser):
         """The fields that a mapping sets, each read as its flag would be; `place` is where it stands, for messages."""
         values = {}
         for name, value in content.items():
-            if name not in self.hints:
+            if name not in self.readings:
                 raise SettingsError(f"{place}: {self._no_such(str(name))}")
             try:
-                values[name] = self._value(self._fields[name], self.hints[name], value)
+                values[name] = self._value(self.readings[name], value)
             except ArgumentTypeError as error:
                 raise SettingsError(f"{place}: {name}: {error}") from None
         return values
 
-    def _value(self, action: Action, hint: Any, value: Any) -> Any:
-        read: Callable[[str], Any] = action.type  # type: ignore[assignment]  # made by `_reader`
+    def _value(self, reading: Reading, value: Any) -> Any:
         if value is None:
-            if type(None) not in get_args(hint):
+            if not reading.may_be_none:
                 raise ArgumentTypeError("expected a value, got null")
             return None
         if isinstance(value, list):
-            if not takes_several(hint):
+            if not reading.is_list:
                 raise ArgumentTypeError(f"expected one value, got {len(value)} in a list")
-            return [read(_text(one)) for one in value]
-        return [read(_text(value))] if action.nargs == "+" else read(_text(value))
+            return [self._read(reading, _text(one)) for one in value]
+        one = self._read(reading, _text(value))
+        return [one] if reading.is_only_list else one
 
     def _with_values(self, arguments: list[str]) -> Iterator[str]:
-        """The value of a bool may be left out, and the word behind it is then not its value."""
+        """The value of a bool may be left out, and a word behind it is then not its value."""
         for argument, following in zip_longest(arguments, arguments[1:]):
             action = self._option_string_actions.get(argument)
-            is_bare = action is not None and action.const is True and not _is_truth(following)
+            is_bare = action is not None and action.nargs == "?" and (following or "").lower() not in (*TRUE, *FALSE)
             yield f"{argument}=true" if is_bare else argument
 
     def _no_such(self, name: str) -> str:
         bare = name.lstrip("-").split("=")[0]
-        near = nearest(bare, {flag.lstrip("-") for flag in map(_underscored, self._option_string_actions)})
+        near = nearest(bare, {flag.removeprefix("--") for flag in self._option_string_actions})
         return f"no setting named {bare!r}; " + (f"did you mean {near!r}?" if near else "--help lists them")
 
 
-class _Help(RawDescriptionHelpFormatter):
-    """One spelling of each flag."""
-
-    def _format_action_invocation(self, action: Action) -> str:
-        flags = sorted({_underscored(flag) for flag in action.option_strings}, reverse=True)  # -o before --output
-        value = self._format_args(action, self._get_default_metavar_for_optional(action))
-        return f"{', '.join(flags)} {value}".strip()
-
-
-def _help(action: Action) -> str:
-    if isinstance(action, _StoreFalseAction):
-        return f"The same as --{action.dest} false."
-    text = action.help or ""
-    if action.required:
+def _help(field: Field) -> str:
+    text = field.metadata.get("help", "")
+    if field.default is field.default_factory is MISSING:
         return f"{text} Required."
-    return text if action.default in (None, []) or "Default" in text else f"{text} Default: {action.default}."
-
-
-def _reader(action: Action, hint: Any, hides_values: bool) -> Callable[[str], Any]:
-    """From the text of a value to the value."""
-    parse: Any = action.type or str
-    expected = WORDS_FOR.get(parse, getattr(parse, "__name__", "another value"))
-    if action.choices is not None:
-        expected = f"one of {', '.join(map(str, action.choices))}"
-    allowed = get_args(hint)
-    may_be_none = type(None) in allowed and str not in allowed  # `--max_length none`, where it cannot be a value
-
-    def read(text: str) -> Any:
-        if may_be_none and text.lower() in ("none", "null"):
-            return None
-        try:
-            value = parse(text)
-            is_allowed = action.choices is None or value in action.choices
-        except (ArgumentTypeError, TypeError, ValueError):
-            is_allowed = False
-        if not is_allowed:
-            raise ArgumentTypeError(f"expected {expected}" + ("" if hides_values else f", got {text!r}"))
-        return value
-
-    return read
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    if default in (None, []) or "Default" in text:
+        return text
+    return f"{text} Default: {getattr(default, 'value', default)}."  # of an Enum, its value
 
 
 def _text(value: Any) -> str:
@@ -169,23 +146,6 @@ def _text(value: Any) -> str:
         raise ArgumentTypeError("expected a mapping that JSON can hold; put dates in quotes") from None
 
 
-def takes_several(hint: Any) -> bool:
-    """Whether a field of this type may be a list."""
-    return any(part is list or get_origin(part) is list for part in (hint, *get_args(hint)))
-
-
-def _is_truth(text: str | None) -> bool:
-    try:
-        return isinstance(string_to_bool(text), bool)
-    except (ArgumentTypeError, AttributeError):
-        return False
-
-
 def _underscored(argument: str) -> str:
     name, equals, value = argument.partition("=")
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else argument
-
-
-def _hints(cls: type) -> dict[str, Any]:
-    hints = get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}

@@ -11,8 +11,7 @@ from transformers import set_seed
 from wrpo.data import load_examples, tokenize_examples
 from wrpo.data.loading import load_hub
 from wrpo.pretrained import load_model, load_tokenizer, require_template, warn_of_coarse_weights
-from wrpo.settings import DataSettings, ModelSettings
-from wrpo.settings.command_line import parse_settings
+from wrpo.settings import DataSettings, ModelSettings, parse_settings
 from wrpo.user_error import UserError
 
 from .config import DPOConfig, FusedHeadConfig, SFTConfig, WRPOConfig
@@ -20,7 +19,7 @@ from .resuming import find_checkpoint, train_from
 from .sft_trainer import SFTTrainer
 from .wrpo_trainer import WRPOTrainer
 
-LEFT = {"model": "", "metrics": "metrics.json", "curves": "training_curves.png"}  # in output_dir
+OUTPUTS = {"model": "", "metrics": "metrics.json", "curves": "training_curves.png"}  # in output_dir
 
 
 def train(arguments: list[str]) -> None:
@@ -94,7 +93,7 @@ def _fit(trainer_class: Any, model: ModelSettings, data: DataSettings, config: A
     train_from(trainer, checkpoint)
     trainer.save_model()
     if config.process_index == 0:
-        _say_where(Path(config.output_dir))
+        _print_paths(Path(config.output_dir))
 
 
 def _rows(source: Any, split: str, tokenizer: Any, config: Any, data: DataSettings, stage: str) -> Any:
@@ -109,7 +108,7 @@ def _rows(source: Any, split: str, tokenizer: Any, config: Any, data: DataSettin
     )
 
 
-def _say_where(folder: Path) -> None:
-    for what, name in LEFT.items():
+def _print_paths(folder: Path) -> None:
+    for what, name in OUTPUTS.items():
         if (folder / name).exists():
             print(f"{what:<8} {folder / name}")

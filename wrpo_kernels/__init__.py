@@ -5,6 +5,14 @@
 
 from wrpo_kernels.linear_preference_loss import linear_preference_loss
 from wrpo_kernels.linear_token_logp import linear_token_logp
+from wrpo_kernels.pairwise import (
+    dpo_loss,
+    ipo_loss,
+    linear_dpo_loss,
+    linear_ipo_loss,
+    linear_simpo_loss,
+    simpo_loss,
+)
 from wrpo_kernels.preference_loss import PreferenceOutput, preference_loss
 from wrpo_kernels.token_logp import token_logp
 from wrpo_kernels.version import __version__
@@ -13,10 +21,16 @@ from wrpo_kernels.weighted_reward import linear_wrpo_loss, wrpo_loss
 __all__ = [
     "PreferenceOutput",
     "__version__",
+    "dpo_loss",
+    "ipo_loss",
+    "linear_dpo_loss",
+    "linear_ipo_loss",
     "linear_preference_loss",
+    "linear_simpo_loss",
     "linear_token_logp",
     "linear_wrpo_loss",
     "preference_loss",
+    "simpo_loss",
     "token_logp",
     "wrpo_loss",
 ]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from wrpo_kernels.checks import check_constant, check_number, check_tensor
 from wrpo_kernels.dispatch.transfer import sent
+from wrpo_kernels.layout import count_sequences, role_by_role
 from wrpo_kernels.linear_preference_loss import linear_preference_loss
 from wrpo_kernels.preference_loss import PreferenceOutput, preference_loss
 
@@ -28,7 +29,17 @@ def wrpo_loss(
     alpha: float | Tensor,
     beta: float = 0.01,
     num_sources: int = 1,
-    **options: Any,
+    gamma: float = 0.0,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    length: Tensor | None = None,
+    length_normalize: bool = False,
+    nll_weight: float | Tensor = 0.0,
+    group_weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    empty: str = "raise",
+    backend: str | None = None,
 ) -> PreferenceOutput:
     """Weighted-reward preference loss from sequence log-probs.
 
@@ -42,20 +53,41 @@ def wrpo_loss(
             [B, K], each source's own weight. 0 is DPO on (target, rejected).
         beta: scale of the implicit reward. Default: 0.01, the paper's.
         num_sources: K. Default: 1, the paper's.
-        **options: the remaining options of `preference_loss`: gamma, loss_type, label_smoothing, length,
-            length_normalize, nll_weight, group_weight, reduction, normalizer, empty, backend.
+        gamma, loss_type, label_smoothing, length, length_normalize, nll_weight, group_weight, reduction, normalizer,
+            empty, backend: as preference_loss; a group is an example, G = B. A number as `nll_weight` weighs every
+            response, the rejected ones too.
 
     Returns:
         PreferenceOutput(loss, logp [S], reward [S], margin [B]); only `loss` carries a gradient, to `logp`.
 
     Raises:
         ValueError: S is not a multiple of K + 2, or an option is wrong; the message names it.
+        RuntimeError: the backend that was asked for refuses.
 
+    Numerics: as preference_loss.
+    Memory: a few floats a sequence.
     Source: WRPO, arXiv:2412.03187.
     """
-    num_sequences = _length_of("logp", logp, "[S]", 1)
-    layout = wrpo_layout(num_sequences, alpha, num_sources, logp.device)
-    return preference_loss(logp, ref_logp, beta=beta, **layout, **options)
+    check_tensor("logp", logp)
+    if logp.dim() != 1:
+        raise ValueError(f"logp must be [S], got {list(logp.shape)}")
+    return preference_loss(
+        logp,
+        ref_logp,
+        **wrpo_layout(logp.shape[0], alpha, num_sources, logp.device),
+        beta=beta,
+        gamma=gamma,
+        loss_type=loss_type,
+        label_smoothing=label_smoothing,
+        length=length,
+        length_normalize=length_normalize,
+        nll_weight=nll_weight,
+        group_weight=group_weight,
+        reduction=reduction,
+        normalizer=normalizer,
+        empty=empty,
+        backend=backend,
+    )
 
 
 def linear_wrpo_loss(
@@ -67,18 +99,43 @@ def linear_wrpo_loss(
     alpha: float | Tensor,
     beta: float = 0.01,
     num_sources: int = 1,
-    **options: Any,
+    gamma: float = 0.0,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    length_normalize: bool = False,
+    nll_weight: float | Tensor = 0.0,
+    group_weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    empty: str = "raise",
+    bias: Tensor | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    cu_seqlens: Tensor | None = None,
+    num_rows: int | None = None,
+    budget_bytes: int | None = None,
+    grad_filter: float | None = None,
+    backend: str | None = None,
 ) -> PreferenceOutput:
     """`wrpo_loss` from hidden states in one pass; the logits are never stored.
 
+    Labels are NOT shifted here: labels[s, t] is predicted from hidden[s, t]. With a batch of Hugging Face pass
+    hidden[:, :-1] and labels[:, 1:].
+
     Args:
-        hidden: [S, T, D], S = (K + 2) * B sequences in the layout above, or packed [N, D] with `cu_seqlens`.
+        hidden: [S, T, D] float32 | bfloat16 | float16, S = (K + 2) * B sequences in the layout above, or packed [N, D]
+            with `cu_seqlens`.
         weight: [V, D] head.
-        labels: [S, T] int64 (or [N]); labels[s, t] is predicted from hidden[s, t]; `ignore_index` (-100) elsewhere.
-        ref_logp: [S] float32, reference log-prob of each response; None is reference-free. Default: None.
-        alpha, beta, num_sources: as `wrpo_loss`.
-        **options: the remaining options of `linear_preference_loss`: those of the loss, of the head (bias, adapter,
-            logit_scale, softcap, temperature), ignore_index, cu_seqlens, num_rows, budget_bytes, grad_filter, backend.
+        labels: [S, T] int64 (or [N]); `ignore_index` marks prompt and padding, which never reach the head.
+        ref_logp: [S] float32, summed reference log-prob of each response, nats; None is reference-free. Default: None.
+        alpha, beta, num_sources: as wrpo_loss.
+        gamma, loss_type, label_smoothing, length_normalize, nll_weight, group_weight, reduction, normalizer, empty: as
+            wrpo_loss; lengths are counted from `labels`.
+        bias, adapter, logit_scale, softcap, temperature, ignore_index, cu_seqlens, num_rows, budget_bytes, grad_filter,
+            backend: as linear_preference_loss.
 
     Returns:
         PreferenceOutput(loss, logp [S], reward [S], margin [B]); only `loss` carries a gradient, to `hidden`, `weight`,
@@ -86,53 +143,78 @@ def linear_wrpo_loss(
 
     Raises:
         ValueError: S is not a multiple of K + 2, or an argument is wrong; the message names it.
+        RuntimeError: the backend that was asked for refuses.
 
+    Numerics, Memory, Cost: as linear_preference_loss.
     Source: WRPO, arXiv:2412.03187.
     """
     check_tensor("hidden", hidden)
-    if (cu_seqlens := options.get("cu_seqlens")) is None:
-        num_sequences = _length_of("labels", labels, "[S, T]", 2)
-    else:
-        num_sequences = _length_of("cu_seqlens", cu_seqlens, "[S+1]", 1) - 1
-    layout = wrpo_layout(num_sequences, alpha, num_sources, hidden.device)
-    return linear_preference_loss(hidden, weight, labels, ref_logp, beta=beta, **layout, **options)
+    return linear_preference_loss(
+        hidden,
+        weight,
+        labels,
+        ref_logp,
+        **wrpo_layout(count_sequences(labels, cu_seqlens), alpha, num_sources, hidden.device),
+        beta=beta,
+        gamma=gamma,
+        loss_type=loss_type,
+        label_smoothing=label_smoothing,
+        length_normalize=length_normalize,
+        nll_weight=nll_weight,
+        group_weight=group_weight,
+        reduction=reduction,
+        normalizer=normalizer,
+        empty=empty,
+        bias=bias,
+        adapter=adapter,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        cu_seqlens=cu_seqlens,
+        num_rows=num_rows,
+        budget_bytes=budget_bytes,
+        grad_filter=grad_filter,
+        backend=backend,
+    )
 
 
-def _length_of(name: str, value: Tensor, letters: str, dims: int) -> int:
-    check_tensor(name, value)
-    if value.dim() != dims or (letters == "[S+1]" and not len(value)):
-        raise ValueError(f"{name} must be {letters}, got {list(value.shape)}")
-    return value.shape[0]
-
-
-def wrpo_layout(num_sequences: int, alpha: float | Tensor, num_sources: int, device: torch.device) -> dict:
+def wrpo_layout(num_sequences: int, alpha: float | Tensor, num_sources: int, device: torch.device) -> dict[str, Any]:
     """`seq_weight` [S], `group` [S] and `num_groups` of the layout: weights alpha_k, 1 - sum alpha, -1."""
     if isinstance(num_sources, bool) or not isinstance(num_sources, int) or num_sources < 1:
         raise ValueError(f"num_sources must be an int >= 1, got {num_sources!r}")
-    examples, rest = divmod(num_sequences, num_sources + 2)
-    if rest:
+    roles = num_sources + 2
+    if num_sequences % roles:
         raise ValueError(
-            f"the number of sequences must be (num_sources + 2) * B = {num_sources + 2} * B "
-            f"(sources, target, rejected), got {num_sequences}"
+            f"the number of sequences must be (num_sources + 2) * B = {roles} * B (sources, target, rejected), "
+            f"got {num_sequences}"
         )
-    group = torch.arange(examples, device=device).repeat(num_sources + 2)
-    seq_weight = _seq_weight(alpha, examples, num_sources, device)
-    return {"seq_weight": seq_weight, "group": group, "num_groups": examples}
+    examples = num_sequences // roles
+    if isinstance(alpha, Tensor):
+        return role_by_role(_weights_of_examples(alpha, examples, num_sources, device), examples)
+    return role_by_role(_weights_of_roles(alpha, num_sources, device), examples)
 
 
-def _seq_weight(alpha: float | Tensor, examples: int, num_sources: int, device: torch.device) -> Tensor:
-    if not isinstance(alpha, Tensor):
-        check_number("alpha", alpha, least=0.0)
-        if alpha > 1:
-            raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-        weights = [alpha / num_sources] * (num_sources * examples) + [1.0 - alpha] * examples + [-1.0] * examples
-        return sent(weights, torch.float64, device)
+def _weights_of_roles(alpha: float, num_sources: int, device: torch.device) -> Tensor:
+    """[K + 2] float64 of one alpha for all examples."""
+    check_number("alpha", alpha, least=0.0)
+    if alpha > 1:
+        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+    # Product and sum of tensors: what Python computes of alpha is a constant to torch.compile, which then compiles
+    # again for every value, and alpha is another at every step.
+    slope = torch.tensor([1 / num_sources] * num_sources + [-1.0, 0.0], dtype=torch.float64, device="cpu")
+    start = torch.tensor([0.0] * num_sources + [1.0, -1.0], dtype=torch.float64, device="cpu")
+    return sent(start + alpha * slope, torch.float64, device)
+
+
+def _weights_of_examples(alpha: Tensor, examples: int, num_sources: int, device: torch.device) -> Tensor:
+    """[K + 2, B] float64 of a tensor of alphas."""
     check_tensor("alpha", alpha)
     if alpha.is_complex() or alpha.dtype == torch.bool:
         raise ValueError(f"alpha must be real numbers in [0, 1], got {alpha.dtype}")
-    per_source = _alpha_per_source(sent(alpha, torch.float64, device), examples, num_sources)  # [B, K]
-    target = 1.0 - per_source.sum(1)
-    return torch.cat([per_source.t().reshape(-1), target, -torch.ones_like(target)])
+    per_source = _alpha_per_source(sent(alpha, torch.float64, device), examples, num_sources).t()  # [K, B]
+    target = 1.0 - per_source.sum(0, keepdim=True)
+    return torch.cat([per_source, target, -torch.ones_like(target)])
 
 
 def _alpha_per_source(alpha: Tensor, examples: int, num_sources: int) -> Tensor:

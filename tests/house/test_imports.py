@@ -129,10 +129,16 @@ def test_every_public_name_exists_and_no_other_is_exported():
     assert sorted(wrpo_kernels.__all__) == [
         "PreferenceOutput",
         "__version__",
+        "dpo_loss",
+        "ipo_loss",
+        "linear_dpo_loss",
+        "linear_ipo_loss",
         "linear_preference_loss",
+        "linear_simpo_loss",
         "linear_token_logp",
         "linear_wrpo_loss",
         "preference_loss",
+        "simpo_loss",
         "token_logp",
         "wrpo_loss",
     ]

@@ -8,6 +8,7 @@ import oracle
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import logsigmoid
 
 from wrpo_kernels import linear_wrpo_loss, preference_loss, wrpo_loss
@@ -274,3 +275,35 @@ def test_tensors_stay_on_their_device_whatever_the_default_device_is(dtype):
         loss = linear_wrpo_loss(hidden, weight, labels, ref_logp, alpha=0.1, budget_bytes=1).loss
         loss.backward()
     assert loss.isfinite() and hidden.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("form", ["log-probs", "hidden states"])
+def test_a_new_batch_size_or_alpha_does_not_compile_again(form, dynamic):
+    """The last batch of an epoch is smaller, and alpha is another number at every step."""
+
+    def loss(alpha: float, ref_logp: Tensor, *tensors: Tensor) -> Tensor:
+        door = wrpo_loss if form == "log-probs" else linear_wrpo_loss
+        return door(*tensors, ref_logp, alpha=alpha).loss
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend=counter)
+    for step in range(12):
+        size = 3 * (2, 2, 5, 3, 7, 11)[step % 6]
+        tensors = [torch.randn(size, 4, 8), torch.randn(23, 8), torch.randint(0, 23, (size, 4))]
+        tensors = [torch.randn(size)] if form == "log-probs" else tensors
+        tensors[0].requires_grad_()
+        given = (0.01 * step, torch.randn(size), *tensors)
+        got, expected = compiled(*given), loss(*given)
+        oracle.assert_same_bits("loss", got, expected)
+        oracle.assert_same_bits("grad", *(torch.autograd.grad(y, tensors[0])[0] for y in (got, expected)))
+    assert counter.frame_count <= 3  # as it is, with another alpha, with another size
+
+
+@pytest.mark.parametrize("kind", ["number", "tensor"])
+def test_compiled_a_wrong_alpha_of_the_host_is_still_refused(kind):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, a: wrpo_loss(x, alpha=a).loss, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="alpha"):
+        compiled(torch.zeros(6), 1.5 if kind == "number" else torch.zeros(3))

@@ -1,0 +1,161 @@
+"""Identity Preference Optimization."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from wrpo_kernels.linear_preference_loss import linear_preference_loss
+from wrpo_kernels.pairwise.pairs import linear_pair_arguments, pair_arguments
+from wrpo_kernels.preference_loss import PreferenceOutput, preference_loss
+
+
+def ipo_loss(
+    chosen_logp: Tensor,
+    rejected_logp: Tensor,
+    ref_chosen_logp: Tensor | None = None,
+    ref_rejected_logp: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    chosen_length: Tensor | None = None,
+    rejected_length: Tensor | None = None,
+    length_normalize: bool = False,
+    nll_weight: float | Tensor = 0.0,
+    group_weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    empty: str = "raise",
+    backend: str | None = None,
+) -> PreferenceOutput:
+    """Identity Preference Optimization (IPO) of pairs, from sequence log-probs.
+
+        d_b    = q(chosen b) - q(rejected b)                              q = n * (logp - ref_logp)
+        loss_b = (d_b - 1 / (2 * beta))^2                                 beta is the paper's tau
+        loss   = mean_b (loss_b - nll_weight_b * n * logp(chosen b))      n = 1, or 1 / length with length_normalize
+
+    Log-probs are summed over tokens, as the paper's equation (17) has them. TRL averages them over each response's
+    tokens: that is `length_normalize=True`. Averages are smaller by the length, so a good beta is larger there.
+
+    Args:
+        chosen_logp: [B] float32, summed log-prob of each chosen response under the policy, nats.
+        rejected_logp: [B] float32, the same of each rejected response.
+        ref_chosen_logp, ref_rejected_logp: [B] float32, the same under the reference, summed too; None is
+            reference-free. Default: None.
+        beta: the paper's tau, > 0: the loss is least where d_b = 1 / (2 beta) nats. Default: 0.1.
+        chosen_length, rejected_length: [B] int64, numbers of counted tokens; needed by length_normalize and by `empty`.
+            Default: none.
+        length_normalize: divide each response's log-ratio by its own length. Default: False, the paper's.
+        nll_weight: number >= 0 or [B] float32, weight of the chosen response's negative log-likelihood. Default: 0.
+        group_weight, reduction, normalizer, empty, backend: as preference_loss; a group is a pair, G = B.
+
+    Returns:
+        PreferenceOutput(loss, logp [2B], reward [2B], margin [B]), B chosen, then B rejected; only `loss` carries a
+        gradient, to `chosen_logp` and `rejected_logp`.
+
+    Raises:
+        ValueError: tensors of different shapes, or an argument is wrong; the message names it.
+        RuntimeError: the backend that was asked for refuses.
+
+    Numerics: as preference_loss.
+    Memory: a few floats a sequence.
+    Source: IPO, arXiv:2310.12036.
+    """
+    pairs = pair_arguments(
+        chosen_logp,
+        rejected_logp,
+        ref_chosen_logp=ref_chosen_logp,
+        ref_rejected_logp=ref_rejected_logp,
+        chosen_length=chosen_length,
+        rejected_length=rejected_length,
+        length_normalize=length_normalize,
+        nll_weight=nll_weight,
+    )
+    return preference_loss(
+        **pairs,
+        loss_type="ipo",
+        beta=beta,
+        group_weight=group_weight,
+        reduction=reduction,
+        normalizer=normalizer,
+        empty=empty,
+        backend=backend,
+    )
+
+
+def linear_ipo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ref_logp: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    length_normalize: bool = False,
+    nll_weight: float | Tensor = 0.0,
+    group_weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    empty: str = "raise",
+    bias: Tensor | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    cu_seqlens: Tensor | None = None,
+    num_rows: int | None = None,
+    budget_bytes: int | None = None,
+    grad_filter: float | None = None,
+    backend: str | None = None,
+) -> PreferenceOutput:
+    """`ipo_loss` from hidden states in one pass; the logits are never stored.
+
+    Labels are NOT shifted here: labels[s, t] is predicted from hidden[s, t]. With a batch of Hugging Face pass
+    hidden[:, :-1] and labels[:, 1:].
+
+    Args:
+        hidden: [2B, T, D] float32 | bfloat16 | float16, B chosen sequences, then B rejected in the same order; or
+            packed [N, D] with `cu_seqlens`.
+        weight: [V, D] head.
+        labels: [2B, T] int64 (or [N]); `ignore_index` marks prompt and padding, which never reach the head.
+        ref_logp: [2B] float32, summed reference log-prob of each response, nats; None is reference-free. Default: None.
+        beta, length_normalize, nll_weight, group_weight, reduction, normalizer, empty: as ipo_loss; lengths are counted
+            from `labels`.
+        bias, adapter, logit_scale, softcap, temperature, ignore_index, cu_seqlens, num_rows, budget_bytes, grad_filter,
+            backend: as linear_preference_loss.
+
+    Returns:
+        PreferenceOutput(loss, logp [2B], reward [2B], margin [B]), B chosen, then B rejected; only `loss` carries a
+        gradient, to `hidden`, `weight`, `bias` and `adapter`.
+
+    Raises:
+        ValueError: an odd number of sequences, or an argument is wrong; the message names it.
+        RuntimeError: the backend that was asked for refuses.
+
+    Numerics, Memory, Cost: as linear_preference_loss.
+    Source: IPO, arXiv:2310.12036.
+    """
+    pairs = linear_pair_arguments(hidden, labels, cu_seqlens, nll_weight)
+    return linear_preference_loss(
+        hidden,
+        weight,
+        labels,
+        ref_logp,
+        **pairs,
+        loss_type="ipo",
+        beta=beta,
+        length_normalize=length_normalize,
+        group_weight=group_weight,
+        reduction=reduction,
+        normalizer=normalizer,
+        empty=empty,
+        bias=bias,
+        adapter=adapter,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        cu_seqlens=cu_seqlens,
+        num_rows=num_rows,
+        budget_bytes=budget_bytes,
+        grad_filter=grad_filter,
+        backend=backend,
+    )

@@ -131,7 +131,7 @@ def test_the_page_of_settings_has_every_flag_that_the_help_of_a_command_has(comm
 
 def test_the_defaults_beside_trls_are_ours(tmp_path):
     page = (ROOT / "docs/coming_from_trl.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \| [^|]* \| (\S+) \|$", page.split("## Defaults that differ")[1], re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| [^|]* \| (\S+) \|$", page.split("## Defaults side by side")[1], re.MULTILINE)
     assert len(rows) > 8
     config = DPOConfig(output_dir=str(tmp_path))
     for name, shown in rows:

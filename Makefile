@@ -17,7 +17,7 @@ NATIVE := setup.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/
 
 .DEFAULT_GOAL := menu
 .DELETE_ON_ERROR:
-.PHONY: menu demo fuse experiment test bench lint format wheel test-gpu sanitize bench-gpu clean
+.PHONY: menu demo fuse experiment test bench lint format docs wheel test-gpu sanitize bench-gpu clean
 
 menu:
 	@echo "make demo        fine-tune a real language model on this machine: answers before and after, a curve, a saved model"
@@ -25,8 +25,9 @@ menu:
 	@echo "make experiment  does fusion work? tiny specialists fused, every arm of the paper, into docs/fusion.md"
 	@echo "make test        every test that needs no GPU"
 	@echo "make bench       the fused loss beside every rival: time, memory, errors; a table and pictures, under 5 minutes"
-	@echo "make lint        formatting, types and the laws of the house"
+	@echo "make lint        formatting, types and the rules in .pre-commit-config.yaml"
 	@echo "make format      apply the formatting"
+	@echo "make docs        docs/api.md and docs/settings.md again, from the docstrings and the settings"
 	@echo "make wheel       build a wheel into dist/, with CUDA kernels where nvcc is found"
 	@echo "make test-gpu    the ops on every GPU backend, streams, graphs, 2^31 elements"
 	@echo "make sanitize    compute-sanitizer over the CUDA kernels: memcheck, then racecheck"
@@ -55,6 +56,9 @@ format: $(VENV)/installed-lint
 	$(BIN)/ruff check --fix --quiet . || true
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+docs: $(VENV)/installed-test
+	$(BIN)/python docs/generate.py
 
 wheel: | $(VENV)
 	rm -rf build

@@ -31,7 +31,7 @@ from benchmarks.suite.rivals import missing
 from benchmarks.suite.scenarios import Scenario
 from wrpo_kernels.lm_head.scratch import none_kept
 
-OP_TESTS = ("linear_preference_loss",)
+OP_TESTS = ("tests/kernels/test_linear_preference_loss.py",)  # of what is timed
 TYPICAL_ROWS = {"cpu": (512, 256), "cuda": (16384, 8192)}  # N of a typical point: full, quick
 
 
@@ -122,7 +122,7 @@ def asked(command: str) -> list[str]:
 
 
 def publish(path: Path, readme: bool) -> None:
-    """Tables and pictures from a file of results, and with `readme` the README's block."""
+    """Tables and pictures from a file of results, and with `readme` the short table of benchmarks/README.md."""
     facts, rows = read(path)
     drawn = list(pictures.draw(facts, rows, scenarios.full(512, "float32"), path.with_suffix("")))
     table = path.with_suffix(".md")
@@ -130,9 +130,10 @@ def publish(path: Path, readme: bool) -> None:
     print("wrote", path, table, *drawn)
     if readme:
         shown = [picture for picture in drawn if picture.stem.endswith(("_response", "_prompt"))]
-        files = [os.path.relpath(file, machine.ROOT) for file in (table, *shown)]
-        tables.put_into_readme(machine.ROOT / "README.md", facts["device"], tables.summary(facts, rows, *files))
-        print("wrote the table between the markers of README.md")
+        page = machine.ROOT / "benchmarks" / "README.md"
+        files = [os.path.relpath(file, page.parent) for file in (table, *shown)]
+        tables.put_into_readme(page, facts["device"], tables.summary(facts, rows, *files))
+        print(f"wrote the table between the markers of {os.path.relpath(page)}")
 
 
 def line(row: Row) -> str:
@@ -175,12 +176,11 @@ def chosen_scenarios(args: argparse.Namespace, device: str) -> dict[str, Scenari
 
 def pass_op_tests(device: str) -> None:
     """Those of the kernels that run here: Triton's are interpreted on a CPU, and timed nowhere there."""
-    files = [f"tests/test_{op}.py" for op in OP_TESTS]
     which = ("-m", "gpu") if device == "cuda" else ("-m", "not gpu and not slow", "-k", "not triton")
     if importlib.util.find_spec("pytest") is None:
         raise SystemExit('benchmarks.run: the op tests need pytest: pip install -e ".[bench]", or pass --skip-tests')
     print(f"op tests of what is timed: {', '.join(OP_TESTS)}", flush=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-r", "", *which, *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-r", "", *which, *OP_TESTS]
     if subprocess.run(command, cwd=machine.ROOT, check=False).returncode:
         raise SystemExit("the op tests are red: no numbers")
 

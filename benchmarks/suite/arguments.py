@@ -41,7 +41,7 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--skip-tests", action="store_true", help="where they have just passed")
     parser.add_argument("--draw", type=Path, metavar="CSV", help="no measuring: table and pictures of this file")
     parser.add_argument("--resume", action="store_true", help="keep what the same command wrote today at this commit")
-    parser.add_argument("--readme", action="store_true", help="also write the short table into README.md")
+    parser.add_argument("--readme", action="store_true", help="also write the short table into benchmarks/README.md")
     try:
         args = parser.read(sys.argv[1:])
         check(args)

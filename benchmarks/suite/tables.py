@@ -1,4 +1,4 @@
-"""Markdown of a file of results: every figure, and the short table of the README."""
+"""Markdown of a file of results: every figure, and the short table of benchmarks/README.md."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from benchmarks.suite.contestants import FLOOR, FUSED
 from benchmarks.suite.results import Figure, Row
 
 READING = (
-    "Times of others are multiples of the fused step, memory is MiB beside inputs and gradients.",
+    "Times of others are multiples of ours, memory is MiB beside inputs and gradients.",
     "Ratios are medians over rounds of neighbouring steps, so they need not be the ratios of the medians.",
 )
 READING_OF = {
     "cpu": (
         "The floor is torch's own products in the same dtype; a CPU without AVX-512 multiplies 16-bit matrices slowly,",
-        "so the fused step, which widens them, can be far below 1 there.",
+        "so our step, which widens them, can be far below 1 there.",
     ),
     "cuda": (
         "Each step starts on an idle device, so that what the host takes to queue it counts.",
@@ -76,14 +76,14 @@ def table(figures: Iterable[Figure]) -> Iterator[str]:
 def summary(facts: dict[str, str], rows: list[Row], table: str, *pictures: str) -> list[str]:
     """A line for each problem: ours, then the best of the others in time and in memory, then plain torch.
 
-    table, pictures: paths of the whole table and of what is shown, from the README.
+    table, pictures: paths of the whole table and of what is shown, from the page that holds the lines.
     """
     cores = f" ({facts['cores'].split(',')[0]} cores)" if facts["device"] == "cpu" else ""
     lines = [
         f"Forward and backward on {facts['machine']}{cores}, torch {facts['torch']}, "
         f"{facts['date']}, commit {facts['commit']}: `{facts['command']}`.",
         "",
-        "| | fused | x floor | fastest other | plain torch | memory: fused | leanest other | plain torch |",
+        "| | ours | x floor | fastest other | plain torch | memory: ours | leanest other | plain torch |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     skipped = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from multiprocessing.process import BaseProcess
 
 import pytest
@@ -249,6 +250,32 @@ def test_the_readme_table_goes_between_its_markers_and_nowhere_else(tmp_path):
     assert "old" not in text
     assert text.count("| SmolLM2, N = 30 | 10 ms | 1.10 | 2.00 x (plain torch) | 2.00 x | 100 MiB | 900") == 1
     assert "![time and memory: prompt](results/here_prompt.png)" in text
+
+
+def test_the_readme_of_the_benchmarks_gets_the_table_with_links_from_its_own_folder(tmp_path, monkeypatch):
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    readme = tmp_path / "benchmarks" / "README.md"
+    readme.write_text(f"{FIRST}\n{LAST}\n")
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    ours = Figure("heads", "SmolLM2", "fused", rounds=3, p50_ms=10.0, times_floor=1.1, times_fused=1.0, peak_mib=100.0)
+    file = results.ResultFile(tmp_path / "benchmarks" / "results" / "here.csv", FACTS)
+    file.add(Row(ours, TINY))
+    run.publish(file.path, readme=True)
+    text = readme.read_text()
+    assert "| SmolLM2, N = 30 | 10 ms |" in text
+    assert "[Every contestant on every problem](results/here.md)" in text
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_tables_of_the_readme_are_those_of_the_files_that_they_name(device):
+    folder = machine.ROOT / "benchmarks"
+    block = (folder / "README.md").read_text().split(f"<!-- benchmarks {device} -->\n")[1]
+    block = block.split(f"\n<!-- /benchmarks {device} -->")[0]
+    (table,) = re.findall(r"\((results/[^)]+\.md)\)", block)
+    pictures = re.findall(r"\((results/[^)]+\.png)\)", block)
+    facts, rows = results.read((folder / table).with_suffix(".csv"))
+    assert block == "\n".join(tables.summary(facts, rows, table, *pictures))
+    assert all((folder / file).is_file() for file in (table, *pictures))
 
 
 def test_a_readme_without_markers_is_left_alone(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import run
-from benchmarks.suite import results, scenarios
+from benchmarks.suite import machine, results, scenarios
 from benchmarks.suite.arguments import FEWEST_ROWS
 
 WRONG = {
@@ -60,11 +60,15 @@ def test_the_fewest_rows_leave_no_response_empty():
 
 
 def test_red_op_tests_mean_no_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "OP_TESTS", ("an_op_without_tests",))
+    monkeypatch.setattr(run, "OP_TESTS", ("tests/kernels/test_an_op_without_tests.py",))
     monkeypatch.setattr("sys.argv", ["run", "--scenario", "toy", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="no numbers"):
         run.main()
     assert not list(tmp_path.iterdir())
+
+
+def test_the_op_tests_that_run_first_are_there():
+    assert all((machine.ROOT / file).is_file() for file in run.OP_TESTS)
 
 
 def test_a_run_of_some_scenarios_has_a_file_of_its_own():

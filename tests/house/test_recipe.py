@@ -1,4 +1,4 @@
-"""The recipes under examples/: settings and command lines of the READMEs parse, and the paper's numbers are in them."""
+"""The recipes under examples/: settings and command lines of the pages parse, and the paper's numbers are in them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import runpy
 import shlex
 import sys
+from itertools import dropwhile
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ import wrpo.evaluation.command
 import wrpo.sampling.command
 import wrpo.scoring.command
 import wrpo.training.command
-from wrpo import SFTConfig, WRPOConfig
+from wrpo import DPOConfig, SFTConfig, WRPOConfig
 from wrpo.building import BuildSettings
 from wrpo.evaluation.answers import Answer
 from wrpo.evaluation.benchmark_files import write_alpaca_eval, write_arena_hard
@@ -52,7 +53,7 @@ BOTH_STAGES = {
     "seed": 42,
     "bf16": True,
 }
-TRAINING = {"sft": SFTConfig, "train": WRPOConfig}
+TRAINING = {"sft": SFTConfig, "train": WRPOConfig, "dpo": DPOConfig}
 
 
 @pytest.fixture(autouse=True)
@@ -71,31 +72,33 @@ PARSERS = {
     "build": wrpo.building.command.parse,
     "eval": wrpo.evaluation.command.parse,
     "sft": lambda arguments: training_settings("sft", arguments),
+    "dpo": lambda arguments: training_settings("dpo", arguments),
     "train": lambda arguments: training_settings("train", arguments),
 }
 
 
 def command_lines() -> list[list[str]]:
-    """The words of every line in the READMEs' shell blocks that calls `wrpo`, by itself or through accelerate."""
+    """The words of every line in the pages' shell blocks that calls `wrpo` with settings, also through accelerate."""
     lines = []
-    for readme in (ROOT / "README.md", *ROOT.glob("examples/*/README.md")):
-        for block in re.findall(r"^```sh\n(.*?)^```", readme.read_text(), re.DOTALL | re.MULTILINE):
+    for page in (ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md")):
+        for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
             words = [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()]
-            lines += [w for w in words if "wrpo" in w]
+            called = [list(dropwhile(lambda word: re.match(r"\w+=", word), line)) for line in words]
+            lines += [line for line in called if line and line[0] in ("wrpo", "accelerate") and line[1:] != ["info"]]
     return lines
 
 
 COMMANDS = command_lines()
 
 
-def test_the_readme_shows_every_command_of_the_way():
+def test_the_pages_show_every_command_of_the_way():
     shown = {words[words.index("wrpo") + 1] for words in COMMANDS}
     assert shown == set(PARSERS)
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=[" ".join(words)[:60] for words in COMMANDS])
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
-def test_a_command_line_of_the_readme_parses(words, monkeypatch):
+def test_a_command_line_of_the_pages_parses(words, monkeypatch):
     monkeypatch.setenv("BIG_MODEL_KEY", "a key")
     start = words.index("wrpo")
     if "accelerate" in words:

@@ -200,8 +200,8 @@ def _weights_of_roles(alpha: float, num_sources: int, device: torch.device) -> T
     check_number("alpha", alpha, least=0.0)
     if alpha > 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-    # Product and sum of tensors: what Python computes of alpha is a constant to torch.compile, which then compiles
-    # again for every value, and alpha is another at every step.
+    # alpha meets tensors alone: what Python computes of it would be a constant to torch.compile, which would compile
+    # again for each value.
     slope = torch.tensor([1 / num_sources] * num_sources + [-1.0, 0.0], dtype=torch.float64, device="cpu")
     start = torch.tensor([0.0] * num_sources + [1.0, -1.0], dtype=torch.float64, device="cpu")
     return sent(start + alpha * slope, torch.float64, device)

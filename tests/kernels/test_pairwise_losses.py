@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,10 +19,7 @@ from wrpo_kernels import (
     linear_ipo_loss,
     linear_preference_loss,
     linear_simpo_loss,
-    linear_wrpo_loss,
-    preference_loss,
     simpo_loss,
-    wrpo_loss,
 )
 
 B, T, D, V = 5, 7, 8, 23
@@ -233,61 +228,6 @@ def test_a_batch_of_hugging_face_is_shifted_by_its_owner():
     scores = (hidden @ weight.T)[:, :-1].transpose(1, 2)
     nll = cross_entropy(scores, labels[:, 1:], ignore_index=-100, reduction="none").sum(1)
     torch.testing.assert_close(out.logp, -nll.detach())
-
-
-# What is settled by the layout or by the name of a loss, and so is no option of it.
-LAYOUT = {"seq_weight", "group", "num_groups"}
-SETTLED = {
-    wrpo_loss: LAYOUT,
-    linear_wrpo_loss: LAYOUT,
-    dpo_loss: LAYOUT | {"loss_type", "length"},
-    linear_dpo_loss: LAYOUT | {"loss_type"},
-    ipo_loss: LAYOUT | {"loss_type", "length", "gamma", "label_smoothing"},
-    linear_ipo_loss: LAYOUT | {"loss_type", "gamma", "label_smoothing"},
-    simpo_loss: LAYOUT | {"loss_type", "length", "length_normalize"},
-    linear_simpo_loss: LAYOUT | {"loss_type", "length_normalize"},
-}
-OWN_DEFAULTS = {"beta", "gamma"}
-
-
-def options_of(door: Callable) -> dict[str, inspect.Parameter]:
-    return {name: p for name, p in inspect.signature(door).parameters.items() if p.kind is p.KEYWORD_ONLY}
-
-
-def general_form(door: Callable) -> Callable:
-    return linear_preference_loss if door.__name__.startswith("linear_") else preference_loss
-
-
-@pytest.mark.parametrize("door", SETTLED)
-def test_every_option_of_the_general_form_stands_in_the_signature(door):
-    own, general = options_of(door), options_of(general_form(door))
-    assert set(general) - SETTLED[door] == set(own) - {"alpha", "num_sources", "chosen_length", "rejected_length"}
-    for name in set(own) & set(general) - OWN_DEFAULTS:
-        assert own[name].default == general[name].default, name
-        assert own[name].annotation == general[name].annotation, name
-
-
-@pytest.mark.parametrize("door", SETTLED)
-def test_every_option_reaches_the_general_form_under_its_own_name(door, monkeypatch):
-    general = general_form(door)
-    monkeypatch.setattr(sys.modules[door.__module__], general.__name__, lambda *tensors, **options: options)
-    x = pairs(torch.device("cpu"))
-    tensors = x[:1] if door is wrpo_loss else tensors_of(door, x)
-    if general is linear_preference_loss:
-        tensors = torch.zeros(6, T, D), torch.zeros(V, D), torch.zeros(6, T).long()
-    read = {
-        "alpha": 0.1,
-        "num_sources": 3,
-        "nll_weight": 0.5,
-        **x.lengths(),
-    }  # the layout's; the others may be anything
-    bounds = {"cu_seqlens": torch.arange(11)}
-    given = {name: (read | bounds).get(name, object()) for name in options_of(door)}
-    handed_on = door(*tensors, **given)
-    for name in given.keys() - read.keys():
-        assert handed_on[name] is given[name], name
-    if door in (wrpo_loss, linear_wrpo_loss):
-        assert handed_on["nll_weight"] == read["nll_weight"]
 
 
 REFUSED = {

@@ -19,7 +19,7 @@ from wrpo.cli import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = [path for folder in (".", "docs", "benchmarks", "csrc", "examples/*") for path in ROOT.glob(f"{folder}/*.md")]
-RUNNING = ("README.md", "docs/coming_from_trl.md")  # the pages with Python
+RUNNING = ("README.md", "docs/own_loop.md", "docs/coming_from_trl.md")  # the pages with Python
 PAIRS = [{"prompt": f"What is 2 + {n}?", "chosen": f"It is {n + 2}.", "rejected": "hello world"} for n in range(4)]
 
 
@@ -62,9 +62,12 @@ def test_no_other_page_shows_python():
 
 
 def test_the_readme_trains_and_saves_a_model(reader):
-    (trains,) = blocks(ROOT / "README.md", "python")
+    trains, in_a_loop = blocks(ROOT / "README.md", "python")
     exec(trains, reader)
     assert {"model.safetensors", "tokenizer.json", "metrics.json"} <= {path.name for path in Path("runs/dpo").iterdir()}
+    exec(in_a_loop, reader)
+    gradients = [parameter.grad for parameter in reader["model"].parameters()]
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
 
 
 @pytest.mark.usefixtures("reader")

@@ -1,0 +1,53 @@
+"""examples/own_loop.py: somebody's own training loop with the loss in the model's head."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny_models import tiny_model, tiny_rows
+from tiny_tokenizer import tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from wrpo.data import PreferenceCollator
+
+EXAMPLE = Path(__file__).resolve().parent.parent.parent / "examples" / "own_loop.py"
+PAIRS = [{"prompt": f"What is 2 + {n}?", "chosen": f"It is {n + 2}.", "rejected": "hello world"} for n in range(4)]
+
+
+@pytest.fixture
+def printed(tmp_path, monkeypatch, capsys):
+    """The lines of a run on four pairs, two a step."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained("model")
+    tiny_model(vocab_size=len(tokenizer)).save_pretrained("model")
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "model", "pairs.jsonl"])
+    torch.manual_seed(0)
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("loss")]
+
+
+def test_a_loop_of_ones_own_trains_an_adapter_and_saves_it(printed):
+    losses = [float(re.match(r"loss ([\d.]+), margin", line)[1]) for line in printed]
+    assert losses[0] == round(math.log(2), 4)  # the policy is its own reference
+    assert losses[1] != losses[0]
+    adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("model"), "own_loop_adapter")
+    assert any(p.abs().max() > 0 for name, p in adapter.named_parameters() if "lora_B" in name)
+
+
+def test_its_batches_are_those_of_the_trainer_in_another_order():
+    rows = tiny_rows(3, sources=0)
+    ids, mask, labels = runpy.run_path(str(EXAMPLE))["to_batch"](rows)
+    batch = PreferenceCollator(0)(rows)
+    order = [0, 2, 4, 1, 3, 5]  # of each row the chosen answer stands before the rejected one
+    for own, name in ((ids, "input_ids"), (mask, "attention_mask"), (labels, "labels")):
+        torch.testing.assert_close(own, batch[name][order], rtol=0, atol=0)

@@ -15,7 +15,7 @@ def test_a_run_says_data_steps_kernel_loss_and_reference(tmp_path, capsys):
     said = capsys.readouterr().err
     for words in (
         "8 rows (8 source + target + rejected), 24 responses",
-        "steps      1 of 2 rows, learning rate 3e-07",
+        "steps      1 of 2 rows, learning rate 3e-07 (cosine)",
         "kernel     native on cpu, logits in pieces of at most 1 MiB",
         "loss       sigmoid, beta 0.01, alpha 0 to 0.4 (linear)",
         "reference  copy",

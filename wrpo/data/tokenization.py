@@ -68,7 +68,7 @@ def tokenize_examples(
 
     Args:
         dataset: what `load_examples` returns, of either stage.
-        tokenizer: a `PreTrainedTokenizerBase`; its chat template is used if it has one.
+        tokenizer: a `PreTrainedTokenizerBase` with a chat template.
         max_length: most tokens in prompt + one response; None: no limit. Default: 2048 (the paper's).
         max_prompt_length: most tokens in the prompt; None: no limit of its own. Default: 1800 (the paper's).
         skip_bad_rows: leave out and count rows that the chat template refuses, instead of raising. Default: False.

@@ -121,12 +121,13 @@ class HeadTrainer(Trainer):
         """What the run says of itself before its first step."""
         args = self.args
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
         kernel = args.kernel_backend or kernel_on(args.device, torch.bfloat16 if args.bf16 else torch.float32)
         budget = budget_on(args.device) if args.budget_bytes is None else args.budget_bytes
         size = data_size(self.train_dataset)
         return [
             f"data       {'a stream' if size is None else size}",
-            f"steps      {steps:,} of {rows} rows, learning rate {args.learning_rate:g} ({args.lr_scheduler_type})",
+            f"steps      {steps:,} of {rows} rows, learning rate {args.learning_rate:g} ({schedule})",
             f"kernel     {kernel} on {args.device.type}, logits in pieces of at most {budget / 2**20:.0f} MiB",
         ]
 

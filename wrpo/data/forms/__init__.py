@@ -95,11 +95,9 @@ def read_form(row: dict, stage: str, from_scores: bool) -> Reading:
 
 
 def _unknown(row: dict, forms: Iterable[Form], usual: Form) -> DataError:
-    """An error that names the form of which most is there; `usual` where nothing of any is."""
+    """An error that names the form of which most is there; `usual` where no other has more."""
     there = {name for name, value in row.items() if value is not None}
-    nearest = max(forms, key=lambda form: len(there.intersection(form.needs)) / len(form.needs))
-    if not there.intersection(nearest.needs):
-        nearest = usual
+    nearest = max((usual, *forms), key=lambda form: len(there.intersection(form.needs)) / len(form.needs))
     lacking = [name for name in nearest.needs if name not in there]
     got = f"fields {sorted(map(str, there))}"
     if len(there) < len(row):

@@ -25,7 +25,6 @@ from wrpo_kernels.lm_head.budget import even_chunk
 from wrpo_kernels.lm_head.gradients import Gradients
 from wrpo_kernels.lm_head.head import Head
 from wrpo_kernels.lm_head.rows import Rows, part_of
-from wrpo_kernels.lm_head.scratch import scratch
 from wrpo_kernels.preference_loss.family import Family
 
 
@@ -87,7 +86,7 @@ def run(
     kernel: ModuleType,
 ) -> Result:
     """Adds the gradients of the summed loss over `divisor` to `gradients`; returns the values."""
-    buffer = scratch(min(fit, len(rows)), *head.weight.shape[:1], head.weight.dtype, head.weight.device)
+    buffer = head.weight.new_empty(min(fit, len(rows)), len(head.weight))
     if len(rows) <= fit:
         return _finish(head, rows, sequences, num_groups, family, divisor, buffer, gradients, kernel)
     logp = torch.zeros(len(sequences.length), dtype=head.logp_dtype, device=buffer.device)

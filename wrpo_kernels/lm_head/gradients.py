@@ -24,7 +24,6 @@ from wrpo_kernels.lm_head.products import (
     writes_float32,
 )
 from wrpo_kernels.lm_head.rows import Rows
-from wrpo_kernels.lm_head.scratch import scratch
 from wrpo_kernels.token_logp.contract import logp_dtype
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ class Gradients:
         self.dw = self.db = self.dlow = self.dup = None
         if keeps[1]:
             dtype = total_dtype(products, head.weight_dtype, chunks)
-            self.dw = scratch(weight.shape[0], weight.shape[1], dtype, weight.device)
+            self.dw = weight.new_empty(weight.shape, dtype=dtype)
         if keeps[2]:
             self.db = torch.zeros(weight.shape[0], dtype=logp_dtype(products), device=weight.device)
         if keeps[3]:
@@ -124,7 +123,7 @@ class Gradients:
         """Where a product of 16-bit matrices cannot write float32: a stripe of the vocabulary at a time is widened."""
         vocabulary, width = total.shape
         step = stripe_of(width, delta.dtype)
-        part = scratch(min(step, vocabulary), width, delta.dtype, delta.device)
+        part = delta.new_empty(min(step, vocabulary), width)
         for first in range(0, vocabulary, step):
             some = total[first : first + step]
             grad_weight_into(part[: len(some)], delta[:, first : first + step], scaled)

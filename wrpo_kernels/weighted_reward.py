@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from wrpo_kernels.checks import check_constant, check_number, check_tensor
-from wrpo_kernels.dispatch.transfer import sent
+from wrpo_kernels.dispatch.transfer import to_device
 from wrpo_kernels.linear_preference_loss import linear_preference_loss
 from wrpo_kernels.preference_loss import PreferenceOutput, preference_loss
 
@@ -126,11 +126,11 @@ def _seq_weight(alpha: float | Tensor, examples: int, num_sources: int, device: 
         if alpha > 1:
             raise ValueError(f"alpha must be in [0, 1], got {alpha}")
         weights = [alpha / num_sources] * (num_sources * examples) + [1.0 - alpha] * examples + [-1.0] * examples
-        return sent(weights, torch.float64, device)
+        return to_device(weights, torch.float64, device)
     check_tensor("alpha", alpha)
     if alpha.is_complex() or alpha.dtype == torch.bool:
         raise ValueError(f"alpha must be real numbers in [0, 1], got {alpha.dtype}")
-    per_source = _alpha_per_source(sent(alpha, torch.float64, device), examples, num_sources)  # [B, K]
+    per_source = _alpha_per_source(to_device(alpha, torch.float64, device), examples, num_sources)  # [B, K]
     target = 1.0 - per_source.sum(1)
     return torch.cat([per_source.t().reshape(-1), target, -torch.ones_like(target)])
 

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -29,7 +28,6 @@ from benchmarks.suite.problem import Rival, Setting
 from benchmarks.suite.results import Figure, ResultFile, Row, file_name, make_room, read
 from benchmarks.suite.rivals import missing
 from benchmarks.suite.scenarios import Scenario
-from wrpo_kernels.lm_head.scratch import none_kept
 
 OP_TESTS = ("tests/kernels/test_linear_preference_loss.py",)  # of what is timed
 TYPICAL_ROWS = {"cpu": (512, 256), "cuda": (16384, 8192)}  # N of a typical point: full, quick
@@ -44,8 +42,7 @@ def main() -> None:
         return publish(args.draw, args.readme)
     chosen = chosen_scenarios(args, device)
     facts = machine.facts(device)
-    what = (args.scenario or ([] if args.full else ["quick"])) + (["fresh"] if args.fresh_memory else [])
-    path = args.out / file_name(facts, what)
+    path = args.out / file_name(facts, args.scenario or ([] if args.full else ["quick"]))
     done = finished_rows(path, facts) if args.resume else []
     if not args.skip_tests:
         pass_op_tests(device)
@@ -57,8 +54,7 @@ def main() -> None:
     print(*(f"{name}: {value}" for name, value in facts.items()), sep="\n", flush=True)
     if not args.resume:
         make_room(path)
-    with none_kept() if args.fresh_memory else nullcontext():
-        run(chosen, device, args.only, args.allow, ResultFile(path, facts), done)
+    run(chosen, device, args.only, args.allow, ResultFile(path, facts), done)
     publish(path, args.readme)
 
 

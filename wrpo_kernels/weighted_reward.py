@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from wrpo_kernels.checks import check_constant, check_number, check_tensor
-from wrpo_kernels.dispatch.transfer import sent
+from wrpo_kernels.dispatch.transfer import to_device
 from wrpo_kernels.layout import count_sequences, role_by_role
 from wrpo_kernels.linear_preference_loss import linear_preference_loss
 from wrpo_kernels.preference_loss import PreferenceOutput, preference_loss
@@ -204,7 +204,7 @@ def _weights_of_roles(alpha: float, num_sources: int, device: torch.device) -> T
     # again for each value.
     slope = torch.tensor([1 / num_sources] * num_sources + [-1.0, 0.0], dtype=torch.float64, device="cpu")
     start = torch.tensor([0.0] * num_sources + [1.0, -1.0], dtype=torch.float64, device="cpu")
-    return sent(start + alpha * slope, torch.float64, device)
+    return to_device(start + alpha * slope, torch.float64, device)
 
 
 def _weights_of_examples(alpha: Tensor, examples: int, num_sources: int, device: torch.device) -> Tensor:
@@ -212,7 +212,7 @@ def _weights_of_examples(alpha: Tensor, examples: int, num_sources: int, device:
     check_tensor("alpha", alpha)
     if alpha.is_complex() or alpha.dtype == torch.bool:
         raise ValueError(f"alpha must be real numbers in [0, 1], got {alpha.dtype}")
-    per_source = _alpha_per_source(sent(alpha, torch.float64, device), examples, num_sources).t()  # [K, B]
+    per_source = _alpha_per_source(to_device(alpha, torch.float64, device), examples, num_sources).t()  # [K, B]
     target = 1.0 - per_source.sum(0, keepdim=True)
     return torch.cat([per_source, target, -torch.ones_like(target)])
 

@@ -37,7 +37,6 @@ def arguments(description: str | None) -> argparse.Namespace:
         "--allow", type=number, metavar="SECONDS", help="one problem may take (default: 90; full or by name 240)"
     )
     add_out(parser)
-    parser.add_argument("--fresh-memory", action="store_true", help="ours keeps no buffers, as in the trainer")
     parser.add_argument("--skip-tests", action="store_true", help="where they have just passed")
     parser.add_argument("--draw", type=Path, metavar="CSV", help="no measuring: table and pictures of this file")
     parser.add_argument("--resume", action="store_true", help="keep what the same command wrote today at this commit")
@@ -75,9 +74,9 @@ def check(args: argparse.Namespace) -> None:
 
 def check_that_all_count(args: argparse.Namespace) -> None:
     """`--base` prints its comparison and writes nothing, `--draw` measures nothing: what asks for more is refused."""
-    measures = ("full", "scenario", "only", "threads", "rows", "dtype", "allow", "resume", "fresh_memory")
+    measures = ("full", "scenario", "only", "threads", "rows", "dtype", "allow", "resume")
     ways = {
-        "--base": (args.base, "only", "readme", "resume", "draw", "fresh_memory"),
+        "--base": (args.base, "only", "readme", "resume", "draw"),
         "--draw": (args.draw, *measures),
     }
     for flag, (given, *others) in ways.items():

@@ -21,8 +21,8 @@ WRONG = {
     "no such commit": (["--base", "no-such-commit"], "--base: expected a commit of this repository, got"),
     "a folder under a file": (["--out", f"{__file__}/results"], "--out: cannot write into "),
     "a flag that a comparison of commits has no use for": (
-        ["--base", "HEAD", "--only", "CCE", "--fresh-memory"],
-        "--base: --only, --fresh-memory would do nothing beside it",
+        ["--base", "HEAD", "--only", "CCE", "--resume"],
+        "--base: --only, --resume would do nothing beside it",
     ),
     "a flag that measures, beside none of it": (
         ["--draw", __file__, "--full", "--rows", "99"],

@@ -25,10 +25,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from wrpo_kernels.linear_token_logp import triton_kernel as linear_token_logp
+from wrpo_kernels.lm_head import triton_kernel as linear_token_logp
 from wrpo_kernels.logit_transform import LogitTransform
 from wrpo_kernels.preference_loss import triton_kernel as preference_loss
-from wrpo_kernels.preference_loss.family import Family
+from wrpo_kernels.preference_loss.family import Family, LossArguments, Sequences
 from wrpo_kernels.token_logp import triton_kernel as token_logp
 
 TABLE = Path(__file__).with_name("kernel_resources.json")
@@ -111,7 +111,8 @@ def preference_launch(loss_type: str, with_all: bool) -> Callable[[], object]:
         rest = (s, g) if with_all else (None, None)
         ref_logp = s if with_all else None
         family = Family(0.1, 0.2, loss_type, 0.0, with_all)
-        preference_loss.forward(s, ref_logp, s, count, count, *rest, 2, family)
+        sequences = Sequences(ref_logp, s, count, count, *rest)
+        preference_loss.forward(s, LossArguments(sequences, 2, family))
 
     return launch
 

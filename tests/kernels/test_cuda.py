@@ -14,6 +14,7 @@ from wrpo_kernels import linear_preference_loss, preference_loss, token_logp
 from wrpo_kernels.dispatch import backends, cuda_launch
 from wrpo_kernels.logit_transform import LogitTransform
 from wrpo_kernels.preference_loss import cuda as losses_on_cuda
+from wrpo_kernels.preference_loss.family import Family, LossArguments, Sequences
 from wrpo_kernels.token_logp import cuda as rows_on_cuda
 from wrpo_kernels.token_logp import reference
 
@@ -45,9 +46,9 @@ def test_anomaly_detection_has_a_wrong_target_read_and_named(place, device):
 
 @pytest.mark.parametrize("group", [[0, 3], [-1, 0]])
 def test_a_sequence_of_no_group_gets_a_gradient_of_nan(group, place, device):
-    arguments = torch.ones(2, device=device), None, torch.ones(2, device=device), torch.tensor(group, device=device)
-    family = losses_on_cuda.Family(0.1, 0.0, "sigmoid", 0.0, False)
-    *_, coef = losses_on_cuda.forward(*arguments, None, None, None, 3, family)
+    ones = torch.ones(2, device=device)
+    sequences = Sequences(None, ones, torch.tensor(group, device=device), None, None, None)
+    *_, coef = losses_on_cuda.forward(ones, LossArguments(sequences, 3, Family(0.1, 0.0, "sigmoid", 0.0, False)))
     assert coef.isfinite().tolist() == [0 <= g < 3 for g in group]
 
 

@@ -494,7 +494,7 @@ def test_a_batch_without_any_counted_token_gives_zero_not_nan(sequences, rows, h
 
 
 def test_graphs_that_live_at_the_same_time_do_not_share_memory(place, device):
-    """Forward, forward, backward, backward, with buffers large enough to be used again."""
+    """Forward, forward, backward, backward."""
     hidden = torch.randn(2, 3, 40, 64, device=device)
     weight, labels = torch.randn(32000, 64, device=device) / 8, torch.randint(0, 32000, (2, 3, 40), device=device)
 

@@ -87,7 +87,7 @@ def test_any_share_of_the_rows_may_fit(rows, backend, device):
 
 @pytest.mark.parametrize("rows", [None, 90], ids=["all rows fit", "chunks"])
 def test_a_head_that_is_taken_in_stripes_is_as_good(rows, backend, device):
-    """[V, D] and [V, rows] beyond the 8 MiB that scratch of a product may take; a large buffer is used again."""
+    """[V, D] and [V, rows] beyond the 8 MiB that a stripe of a product may take."""
     case = Case("V and D share no factor with any stripe", (540,), 8209, width=531)
     budget = None if rows is None else budget_of(rows, case.vocabulary, case.width, torch.bfloat16)
     hidden, weight, target = cases.hidden_of(case, torch.bfloat16, device)

@@ -14,12 +14,14 @@ from wrpo_kernels.dispatch import triton_backend
 from wrpo_kernels.dispatch.backends import choose
 from wrpo_kernels.linear_preference_loss import one_pass
 from wrpo_kernels.linear_token_logp import passes
-from wrpo_kernels.linear_token_logp.contract import _open
+from wrpo_kernels.linear_token_logp.contract import plan_of, rows_of
 from wrpo_kernels.lm_head.gradients import Gradients
+from wrpo_kernels.lm_head.head import Head
+from wrpo_kernels.lm_head.inputs import Asked, HeadOptions, HeadTensors
 from wrpo_kernels.lm_head.products import scaled_rows
 from wrpo_kernels.lm_head.rows import UNCOUNTED, Rows
 from wrpo_kernels.preference_loss.contract import CANDIDATES
-from wrpo_kernels.preference_loss.family import Family
+from wrpo_kernels.preference_loss.family import Family, LossArguments, Sequences
 
 M, N, D, V, S, R = 12, 9, 16, 32, 6, 4  # labels, those that count, ..., rank of an adapter
 pytestmark = pytest.mark.skipif(triton_backend.missing() is not None, reason=str(triton_backend.missing()))
@@ -45,33 +47,37 @@ def without_launches(monkeypatch):
 
 
 @pytest.fixture
-def tensors():
+def tensors() -> HeadTensors:
     hidden = torch.empty(M, D, dtype=torch.bfloat16, device="meta")
     weight = torch.empty(V, D, dtype=torch.bfloat16, device="meta")
     low, up = torch.empty(M, R, dtype=torch.float32, device="meta"), torch.empty(V, R, device="meta")
-    return hidden, weight, torch.empty(M, dtype=torch.int64, device="meta"), None, low, up
+    return HeadTensors(hidden, weight, torch.empty(M, dtype=torch.int64, device="meta"), None, low, up)
+
+
+def options(asked: Asked, num_rows: int, budget: int = 1 << 20) -> HeadOptions:
+    return HeadOptions(1.0, 0.0, 1.0, -100, num_rows, budget, asked, 0.0, "triton")
 
 
 BUDGETS = {"all rows fit": 1 << 20, "three rows fit": 3 * 2 * (V + 3 * D)}
-KEEPS = {
-    "nothing": (False, False, False, False, False),
-    "hidden": (True, False, False, False, False),
-    "head": (True, True, False, True, True),
+ASKED = {
+    "nothing": Asked(False, False, False, False, False),
+    "hidden": Asked(True, False, False, False, False),
+    "head": Asked(True, True, False, True, True),
 }
 
 
 @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS.keys())
 @pytest.mark.parametrize("num_rows", [N, M])
-@pytest.mark.parametrize("keeps", KEEPS.values(), ids=KEEPS.keys())
-def test_token_log_probs_and_their_gradients_read_nothing_back(keeps, num_rows, budget, tensors):
-    hidden = tensors[0]
-    head, rows, plan = _open(*tensors, (1.0, 0.0, 1.0, -100, num_rows, budget, keeps, 0.0, "triton"))
-    logp, unscaled, kept = passes.forward(head, rows, plan, keeps == KEEPS["hidden"])
+@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED.keys())
+def test_token_log_probs_and_their_gradients_read_nothing_back(asked, num_rows, budget, tensors):
+    given = options(asked, num_rows, budget)
+    head, rows, plan = Head(tensors, given), rows_of(tensors, given), plan_of(tensors, given)
+    logp, unscaled, kept = passes.forward(head, rows, plan, asked.only_hidden)
     assert rows.spread(logp).shape == (M,)
-    if keeps == KEEPS["hidden"]:
+    if asked.only_hidden:
         assert rows.spread(scaled_rows(unscaled, logp[:, None])).shape == (M, D)
-    if keeps == KEEPS["head"]:
-        gradients = Gradients(hidden, head, keeps, 2)
+    if asked.of_head:
+        gradients = Gradients(tensors.hidden, head, asked, 2)
         passes.backward(head, rows, plan, kept, logp[:, None], gradients)
         shapes = [total.shape for total in gradients.totals() if total is not None]
         assert shapes == [(M, D), (V, D), (M, R), (V, R)]
@@ -79,21 +85,21 @@ def test_token_log_probs_and_their_gradients_read_nothing_back(keeps, num_rows, 
 
 @pytest.mark.parametrize("num_rows", [N, M])
 def test_one_pass_reads_nothing_back_while_the_rows_fit(num_rows, tensors):
-    head, rows, _ = _open(*tensors, (1.0, 0.0, 1.0, -100, num_rows, 1 << 20, KEEPS["head"], 0.0, "triton"))
-    gradients = Gradients(tensors[0], head, KEEPS["head"], 1)
+    given = options(ASKED["head"], num_rows)
+    head, rows = Head(tensors, given), rows_of(tensors, given)
+    gradients = Gradients(tensors.hidden, head, given.asked, 1)
     size, number = torch.empty(S, device="meta"), torch.empty(S, dtype=torch.int64, device="meta")
-    sequences = one_pass.Sequences(None, size, number, number, None, None)
-    family = Family(0.1, 0.0, "sigmoid", 0.0, False)
+    sequences = Sequences(None, size, number, number, None, None)
+    loss = LossArguments(sequences, 2, Family(0.1, 0.0, "sigmoid", 0.0, False))
     kernel = choose("preference_loss", "triton", CANDIDATES, size)
-    result = one_pass.run(head, rows, sequences, 2, family, 2, N + M, gradients, kernel)
+    result = one_pass.run(head, rows, loss, 2, N + M, gradients, kernel)
     assert result.loss.shape == (2,) and result.logp.shape == (S,)
 
 
 def test_a_count_that_is_not_known_is_read_from_the_device(tensors):
     """So these tensors do catch what waits."""
-    hidden, _, target, *_ = tensors
     with pytest.raises(NotImplementedError, match="nonzero"):
-        Rows.that_count(hidden, target, -100, UNCOUNTED)
+        Rows.that_count(tensors.hidden, tensors.target, -100, UNCOUNTED)
 
 
 @pytest.mark.parametrize(("num_rows", "error"), [(3, ValueError), (13, ValueError), (-1, ValueError), (4.0, TypeError)])

@@ -20,7 +20,7 @@ from wrpo_kernels.dispatch.backends import choose
 from wrpo_kernels.lm_head.head import CANDIDATES
 from wrpo_kernels.logit_transform import LogitTransform
 from wrpo_kernels.preference_loss import reference
-from wrpo_kernels.preference_loss.family import Family
+from wrpo_kernels.preference_loss.family import Family, LossArguments, Sequences
 from wrpo_kernels.token_logp import contract
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -159,11 +159,12 @@ def test_a_sequence_of_no_group_is_nan_and_the_groups_stay(sequence_kernels, dev
     logp = torch.tensor([-1.0, -2.0, -3.0, -4.0], device=device)
     weight, group = torch.tensor([1.0, -1.0, 1.0, 1.0], device=device), torch.tensor([0, 0, 1, -1], device=device)
     family = Family(0.1, 0.0, "sigmoid", 0.0, False)
-    loss, reward, margin, coef = sequence_kernels.forward(logp, None, weight, group, None, None, None, 1, family)
-    clean = sequence_kernels.forward(logp[:2], None, weight[:2], group[:2], None, None, None, 1, family)
-    assert torch.equal(loss, clean[0]) and torch.equal(margin, clean[2])
+    all_, whole = (Sequences(None, weight[:n], group[:n], None, None, None) for n in (4, 2))
+    loss, reward, margin, coef = sequence_kernels.forward(logp, LossArguments(all_, 1, family))
+    expected, _, expected_margin, expected_coef = sequence_kernels.forward(logp[:2], LossArguments(whole, 1, family))
+    assert torch.equal(loss, expected) and torch.equal(margin, expected_margin)
     assert reward[2:].isnan().all() and coef[2:].isnan().all()
-    assert torch.equal(coef[:2], clean[3])
+    assert torch.equal(coef[:2], expected_coef)
 
 
 FUSED = {
@@ -203,7 +204,7 @@ def test_a_product_that_writes_no_logits_transforms_them(name, device):
 
 
 def test_a_label_out_of_range_is_nan_in_the_product_too(device, monkeypatch):
-    from wrpo_kernels.linear_token_logp import triton_kernel
+    from wrpo_kernels.lm_head import triton_kernel
 
     monkeypatch.setattr(triton_kernel.row_kernels, "check_labels_where_free", lambda *arguments: None)
     hidden, weight, _ = cases.hidden_of(Case("", (6,), 131), torch.float32, device)

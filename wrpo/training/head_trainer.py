@@ -24,7 +24,6 @@ from wrpo.reference.reference import is_partitioned
 from wrpo.user_error import UserError
 from wrpo_kernels import token_logp
 from wrpo_kernels.__main__ import budget_on, kernel_on
-from wrpo_kernels.lm_head.scratch import none_kept
 
 from .config import FusedHeadConfig
 from .curves import TrainingCurves
@@ -100,8 +99,7 @@ class HeadTrainer(Trainer):
         Raises:
             UserError: the run ended with weights or a loss that are no numbers.
         """
-        with none_kept():
-            output = super().train(*args, **options)
+        output = super().train(*args, **options)
         weights = [name for name, p in self.model.named_parameters() if p.requires_grad and not is_finite(p)]
         bad = torch.tensor(float(bool(weights) or not math.isfinite(output.training_loss)), device=self.args.device)
         if self.accelerator.reduce(bad, "sum").item():  # all ranks stop, or none: a rank of FSDP sees its share alone

@@ -1,121 +1,143 @@
-"""Registers the kernel of an op with its derivative, and gives the way by which Python calls it.
+"""Registers an op with torch: schema, kernel, fake and derivative; and gives the way by which Python calls it.
 
-`register_autograd` of torch does the same, and re-reads the whole schema for every argument of every call: 60 us
-for our 14 arguments, as much as everything else at toy sizes (torch 2.13, 2026-11-23). Our schemas have no default
-values and no keyword-only arguments, so nothing of that is needed.
-
-Nor is the dispatcher, where nobody listens to it: boxing 26 arguments and unboxing them, once above and once below
-autograd, costs more than the arithmetic of a toy. A plain eager call goes from autograd straight to the kernel.
+torch's own way from Python to an op and its derivative costs half a toy step: it reads the schema again for every
+argument and boxes some 28 of them, above and below autograd (1.40 and 1.56 times plain torch, where the way past it
+takes 0.99 and 1.01; 2026-11-30, see docs/log.md). So an eager call of ordinary tensors, which no compiler, trace,
+transform or mode wants to see, goes straight to the kernel. Two private names of torch tell whether a transform or a
+mode does; where torch has one of them no longer, every call takes torch's way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
-from torch._C._autograd import _get_current_graph_task_keep_graph
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-_library = torch.library.Library("wrpo", "FRAGMENT")
+from wrpo_kernels.dispatch.schema import Arguments
+
 PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
+# Private names of torch; None where it has no such name.
+number_of_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
+has_transforms = getattr(torch._C, "_are_functorch_transforms_active", None)
+keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
 
-def has_tangent(value: object) -> bool:
-    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
-
-def is_plain(tensors: tuple) -> bool:
-    """Whether a call is eager and of ordinary tensors: no compiler, trace, transform or mode wants to see the op."""
-    if is_compiling():
+def is_plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a call is eager and of ordinary tensors, and nobody but autograd wants to see the op."""
+    if is_compiling() or number_of_modes is None or has_transforms is None:
         return False
-    listens = (
-        _len_torch_dispatch_stack()
-        or _are_functorch_transforms_active()
-        or _is_tracing()
-        or forward_ad._current_level >= 0
-    )
-    return not listens and PLAIN.issuperset(map(type, tensors))
+    is_seen = number_of_modes() or has_transforms() or torch.jit.is_tracing()
+    return not is_seen and PLAIN.issuperset(map(type, tensors))
 
 
-def owns_saved(ctx) -> bool:
-    """Whether what a plain call has saved is needed by nobody after the running backward."""
-    return ctx.is_plain and not is_compiling() and not _get_current_graph_task_keep_graph()
+def owns_saved(ctx: Any) -> bool:
+    """Whether what an eager call has saved is needed by nobody after the running backward; False where unknown."""
+    is_eager = getattr(ctx, "is_eager", False) and not is_compiling()
+    return is_eager and keeps_graph is not None and not keeps_graph()
 
 
-def _op(name: str) -> tuple[torch._ops.OpOverload, int]:
-    """The op, and how many of its arguments are tensors: the first ones."""
-    op = getattr(torch.ops.wrpo, name).default
-    return op, sum("Tensor" in str(argument.type) for argument in op._schema.arguments)
+def register(
+    name: str, takes: Arguments, returns: str, *, kernel: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Registers an op without a derivative, for every device; returns what Python calls instead of it.
 
+    That takes its arguments grouped, as `kernel` and `fake` do.
+    """
+    op = _define(name, takes, returns, kernel, fake)
 
-def register_kernel(name: str, kernel: Callable) -> Callable:
-    """Registers `kernel` on every device; returns what Python calls instead of the op, where no gradient is asked."""
-    torch.library.impl(f"wrpo::{name}", "CompositeExplicitAutograd", kernel)
-    op, tensors = _op(name)
-
-    def call(*inputs):
-        return kernel(*inputs) if is_plain(inputs[:tensors]) else op(*inputs)
+    def call(*groups: Any) -> Any:
+        flat = takes.flat(groups)
+        return kernel(*groups) if is_plain(flat[: takes.tensors]) else op(*flat)
 
     return call
 
 
-def register_differentiable(name: str, kernel: Callable, save: Callable, backward: Callable) -> Callable:
+def register_differentiable(
+    name: str,
+    takes: Arguments,
+    returns: str,
+    *,
+    kernel: Callable[..., tuple[Tensor | None, ...]],
+    fake: Callable[..., Any],
+    save: Callable[..., None],
+    backward: Callable[..., Mapping[str, Tensor | None]],
+) -> Callable[..., Any]:
     """The same with a derivative.
 
-    `save(ctx, inputs, outputs)` runs after the forward; `backward(ctx, *grads)` returns one gradient a tensor among
-    the inputs. Where the kernel leaves an output None the op, whose outputs are tensors, returns an empty one.
+    `save(ctx, outputs, *groups)` runs after the forward; `backward(ctx, *grads)` returns gradients by the names of the
+    arguments. Where the kernel leaves an output None the op, whose outputs are tensors, returns an empty one.
     """
 
-    def complete(*inputs):
-        return tuple([inputs[0].new_empty(0) if x is None else x for x in kernel(*inputs)])
+    def complete(*groups: Any) -> tuple[Tensor, ...]:
+        first, *_ = takes.flat(groups)
+        return tuple([first.new_empty(0) if x is None else x for x in kernel(*groups)])
 
-    torch.library.impl(f"wrpo::{name}", "CompositeExplicitAutograd", complete)
-    op, tensors = _op(name)
+    def set_up(ctx: Any, inputs: Sequence[Any], output: tuple) -> None:
+        ctx.set_materialize_grads(False)
+        save(ctx, output, *takes.grouped(inputs))
 
-    def below_autograd(keyset: torch._C.DispatchKeySet | None, *inputs) -> tuple[Tensor, ...]:
-        if keyset is None:
-            return kernel(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+    def derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """One gradient an argument."""
+        if torch.is_grad_enabled():  # in a backward that is with create_graph only
+            raise RuntimeError(f"wrpo::{name} has one derivative; it cannot be differentiated twice (create_graph)")
+        found = {} if grads[0] is None else backward(ctx, *grads)
+        return tuple([found.get(argument) for argument in takes.names])
 
-    class Formula(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, keyset, options, *tensors):
-            inputs = tensors + options
-            outputs = below_autograd(keyset, *inputs)
-            ctx.is_plain = keyset is None
-            # Zeros for the outputs without a gradient would cost a pass over each.
-            ctx.set_materialize_grads(False)
-            save(ctx, inputs, outputs)
-            return outputs
+    op = _define(name, takes, returns, complete, fake)
+    torch.library.register_autograd(f"wrpo::{name}", derivative, setup_context=set_up)
+    eager = _eager(name, takes, kernel, save, derivative)
 
-        @staticmethod
-        def backward(ctx, *grads):
-            if torch.is_grad_enabled():  # in a backward that is with create_graph only
-                raise RuntimeError(f"wrpo::{name} has one derivative; it cannot be differentiated twice (create_graph)")
-            if grads[0] is None:
-                return (None,) * len(ctx.needs_input_grad)
-            return (None, None, *backward(ctx, *grads))
+    def call(*groups: Any) -> Any:
+        flat = takes.flat(groups)
+        tensors = flat[: takes.tensors]
+        if is_plain(tensors):
+            return eager.apply(groups, *tensors)
+        if not is_compiling() and any(_has_tangent(x) for x in tensors):
+            _refuse_tangents(name)
+        return op(*flat)
 
-    def differentiable(keyset: torch._C.DispatchKeySet | None, *inputs):
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:tensors]):
-            apply = plain_apply if keyset is None else Formula.apply
-            return apply(keyset, inputs[tensors:], *inputs[:tensors])
-        return below_autograd(keyset, *inputs)
-
-    def dispatched(keyset: torch._C.DispatchKeySet, *inputs):
-        if forward_ad._current_level >= 0 and any(has_tangent(x) for x in inputs):
-            raise NotImplementedError(f"wrpo::{name} has no forward-mode derivative; use backward()")
-        return differentiable(keyset, *inputs)
-
-    def call(*inputs):
-        return differentiable(None, *inputs) if is_plain(inputs[:tensors]) else op(*inputs)
-
-    # Past the `apply` in Python, which unwraps the tensors of transforms: 8 us that a plain call has no use for.
-    plain_apply = super(torch.autograd.Function, Formula).apply
-    Formula.__name__ = f"wrpo_{name}"
-    _library.impl(name, dispatched, "Autograd", with_keyset=True)
     return call
+
+
+def _eager(name: str, takes: Arguments, kernel: Callable[..., tuple], save: Callable, derivative: Callable) -> Any:
+    """Kernel and derivative as a `torch.autograd.Function` of the groups and, once more, of the tensors in them."""
+
+    def forward(ctx: Any, groups: tuple, *_tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.is_eager = True
+        ctx.set_materialize_grads(False)  # zeros for the outputs without a gradient would cost a pass over each
+        outputs = kernel(*groups)
+        save(ctx, outputs, *groups)
+        return outputs
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *derivative(ctx, *grads)[: takes.tensors]
+
+    def jvp(ctx: Any, *_tangents: Any) -> None:
+        _refuse_tangents(name)
+
+    # Made by name, so that a profiler and `print(loss)` tell which op it is.
+    functions = {function.__name__: staticmethod(function) for function in (forward, backward, jvp)}
+    return type(f"wrpo_{name}_", (torch.autograd.Function,), functions)
+
+
+def _define(
+    name: str, takes: Arguments, returns: str, kernel: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    full_name = f"wrpo::{name}"
+    torch.library.define(full_name, f"({takes.schema}) -> ({returns})")
+    torch.library.impl(full_name, "CompositeExplicitAutograd", lambda *inputs: kernel(*takes.grouped(inputs)))
+    torch.library.register_fake(full_name, lambda *inputs: fake(*takes.grouped(inputs)))
+    return getattr(torch.ops.wrpo, name).default
+
+
+def _refuse_tangents(name: str) -> None:
+    raise NotImplementedError(f"wrpo::{name} has no forward-mode derivative; use backward()")
+
+
+def _has_tangent(value: object) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None

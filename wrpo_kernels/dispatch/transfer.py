@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def sent(values: list | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def to_device(values: list | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A copy through pinned memory: from any other the transfer waits for all work that was queued before it."""
     at = values.device if isinstance(values, Tensor) else "cpu"  # a list must not land on the default device
     on_host = torch.as_tensor(values, dtype=dtype, device=at)

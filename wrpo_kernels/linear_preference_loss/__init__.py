@@ -7,17 +7,16 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from wrpo_kernels.checks import check_grad_filter
-from wrpo_kernels.dispatch.transfer import sent
+from wrpo_kernels.checks import check_int
+from wrpo_kernels.dispatch.transfer import to_device
 from wrpo_kernels.linear_preference_loss import contract
 from wrpo_kernels.linear_token_logp import contract as token_contract
-from wrpo_kernels.linear_token_logp import gradients_asked, logp_of_rows
-from wrpo_kernels.lm_head.adapter import Adapter, checked_adapter
-from wrpo_kernels.lm_head.budget import check_budget, rows_within
+from wrpo_kernels.lm_head.budget import rows_within
 from wrpo_kernels.lm_head.head import LabelsByPosition
-from wrpo_kernels.lm_head.rows import count_labels, count_rows, nan_unless_counted
-from wrpo_kernels.logit_transform import LogitTransform
-from wrpo_kernels.preference_loss import PreferenceOutput, preference_loss, reduce_loss, settle
+from wrpo_kernels.lm_head.inputs import HeadOptions, HeadTensors, checked_options, checked_tensors
+from wrpo_kernels.lm_head.rows import count_labels, count_rows, most_rows, nan_unless_counted
+from wrpo_kernels.preference_loss import PreferenceOutput, loss_arguments, loss_of_sequences, reduce_loss
+from wrpo_kernels.preference_loss.family import LossArguments
 from wrpo_kernels.token_logp.contract import logp_dtype
 
 SMALL_HEAD = 1 << 18  # elements of a weight [V, D] that is at home in the cache
@@ -62,8 +61,9 @@ def linear_preference_loss(
     Args:
         hidden: [S, T, D] float32 | bfloat16 | float16, or packed [N, D] with `cu_seqlens`.
         weight: [V, D] head.
-        labels: [S, T] int64 (or [N]); labels[s, t] is predicted from hidden[s, t]. `ignore_index` marks prompt and
-            padding, which never reach the head.
+        labels: [S, T] int64 (or [N]). They are not shifted here: labels[s, t] is predicted from hidden[s, t], so a
+            Hugging Face batch needs `labels[:, 1:]` with `hidden[:, :-1]`. `ignore_index` marks prompt and padding,
+            which never reach the head.
         ref_logp: [S] float32, summed reference log-prob of each response; None is reference-free.
         seq_weight, group, beta, gamma, loss_type, label_smoothing, length_normalize, nll_weight, group_weight,
             num_groups, reduction, normalizer, empty: as preference_loss; lengths are counted from `labels`.
@@ -92,46 +92,41 @@ def linear_preference_loss(
         rows fit, and 6NrV. N counts only the labels that count.
     Source: WRPO, arXiv:2412.03187.
     """
-    head_options = (bias, logit_scale, softcap, temperature, ignore_index, backend)
-    token_contract.check(hidden, weight, labels, *head_options, target_name="labels")
-    low_rank = checked_adapter(adapter, hidden, weight)
+    tensors = checked_tensors(hidden, weight, labels, bias, adapter, "labels")
     check_sequences(labels, cu_seqlens)
-    budget_bytes, grad_filter = check_budget(budget_bytes, hidden.device), check_grad_filter(grad_filter)
-    transform = LogitTransform(bias, float(logit_scale), float(softcap or 0.0), float(temperature))
+    check_int("ignore_index", ignore_index)
     packed = cu_seqlens is not None
     length = per_sequence(labels != ignore_index, cu_seqlens) if packed else count_labels(labels, ignore_index)
     rows = count_rows(length, labels.numel(), num_rows)
-    loss = {
-        "ref_logp": ref_logp,
-        "seq_weight": seq_weight,
-        "group": group,
-        "beta": beta,
-        "gamma": gamma,
-        "loss_type": loss_type,
-        "label_smoothing": label_smoothing,
-        "length": length,
-        "length_normalize": length_normalize,
-        "nll_weight": nll_weight,
-        "group_weight": group_weight,
-        "num_groups": num_groups,
-        "empty": empty,
-    }
-    head = (weight, bias, *low_rank)  # low_rank is low, up
-    if reduction != "none" and takes_one_pass(hidden, head, token_contract.bound(rows, labels), budget_bytes):
-        options = (ignore_index, rows, budget_bytes, grad_filter, backend)
-        value, *detached = in_one_pass(
-            hidden, weight, labels, transform, low_rank, *options, loss, reduction, normalizer
-        )
+    transform = (logit_scale, softcap, temperature)
+    options = checked_options(tensors, *transform, ignore_index, rows, budget_bytes, grad_filter, backend)
+    loss, counted = loss_arguments(
+        length,
+        logp_dtype(hidden.dtype),
+        ref_logp=ref_logp,
+        seq_weight=seq_weight,
+        group=group,
+        beta=beta,
+        gamma=gamma,
+        loss_type=loss_type,
+        label_smoothing=label_smoothing,
+        length=length,
+        length_normalize=length_normalize,
+        nll_weight=nll_weight,
+        group_weight=group_weight,
+        num_groups=num_groups,
+        empty=empty,
+    )
+    if reduction != "none" and takes_one_pass(tensors, options):
+        value, *detached = in_one_pass(tensors, options, loss, counted, reduction, normalizer)
         return PreferenceOutput(nan_unless_counted(value, length, num_rows), *detached)
-    compiling = torch.compiler.is_compiling()
-    with nullcontext() if compiling else LabelsByPosition("labels", labels, ignore_index, weight.shape[0]):
-        options = (ignore_index, rows, budget_bytes, grad_filter, backend)
-        token_logp = logp_of_rows(hidden, weight, labels, transform, low_rank, *options)
+    with nullcontext() if torch.compiler.is_compiling() else LabelsByPosition("labels", tensors, ignore_index):
+        token_logp, _, _ = token_contract.linear_token_logp(tensors, options)
     logp = nan_unless_counted(per_sequence(token_logp, cu_seqlens), length, num_rows)
-    return preference_loss(logp, **loss, reduction=reduction, normalizer=normalizer, backend=backend)
+    return loss_of_sequences(logp, loss, counted, reduction, normalizer, backend)
 
 
-def takes_one_pass(hidden: Tensor, head: tuple[Tensor | None, ...], num_rows: int, budget_bytes: int) -> bool:
+def takes_one_pass(tensors: HeadTensors, options: HeadOptions) -> bool:
     """Whether gradients are made together with the loss, to be scaled in the backward.
 
     So for a head that is trained, itself or by an adapter, and whose rows do not fit the budget together, where
@@ -141,39 +136,30 @@ def takes_one_pass(hidden: Tensor, head: tuple[Tensor | None, ...], num_rows: in
 
     Not in float16: a loss scale comes with the backward, too late for gradients that have already run out of bits.
     """
+    hidden, weight = tensors.hidden, tensors.weight
     if hidden.dtype == torch.float16:
         return False
-    vocabulary, width = head[0].shape
-    if num_rows > rows_within(budget_bytes, hidden, head[0], head[3]):
-        return any(gradients_asked(*head))
-    return vocabulary * width <= SMALL_HEAD and any(gradients_asked(hidden, *head))
+    if most_rows(options.num_rows, tensors.target) > rows_within(options.budget_bytes, hidden, weight, tensors.up):
+        return options.asked.of_head
+    vocabulary, width = weight.shape
+    return vocabulary * width <= SMALL_HEAD and any(options.gradients)
 
 
 def in_one_pass(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    transform: LogitTransform,
-    adapter: Adapter,
-    ignore_index: int,
-    num_rows: int,
-    budget_bytes: int,
-    grad_filter: float,
-    backend: str | None,
-    loss: dict,
+    tensors: HeadTensors,
+    options: HeadOptions,
+    loss: LossArguments,
+    counted: int | Tensor,
     reduction: str,
     normalizer: float | Tensor | None,
 ) -> PreferenceOutput:
-    """The output of checked arguments, of whose labels `num_rows` count, with the gradients made beside it."""
-    arguments, kept = settle(loss["length"], logp_dtype(hidden.dtype), **loss)
-    keeps = gradients_asked(hidden, weight, transform.bias, *adapter)
+    """The output, with the gradients made beside it."""
     # The mean over all groups is the op's own: a division outside is a node of the graph with a backward.
-    averages = reduction == "mean" and normalizer is None and not isinstance(kept, Tensor)
-    head = (*transform[1:], ignore_index, budget_bytes, keeps, num_rows, grad_filter, backend)
+    averages = reduction == "mean" and normalizer is None and not isinstance(counted, Tensor)
     total, logp, reward, margin, *_ = contract.linear_preference_loss(
-        hidden, weight, labels, transform.bias, *adapter, *arguments, averages, *head
+        tensors, loss.sequences, options, loss.num_groups, loss.family, averages
     )
-    value = total if averages else reduce_loss(total, reduction, normalizer, kept)
+    value = total if averages else reduce_loss(total, reduction, normalizer, counted)
     return PreferenceOutput(value, logp, reward, margin)
 
 
@@ -190,7 +176,7 @@ def per_sequence(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     narrow = values.dtype if values.is_floating_point() else torch.int64
     if cu_seqlens is None:
         return values.sum(1, dtype=wide).to(narrow)
-    bounds = sent(torch.ops.wrpo.checked_cu_seqlens(cu_seqlens, len(values)), torch.int64, values.device)
+    bounds = to_device(contract.checked_cu_seqlens(cu_seqlens, len(values)), torch.int64, values.device)
     # On an accelerator the checks of segment_reduce would read the bounds back.
     unsafe = values.device.type != "cpu"
     sums = torch.segment_reduce(values.double(), "sum", offsets=bounds, axis=0, initial=0.0, unsafe=unsafe)

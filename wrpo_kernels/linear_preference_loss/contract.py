@@ -1,4 +1,4 @@
-"""The registered op `wrpo::linear_preference_loss`: check, schema, fake and autograd of the one-pass form.
+"""The registered op `wrpo::linear_preference_loss`, of the one-pass form: its schema, kernel, fake and derivative.
 
 The op returns the sum or the mean of the losses of all groups together with its gradients, so that the backward only
 scales them. Rows that fit the budget together take another way: see the public function.
@@ -7,87 +7,97 @@ scales them. Rows that fit the budget together take another way: see the public 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from wrpo_kernels.checks import check_tensor
-from wrpo_kernels.dispatch.autograd import owns_saved, register_differentiable, register_kernel
+from wrpo_kernels.dispatch.autograd import owns_saved, register, register_differentiable
 from wrpo_kernels.dispatch.backends import choose
+from wrpo_kernels.dispatch.schema import Arguments
 from wrpo_kernels.linear_preference_loss import one_pass
-from wrpo_kernels.linear_token_logp.contract import bound
+from wrpo_kernels.linear_token_logp.contract import rows_of
 from wrpo_kernels.lm_head.budget import rows_within
 from wrpo_kernels.lm_head.gradients import Gradients, total_dtype
 from wrpo_kernels.lm_head.head import Head, LabelsByPosition, no_autocast
+from wrpo_kernels.lm_head.inputs import HeadGradients, HeadOptions, HeadTensors
 from wrpo_kernels.lm_head.products import STRIPE_BYTES
-from wrpo_kernels.lm_head.rows import Rows
-from wrpo_kernels.logit_transform import LogitTransform
+from wrpo_kernels.lm_head.rows import most_rows
 from wrpo_kernels.preference_loss import contract as preference
-from wrpo_kernels.preference_loss.family import Family
+from wrpo_kernels.preference_loss.family import Family, LossArguments, Sequences
 from wrpo_kernels.token_logp.contract import logp_dtype
 
-torch.library.define(
-    "wrpo::linear_preference_loss",
-    "(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? low, Tensor? up, "
-    "Tensor? ref_logp, Tensor seq_weight, Tensor group, Tensor length, Tensor? nll_weight, Tensor? group_weight, "
-    "SymInt num_groups, float beta, float gamma, str loss_type, float label_smoothing, bool length_normalize, "
-    "bool averages, float logit_scale, float softcap, float temperature, int ignore_index, "
-    "SymInt budget_bytes, bool[] keeps, SymInt num_rows, float grad_filter, str? backend) -> "
-    "(Tensor loss, Tensor logp, Tensor reward, Tensor margin, "
-    "Tensor dh, Tensor dw, Tensor db, Tensor dlow, Tensor dup)",
-)
-torch.library.define("wrpo::scaled_to", "(Tensor total, Tensor factor, ScalarType dtype) -> Tensor")
 
-
-def check_cu_seqlens(cu_seqlens: Tensor, labels: Tensor) -> None:
-    check_tensor("cu_seqlens", cu_seqlens)
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"cu_seqlens must be [S+1] int32 or int64, got {list(cu_seqlens.shape)} {cu_seqlens.dtype}")
-    if labels.dim() != 1:
-        raise ValueError(f"with cu_seqlens, labels must be packed [N], got {list(labels.shape)}")
-
-
-torch.library.define("wrpo::checked_cu_seqlens", "(Tensor cu_seqlens, SymInt num_rows) -> Tensor")
-
-
-@torch.library.impl("wrpo::checked_cu_seqlens", "CompositeExplicitAutograd")
-def _checked_cu_seqlens(cu_seqlens, num_rows):
-    """The bounds as int64; an op, so that compiled code too looks at the values before a kernel follows them."""
-    if cu_seqlens.device.type == "cpu":  # elsewhere reading them would wait for the device
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != num_rows or any(a > b for a, b in pairwise(bounds)):
-            raise ValueError(f"cu_seqlens must rise from 0 to N={num_rows}, got {bounds}")
-    return cu_seqlens.to(torch.int64, copy=True)
-
-
-@torch.library.register_fake("wrpo::checked_cu_seqlens")
-def _fake_checked_cu_seqlens(cu_seqlens, num_rows):
-    return torch.empty_like(cu_seqlens, dtype=torch.int64)
-
-
-def _linear_preference_loss(hidden, weight, target, bias, low, up, *arguments):
-    num_groups, family, averages, scalars = arguments[6], Family(*arguments[7:12]), arguments[12], arguments[13:16]
-    ignore_index, budget_bytes, keeps, num_rows, grad_filter, backend = arguments[16:]
+def _linear_preference_loss(
+    tensors: HeadTensors, sequences: Sequences, options: HeadOptions, num_groups: int, family: Family, averages: bool
+) -> tuple[Tensor | None, ...]:
+    preference.check_groups(sequences.group, num_groups)
+    sequences = preference.in_dtype(logp_dtype(tensors.hidden.dtype), sequences)
     divisor = max(num_groups, 1) if averages else 1
-    preference.check_groups(arguments[2], num_groups)
-    sequences = one_pass.Sequences(*preference.as_constants(logp_dtype(hidden.dtype), *arguments[:6]))
-    fit, chunks = _chunks(hidden, weight, up, target, budget_bytes, num_rows)
-    with no_autocast(hidden), LabelsByPosition("labels", target, ignore_index, weight.shape[0]):
-        head = Head(hidden, weight, LogitTransform(bias, *scalars), ignore_index, backend, up)
-        rows = Rows.that_count(hidden, target, ignore_index, num_rows, low)
-        gradients = Gradients(hidden, head, keeps, chunks, grad_filter)
-        kernel = choose("preference_loss", backend, preference.CANDIDATES, sequences.seq_weight)
-        result = one_pass.run(head, rows, sequences, num_groups, family, divisor, fit, gradients, kernel)
-        return result.total, *result[2:], *gradients.totals()
+    fit, chunks = _chunks(tensors, options)
+    with no_autocast(tensors.hidden), LabelsByPosition("labels", tensors, options.ignore_index):
+        head, rows = Head(tensors, options), rows_of(tensors, options)
+        gradients = Gradients(tensors.hidden, head, options.asked, chunks, options.grad_filter)
+        kernel = choose("preference_loss", options.backend, preference.CANDIDATES, sequences.seq_weight)
+        loss = LossArguments(sequences, num_groups, family)
+        result = one_pass.run(head, rows, loss, divisor, fit, gradients, kernel)
+        return result.total, result.logp, result.reward, result.margin, *gradients.totals()
 
 
-def _chunks(hidden, weight, up, target, budget_bytes, num_rows):
+def _chunks(tensors: HeadTensors, options: HeadOptions) -> tuple[int, int]:
     """Rows that fit the budget, and chunks in which the gradients are added up: two stand for any number."""
-    fit = rows_within(budget_bytes, hidden, weight, up)
-    return fit, 1 if bound(num_rows, target) <= fit else 2
+    fit = rows_within(options.budget_bytes, tensors.hidden, tensors.weight, tensors.up)
+    return fit, 1 if most_rows(options.num_rows, tensors.target) <= fit else 2
 
 
-def _scaled_to(total, factor, dtype):
+def _fake(
+    tensors: HeadTensors, sequences: Sequences, options: HeadOptions, num_groups: int, family: Family, averages: bool
+) -> tuple[Tensor, ...]:
+    hidden, weight, _, *rest = tensors
+    wide, (_, chunks) = logp_dtype(hidden.dtype), _chunks(tensors, options)
+    dw, dup = (None if x is None else total_dtype(hidden.dtype, x.dtype, chunks) for x in (weight, tensors.up))
+    logp = hidden.new_empty(len(sequences.seq_weight), dtype=wide)
+    kinds = HeadGradients(hidden.dtype, dw, wide, hidden.dtype, dup)
+    each = zip(options.asked, (hidden, weight, *rest), kinds, strict=True)
+    grads = [hidden.new_empty(x.shape, dtype=kind) if asked else hidden.new_empty(0) for asked, x, kind in each]
+    return logp.new_empty(()), logp, torch.empty_like(logp), logp.new_empty(num_groups), *grads
+
+
+def _save(
+    ctx: Any,
+    outputs: tuple[Tensor | None, ...],
+    tensors: HeadTensors,
+    sequences: Sequences,
+    options: HeadOptions,
+    *_: Any,
+) -> None:
+    hidden, weight, _target, *rest = tensors
+    _loss, logp, reward, margin, *totals = outputs
+    ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, *rest)]
+    ctx.asked = options.asked
+    ctx.mark_non_differentiable(logp, reward, margin, *[x for x in totals if x is not None])
+    ctx.save_for_backward(*totals)
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *_: None) -> dict[str, Tensor]:
+    scaled = _scaled_in_place if owns_saved(ctx) else _scaled
+    each = zip(ctx.asked._asdict().items(), ctx.saved_tensors, ctx.dtypes, strict=True)
+    return {name: scaled(total, grad_loss, dtype) for (name, asked), total, dtype in each if asked}
+
+
+def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return total * factor if total.dtype == dtype == factor.dtype else scaled_to(total, factor, dtype)
+
+
+def _scaled_in_place(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same in the memory of the total; a factor of 1 that is at hand leaves nothing to do."""
+    if total.dtype == dtype and factor.is_cpu and factor.item() == 1.0:
+        return total
+    return total.mul_(factor) if total.dtype == dtype == factor.dtype else scaled_to(total, factor, dtype)
+
+
+def _scaled_to(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """factor * total, rounded to `dtype` a stripe at a time: no float32 copy of the whole."""
     out = torch.empty_like(total, dtype=dtype)
     if out.is_cuda:  # one kernel rounds what it multiplies; on the CPU `out` of another type costs a float32 copy
@@ -98,47 +108,43 @@ def _scaled_to(total, factor, dtype):
     return out
 
 
-@torch.library.register_fake("wrpo::scaled_to")
-def _fake_scaled_to(total, factor, dtype):
-    return torch.empty_like(total, dtype=dtype)
+def check_cu_seqlens(cu_seqlens: Tensor, labels: Tensor) -> None:
+    check_tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens must be [S+1] int32 or int64, got {list(cu_seqlens.shape)} {cu_seqlens.dtype}")
+    if labels.dim() != 1:
+        raise ValueError(f"with cu_seqlens, labels must be packed [N], got {list(labels.shape)}")
 
 
-@torch.library.register_fake("wrpo::linear_preference_loss")
-def _fake(hidden, weight, target, bias, low, up, *arguments):
-    length, num_groups, keeps = arguments[3], arguments[6], arguments[18]
-    wide = logp_dtype(hidden.dtype)
-    _, chunks = _chunks(hidden, weight, up, target, arguments[17], arguments[19])
-    dw, dup = (None if like is None else total_dtype(hidden.dtype, like.dtype, chunks) for like in (weight, up))
-    logp, margin = hidden.new_empty(length.shape[0], dtype=wide), hidden.new_empty(num_groups, dtype=wide)
-    kinds = zip(keeps, (hidden, weight, bias, low, up), (hidden.dtype, dw, wide, hidden.dtype, dup), strict=True)
-    grads = [hidden.new_empty(like.shape, dtype=kind) if keep else hidden.new_empty(0) for keep, like, kind in kinds]
-    return logp.new_empty(()), logp, torch.empty_like(logp), margin, *grads
+def _checked_cu_seqlens(cu_seqlens: Tensor, num_rows: int) -> Tensor:
+    """The bounds as int64; an op, so that compiled code too looks at the values before a kernel follows them."""
+    if cu_seqlens.device.type == "cpu":  # elsewhere reading them would wait for the device
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != num_rows or any(a > b for a, b in pairwise(bounds)):
+            raise ValueError(f"cu_seqlens must rise from 0 to N={num_rows}, got {bounds}")
+    return cu_seqlens.to(torch.int64, copy=True)
 
 
-def _save(ctx, inputs, output):
-    ctx.dtypes = [None if x is None else x.dtype for x in (inputs[0], inputs[1], *inputs[3:6])]
-    ctx.keeps = inputs[24]
-    ctx.mark_non_differentiable(*[x for x in output[1:] if x is not None])
-    ctx.save_for_backward(*output[4:])
-
-
-def _backward(ctx, grad_loss, *_):
-    scaled = _scaled_for_good if owns_saved(ctx) else _scaled
-    grads = zip(ctx.saved_tensors, ctx.dtypes, ctx.keeps, strict=True)
-    hidden, weight, *rest = [scaled(total, grad_loss, dtype) if keep else None for total, dtype, keep in grads]
-    return (hidden, weight, None, *rest) + (None,) * 6
-
-
-def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    return total * factor if total.dtype == dtype == factor.dtype else scaled_to(total, factor, dtype)
-
-
-def _scaled_for_good(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same in the memory of the total; a factor of 1 that is at hand leaves nothing to do."""
-    if total.dtype == dtype and factor.is_cpu and factor.item() == 1.0:
-        return total
-    return total.mul_(factor) if total.dtype == dtype == factor.dtype else scaled_to(total, factor, dtype)
-
-
-scaled_to = register_kernel("scaled_to", _scaled_to)
-linear_preference_loss = register_differentiable("linear_preference_loss", _linear_preference_loss, _save, _backward)
+checked_cu_seqlens = register(
+    "checked_cu_seqlens",
+    Arguments("Tensor cu_seqlens", "SymInt num_rows"),
+    "Tensor",
+    kernel=_checked_cu_seqlens,
+    fake=lambda cu_seqlens, num_rows: torch.empty_like(cu_seqlens, dtype=torch.int64),
+)
+scaled_to = register(
+    "scaled_to",
+    Arguments("Tensor total", "Tensor factor", "ScalarType dtype"),
+    "Tensor",
+    kernel=_scaled_to,
+    fake=lambda total, factor, dtype: torch.empty_like(total, dtype=dtype),
+)
+linear_preference_loss = register_differentiable(
+    "linear_preference_loss",
+    Arguments(HeadTensors, Sequences, HeadOptions, "SymInt num_groups", Family, "bool averages"),
+    "Tensor loss, Tensor logp, Tensor reward, Tensor margin, Tensor dh, Tensor dw, Tensor db, Tensor dlow, Tensor dup",
+    kernel=_linear_preference_loss,
+    fake=_fake,
+    save=_save,
+    backward=_backward,
+)

@@ -13,41 +13,19 @@ coefficients; the rows of the others are recomputed once (2DV a row).
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from wrpo_kernels.dispatch.transfer import sent
+from wrpo_kernels.dispatch.backends import Backend
+from wrpo_kernels.dispatch.transfer import to_device
 from wrpo_kernels.linear_token_logp.passes import chunks
 from wrpo_kernels.lm_head.budget import even_chunk
 from wrpo_kernels.lm_head.gradients import Gradients
 from wrpo_kernels.lm_head.head import Head
-from wrpo_kernels.lm_head.rows import Rows, part_of
-from wrpo_kernels.lm_head.scratch import scratch
-from wrpo_kernels.preference_loss.family import Family
-
-
-class Sequences(NamedTuple):
-    """What the loss knows of each sequence, in the order of the op: S sequences in G groups."""
-
-    ref_logp: Tensor | None  # [S]
-    seq_weight: Tensor  # [S]
-    group: Tensor  # [S] int64
-    length: Tensor  # [S] int64, counted rows
-    nll_weight: Tensor | None  # [S]
-    group_weight: Tensor | None  # [G]
-
-    def none(self) -> Sequences:
-        """No sequences, all groups."""
-        return Sequences(*(None if x is None else x[:0] for x in self[:5]), self.group_weight)
-
-    def of(self, chosen: Tensor, groups: Tensor, local: Tensor) -> Sequences:
-        """The `chosen` sequences, which are those of whole `groups`; `local` are their groups numbered anew."""
-        part = Sequences(*(None if x is None else x[chosen] for x in self[:5]), None)
-        weight = None if self.group_weight is None else self.group_weight[groups]
-        return part._replace(group=local, group_weight=weight)
+from wrpo_kernels.lm_head.rows import Rows, slice_rows
+from wrpo_kernels.preference_loss.family import LossArguments
 
 
 class Result(NamedTuple):
@@ -76,23 +54,16 @@ def passes_of_groups(length: list[int], group: list[int], num_groups: int, fit: 
 
 
 def run(
-    head: Head,
-    rows: Rows,
-    sequences: Sequences,
-    num_groups: int,
-    family: Family,
-    divisor: int,
-    fit: int,
-    gradients: Gradients,
-    kernel: ModuleType,
+    head: Head, rows: Rows, loss: LossArguments, divisor: int, fit: int, gradients: Gradients, kernel: Backend
 ) -> Result:
     """Adds the gradients of the summed loss over `divisor` to `gradients`; returns the values."""
-    buffer = scratch(min(fit, len(rows)), *head.weight.shape[:1], head.weight.dtype, head.weight.device)
+    buffer = head.weight.new_empty(min(fit, len(rows)), len(head.weight))
     if len(rows) <= fit:
-        return _finish(head, rows, sequences, num_groups, family, divisor, buffer, gradients, kernel)
-    logp = torch.zeros(len(sequences.length), dtype=head.logp_dtype, device=buffer.device)
+        return _values_and_gradients(head, rows, loss, divisor, buffer, gradients, kernel)
+    sequences, num_groups, family = loss
+    logp = torch.zeros(len(sequences.seq_weight), dtype=head.logp_dtype, device=buffer.device)
     # A group that no sequence belongs to has the margin -gamma, whichever way it is computed.
-    loss, _, margin, _ = kernel.forward(logp[:0], *sequences.none(), num_groups, family)
+    value, _, margin, _ = kernel.forward(logp[:0], loss._replace(sequences=sequences.none()))
     reward = torch.zeros_like(logp)
     # The one place that waits for an accelerator: which rows share a pass depends on the lengths.
     length, group = torch.stack([sequences.length, sequences.group]).tolist()
@@ -100,39 +71,32 @@ def run(
     for members in passes_of_groups(length, group, num_groups, fit):
         some = rows.at(torch.cat([of_sequence[s] for s in members]))
         numbers = sorted({group[s] for s in members})
-        chosen, groups = (sent(values, torch.int64, buffer.device) for values in (members, numbers))
+        chosen, groups = (to_device(values, torch.int64, buffer.device) for values in (members, numbers))
         local = {g: number for number, g in enumerate(numbers)}
-        part = sequences.of(chosen, groups, sent([local[group[s]] for s in members], torch.int64, buffer.device))
-        values = _finish(head, some, part, len(groups), family, divisor, buffer, gradients, kernel)
+        renumbered = to_device([local[group[s]] for s in members], torch.int64, buffer.device)
+        part = LossArguments(sequences.at(chosen, groups, renumbered), len(numbers), family)
+        values = _values_and_gradients(head, some, part, divisor, buffer, gradients, kernel)
         logp[chosen], reward[chosen] = values.logp, values.reward
-        loss[groups], margin[groups] = values.loss, values.margin
-    return Result(loss.sum() / divisor, loss, logp, reward, margin)
+        value[groups], margin[groups] = values.loss, values.margin
+    return Result(value.sum() / divisor, value, logp, reward, margin)
 
 
-def _finish(
-    head: Head,
-    rows: Rows,
-    sequences: Sequences,
-    num_groups: int,
-    family: Family,
-    divisor: int,
-    buffer: Tensor,
-    gradients: Gradients,
-    kernel: ModuleType,
+def _values_and_gradients(
+    head: Head, rows: Rows, loss: LossArguments, divisor: int, buffer: Tensor, gradients: Gradients, kernel: Backend
 ) -> Result:
-    """Values and gradients of whole groups, whose rows come sequence after sequence."""
+    """Of whole groups, whose rows come sequence after sequence."""
     number = len(rows)
     token_logp = torch.empty(number, dtype=head.logp_dtype, device=buffer.device)
     pieces = _pieces(number, buffer.shape[0])
     for first, last in pieces[:-1]:
         head.logp_into(token_logp[first:last], rows, first, last, buffer)
     for first, last in pieces[-1:]:
-        delta = head.delta_into(part_of(token_logp, first, last), rows, first, last, buffer)
-    result, coef = _result_of(token_logp, sequences, num_groups, family, divisor, kernel)
+        delta = head.delta_into(slice_rows(token_logp, first, last), rows, first, last, buffer)
+    result, coef = _values_and_coefficients(token_logp, loss, divisor, kernel)
     for first, last in reversed(pieces):
         if last < number:
             delta = head.delta_into(token_logp[first:last], rows, first, last, buffer)
-        gradients.add(rows, first, delta, part_of(coef, first, last))
+        gradients.add(rows, first, delta, slice_rows(coef, first, last))
     return result
 
 
@@ -144,14 +108,15 @@ def _pieces(number: int, fit: int) -> list[tuple[int, int]]:
     return [*chunks(0, before, even_chunk(before, fit)), (before, number)]
 
 
-def _result_of(
-    token_logp: Tensor, sequences: Sequences, num_groups: int, family: Family, divisor: int, kernel: ModuleType
+def _values_and_coefficients(
+    token_logp: Tensor, loss: LossArguments, divisor: int, kernel: Backend
 ) -> tuple[Result, Tensor]:
     """The values, and coef [N, 1] = d total / d token_logp; a backend may make them in one call."""
     if hasattr(kernel, "of_rows"):
-        *values, coef = kernel.of_rows(token_logp, *sequences, num_groups, family, divisor)
+        *values, coef = kernel.of_rows(token_logp, loss, divisor)
         return Result(*values), coef
-    logp = kernel.sequence_sum(token_logp, sequences.length)
-    loss, reward, margin, coef = kernel.forward(logp, *sequences, num_groups, family)
-    coef = kernel.over_rows(coef / divisor, sequences.length, len(token_logp))
-    return Result(loss.sum() / divisor, loss, logp, reward, margin), coef[:, None]
+    length = loss.sequences.length
+    logp = kernel.sequence_sum(token_logp, length)
+    value, reward, margin, coef = kernel.forward(logp, loss)
+    coef = kernel.over_rows(coef / divisor, length, len(token_logp))
+    return Result(value.sum() / divisor, value, logp, reward, margin), coef[:, None]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from wrpo_kernels.checks import check_grad_filter
+from wrpo_kernels.checks import check_int
 from wrpo_kernels.linear_token_logp import contract
-from wrpo_kernels.lm_head.adapter import Adapter, checked_adapter
-from wrpo_kernels.lm_head.budget import check_budget
+from wrpo_kernels.lm_head.inputs import checked_options, checked_tensors
 from wrpo_kernels.lm_head.rows import count_labels, count_rows, nan_unless_counted
-from wrpo_kernels.logit_transform import LogitTransform
 
 
 def linear_token_logp(
@@ -38,7 +35,8 @@ def linear_token_logp(
         hidden: [..., D] float32 | bfloat16 | float16, the hidden states that the head receives. Their type is the
             type of the matrix products.
         weight: [V, D] head, any floating type (another than `hidden`'s is converted for the products).
-        target: [...] int64 in [0, V), or `ignore_index`. target[..., t] is predicted from hidden[..., t].
+        target: [...] int64 in [0, V), or `ignore_index`. It is not shifted here: target[..., t] is predicted from
+            hidden[..., t], so a Hugging Face batch needs `labels[:, 1:]` with `hidden[:, :-1]`.
         bias: [V] of the head. Default: none.
         adapter: (low [..., r], up [V, r]) of a LoRA on the head, which adds low up^T to hidden W^T: low = s A(hidden),
             up = B. Nothing of size [V, D] is made for it. Both are rounded to the type of `hidden`, whose range they
@@ -79,36 +77,11 @@ def linear_token_logp(
         share of the logits and for each of its gradients; on a frozen head deltas are then kept as for a trained one.
     Source: WRPO, arXiv:2412.03187; online softmax, arXiv:1805.02867.
     """
-    contract.check(hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index, backend)
-    low_rank = checked_adapter(adapter, hidden, weight)
-    transform = LogitTransform(bias, float(logit_scale), float(softcap or 0.0), float(temperature))
-    budget_bytes, counted = check_budget(budget_bytes, hidden.device), count_labels(target.reshape(1, -1), ignore_index)
+    tensors = checked_tensors(hidden, weight, target, bias, adapter)
+    check_int("ignore_index", ignore_index)
+    counted = count_labels(target.reshape(1, -1), ignore_index)
     rows = count_rows(counted, target.numel(), num_rows)
-    options = (ignore_index, rows, budget_bytes, check_grad_filter(grad_filter), backend)
-    logp = logp_of_rows(hidden, weight, target, transform, low_rank, *options)
+    transform = (logit_scale, softcap, temperature)
+    options = checked_options(tensors, *transform, ignore_index, rows, budget_bytes, grad_filter, backend)
+    logp, _, _ = contract.linear_token_logp(tensors, options)
     return nan_unless_counted(logp, counted, num_rows)
-
-
-def logp_of_rows(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    transform: LogitTransform,
-    adapter: Adapter,
-    ignore_index: int,
-    num_rows: int,
-    budget_bytes: int,
-    grad_filter: float,
-    backend: str | None,
-) -> Tensor:
-    """`linear_token_logp` of checked arguments, of whose labels `num_rows` count (or UNCOUNTED)."""
-    keeps = gradients_asked(hidden, weight, transform.bias, *adapter)
-    options = (*transform[1:], ignore_index, num_rows, budget_bytes, keeps, grad_filter, backend)
-    logp, _, _ = contract.linear_token_logp(hidden, weight, target, transform.bias, *adapter, *options)
-    return logp
-
-
-def gradients_asked(*tensors: Tensor | None) -> tuple[bool, ...]:
-    if not torch.is_grad_enabled():
-        return (False,) * len(tensors)
-    return tuple([tensor is not None and tensor.requires_grad for tensor in tensors])

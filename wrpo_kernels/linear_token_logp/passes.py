@@ -19,7 +19,6 @@ from wrpo_kernels.lm_head.column_filter import columns_that_count, grad_hidden_i
 from wrpo_kernels.lm_head.gradients import Gradients
 from wrpo_kernels.lm_head.head import Head
 from wrpo_kernels.lm_head.rows import Rows
-from wrpo_kernels.lm_head.scratch import scratch
 
 
 def chunks(first: int, last: int, step: int) -> list[tuple[int, int]]:
@@ -32,7 +31,7 @@ def forward(
     """Returns logp [N], the unscaled gradient of the hidden states [N or 0, D] and the kept deltas [keep, V]."""
     (vocabulary, width), weight = head.weight.shape, head.weight
     logp = weight.new_empty(len(rows), dtype=head.logp_dtype)
-    kept = scratch(plan.keep, vocabulary, weight.dtype, weight.device)
+    kept = weight.new_empty(plan.keep, vocabulary)
     unscaled = weight.new_empty(len(rows) if keeps_hidden else 0, width)
     if head.is_fused and not plan.keep and not keeps_hidden:
         head.logp_of(rows, logp)
@@ -40,7 +39,7 @@ def forward(
     first_chunk = min(plan.keep, len(rows))
     if first_chunk:
         head.delta_into(logp[:first_chunk], rows, 0, first_chunk, kept)
-    buffer = scratch(min(plan.chunk, len(rows) - first_chunk), vocabulary, weight.dtype, weight.device)
+    buffer = weight.new_empty(min(plan.chunk, len(rows) - first_chunk), vocabulary)
     for first, last in chunks(first_chunk, len(rows), plan.chunk):
         if keeps_hidden:
             delta = head.delta_into(logp[first:last], rows, first, last, buffer)
@@ -56,7 +55,7 @@ def backward(head: Head, rows: Rows, plan: Plan, kept: Tensor, coef: Tensor, gra
     first_chunk = min(plan.keep, len(rows))
     if first_chunk:
         gradients.add(rows, 0, kept[:first_chunk], coef[:first_chunk])
-    buffer = scratch(min(plan.chunk, len(rows) - first_chunk), kept.shape[1], kept.dtype, kept.device)
+    buffer = kept.new_empty(min(plan.chunk, len(rows) - first_chunk), kept.shape[1])
     for first, last in chunks(first_chunk, len(rows), plan.chunk):
         delta = head.delta_into(coef.new_empty(last - first), rows, first, last, buffer)
         gradients.add(rows, first, delta, coef[first:last])

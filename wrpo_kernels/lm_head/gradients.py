@@ -8,13 +8,12 @@ low [N, r] and up [V, r] of an adapter are to each other what h and W are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from wrpo_kernels.lm_head import column_filter
+from wrpo_kernels.lm_head.head import Head
+from wrpo_kernels.lm_head.inputs import Asked, HeadGradients
 from wrpo_kernels.lm_head.products import (
     add_grad_weight,
     grad_weight_into,
@@ -24,11 +23,7 @@ from wrpo_kernels.lm_head.products import (
     writes_float32,
 )
 from wrpo_kernels.lm_head.rows import Rows
-from wrpo_kernels.lm_head.scratch import scratch
 from wrpo_kernels.token_logp.contract import logp_dtype
-
-if TYPE_CHECKING:
-    from wrpo_kernels.lm_head.head import Head
 
 
 def total_dtype(products: torch.dtype, wanted: torch.dtype, chunks: int) -> torch.dtype:
@@ -37,27 +32,25 @@ def total_dtype(products: torch.dtype, wanted: torch.dtype, chunks: int) -> torc
 
 
 class Gradients:
-    """dh [..., D], dW [V, D], db [V], dlow [..., r] and dup [V, r]; each None unless its flag in `keeps` is set.
+    """dh [..., D], dW [V, D], db [V], dlow [..., r] and dup [V, r]; each None unless it is asked for.
 
     One chunk of dW is summed in float32 inside the product and rounded once, where its tensor has the type of the
     products; several are added up in a float32 total, and so is what belongs to a float32 head of 16-bit products.
     With a `grad_filter` dh and dW leave out what `column_filter` says.
     """
 
-    def __init__(
-        self, hidden: Tensor, head: Head, keeps: Sequence[bool], chunks: int, grad_filter: float = 0.0
-    ) -> None:
+    def __init__(self, hidden: Tensor, head: Head, asked: Asked, chunks: int, grad_filter: float = 0.0) -> None:
         weight, up, products = head.weight, head.up, hidden.dtype
-        self.dh = hidden.new_empty(hidden.shape) if keeps[0] else None
+        self.dh = hidden.new_empty(hidden.shape) if asked.hidden else None
         self.dw = self.db = self.dlow = self.dup = None
-        if keeps[1]:
+        if asked.weight:
             dtype = total_dtype(products, head.weight_dtype, chunks)
-            self.dw = scratch(weight.shape[0], weight.shape[1], dtype, weight.device)
-        if keeps[2]:
+            self.dw = weight.new_empty(weight.shape, dtype=dtype)
+        if asked.bias:
             self.db = torch.zeros(weight.shape[0], dtype=logp_dtype(products), device=weight.device)
-        if keeps[3]:
+        if asked.low:
             self.dlow = hidden.new_empty(*hidden.shape[:-1], up.shape[1])
-        if keeps[4]:
+        if asked.up:
             self.dup = up.new_empty(up.shape, dtype=total_dtype(products, head.up_dtype, chunks))
         self._weight, self._up = weight, up
         self._filter = grad_filter
@@ -81,12 +74,12 @@ class Gradients:
             self._add_weight(self.dup, delta, scaled_rows(rows.low(first, last), coef), None)
         self._is_empty = False
 
-    def totals(self) -> tuple[Tensor | None, ...]:
-        """dh, dW, db, dlow and dup as they were accumulated."""
+    def totals(self) -> HeadGradients:
+        """As they were accumulated."""
         for total in (self.dh, self.dw, self.dlow, self.dup):
             if self._is_empty and total is not None:
                 total.zero_()
-        return self.dh, self.dw, self.db, self.dlow, self.dup
+        return HeadGradients(self.dh, self.dw, self.db, self.dlow, self.dup)
 
     def _put_rows(
         self,
@@ -102,7 +95,7 @@ class Gradients:
         out = out.view(-1, out.shape[-1])
         if self._is_empty and rows.index is not None:
             out.zero_()
-        share = rows.room_in(out, first, first + delta.shape[0])
+        share = rows.output_for(out, first, first + delta.shape[0])
         column_filter.grad_hidden_into(share, delta, operand, columns)
         rows.put_(out, first, scale_rows_(share, coef))
 
@@ -124,7 +117,7 @@ class Gradients:
         """Where a product of 16-bit matrices cannot write float32: a stripe of the vocabulary at a time is widened."""
         vocabulary, width = total.shape
         step = stripe_of(width, delta.dtype)
-        part = scratch(min(step, vocabulary), width, delta.dtype, delta.device)
+        part = delta.new_empty(min(step, vocabulary), width)
         for first in range(0, vocabulary, step):
             some = total[first : first + step]
             grad_weight_into(part[: len(some)], delta[:, first : first + step], scaled)

@@ -11,17 +11,17 @@ from torch import Tensor
 from wrpo_kernels.checks import check_labels
 from wrpo_kernels.dispatch.backends import choose
 from wrpo_kernels.dispatch.triton_backend import FusedTritonBackend
+from wrpo_kernels.lm_head.inputs import HeadOptions, HeadTensors
 from wrpo_kernels.lm_head.products import logits_into
-from wrpo_kernels.lm_head.rows import Rows, part_of
-from wrpo_kernels.logit_transform import LogitTransform
+from wrpo_kernels.lm_head.rows import Rows, slice_rows
 from wrpo_kernels.token_logp.contract import CANDIDATES as ROW_KERNELS
 from wrpo_kernels.token_logp.contract import logp_dtype
 
-CANDIDATES = (*ROW_KERNELS, FusedTritonBackend("wrpo_kernels.linear_token_logp.triton_kernel"))
+CANDIDATES = (*ROW_KERNELS, FusedTritonBackend("wrpo_kernels.lm_head.triton_kernel"))
 
 
 def no_autocast(like: Tensor) -> AbstractContextManager:
-    """The types of the products are settled: autocast, which would cast them again, stays out."""
+    """The types of the arguments settle those of the products: autocast, which would cast them again, stays out."""
     kind = like.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
@@ -29,8 +29,8 @@ def no_autocast(like: Tensor) -> AbstractContextManager:
 class LabelsByPosition:
     """A row kernel sees compacted rows; a label that it refuses is reported where the caller wrote it."""
 
-    def __init__(self, name: str, target: Tensor, ignore_index: int, vocabulary: int) -> None:
-        self._labels = (name, target, ignore_index, vocabulary)
+    def __init__(self, name: str, tensors: HeadTensors, ignore_index: int) -> None:
+        self._labels = (name, tensors.target, ignore_index, tensors.weight.shape[0])
 
     def __enter__(self) -> None:
         pass
@@ -45,21 +45,14 @@ class Head:
     """The transform of the logits, the row kernel, and `weight` [V, D] and an adapter's `up` [V, r] in the type of the
     hidden states."""
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        transform: LogitTransform,
-        ignore_index: int,
-        backend: str | None,
-        up: Tensor | None = None,
-    ):
+    def __init__(self, tensors: HeadTensors, options: HeadOptions) -> None:
+        hidden, weight, up = tensors.hidden, tensors.weight, tensors.up
         self.weight_dtype, self.up_dtype = weight.dtype, None if up is None else up.dtype  # as the caller has them
         self.weight = weight if weight.dtype == hidden.dtype else weight.to(hidden.dtype)
         self.up = None if up is None else up.to(hidden.dtype)
-        self.transform = transform
-        self.ignore_index = ignore_index
-        self.kernel = choose("linear_token_logp", backend, CANDIDATES, hidden)
+        self.transform = options.transform(tensors.bias)
+        self.ignore_index = options.ignore_index
+        self.kernel = choose("linear_token_logp", options.backend, CANDIDATES, hidden)
         self.logp_dtype = logp_dtype(hidden.dtype)
 
     @property
@@ -81,7 +74,7 @@ class Head:
 
     def _run(self, kernel: Callable, logp: Tensor, rows: Rows, first: int, last: int, buffer: Tensor) -> Tensor:
         lse = logp.new_empty(last - first)
-        out, hidden, low = part_of(buffer, 0, last - first), rows.hidden(first, last), rows.low(first, last)
+        out, hidden, low = slice_rows(buffer, 0, last - first), rows.hidden(first, last), rows.low(first, last)
         logits = logits_into(out, hidden, self.weight, low, self.up)
-        kernel(logits, part_of(rows.target, first, last), self.ignore_index, self.transform, logp, lse)
+        kernel(logits, slice_rows(rows.target, first, last), self.ignore_index, self.transform, logp, lse)
         return logits

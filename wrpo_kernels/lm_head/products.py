@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from wrpo_kernels.dispatch.backends import load_extension
-from wrpo_kernels.lm_head.scratch import scratch
 
 STRIPE_BYTES = 8 << 20  # scratch of one stripe of the vocabulary; 2..32 MiB measure alike
 
@@ -96,7 +95,7 @@ def _grad_weight_transposed(out: Tensor, delta: Tensor, scaled: Tensor) -> None:
     rows, columns = delta.shape
     native, _ = load_extension("_cpu")
     step = stripe_of(rows, delta.dtype)
-    buffer = scratch(min(step, columns), rows, delta.dtype, delta.device)
+    buffer = delta.new_empty(min(step, columns), rows)
     for first in range(0, columns, step):
         last = min(first + step, columns)
         part, turned = delta[:, first:last], buffer[: last - first]

@@ -13,7 +13,12 @@ from wrpo_kernels.dispatch.backends import load_extension
 UNCOUNTED = -1
 
 
-def part_of(values: Tensor, first: int, last: int) -> Tensor:
+def most_rows(num_rows: int, target: Tensor) -> int:
+    """`num_rows`, or, where they are uncounted, as many as there are labels."""
+    return target.numel() if num_rows == UNCOUNTED else num_rows
+
+
+def slice_rows(values: Tensor, first: int, last: int) -> Tensor:
     """values[first:last]; the tensor itself where that is all of it, for a view costs 1 to 4 us."""
     return values if last - first == values.shape[0] else values[first:last]
 
@@ -69,28 +74,28 @@ class Rows:
             positions, width = self.positions()[first:last], self._hidden.shape[1]
             return self._hidden[positions // width, positions % width]
         if self.index is None:
-            return part_of(self._hidden, first, last)
+            return slice_rows(self._hidden, first, last)
         return self._hidden.index_select(0, self.index[first:last])
 
     def low(self, first: int, last: int) -> Tensor | None:
         """[last - first, r] of an adapter, in the type of the hidden states."""
         if self._low is None:
             return None
-        low = part_of(self._low, first, last) if self.index is None else self._low[self.index[first:last]]
+        low = slice_rows(self._low, first, last) if self.index is None else self._low[self.index[first:last]]
         return low.to(self._hidden.dtype)
 
     def take(self, values: Tensor) -> Tensor:
         """[M, ...] -> [N, ...]"""
         return values if self.index is None else values.index_select(0, self.index)
 
-    def room_in(self, out: Tensor, first: int, last: int) -> Tensor:
+    def output_for(self, out: Tensor, first: int, last: int) -> Tensor:
         """Where values of rows [first, last) are to be written: in `out` [M, ...] itself if nothing was left out."""
         if self.index is None:
-            return part_of(out, first, last)
+            return slice_rows(out, first, last)
         return out.new_empty(last - first, *out.shape[1:])
 
     def put_(self, out: Tensor, first: int, values: Tensor) -> None:
-        """Takes values that were written into `room_in(out, first, ...)` to their places in `out`."""
+        """Takes values that were written into `output_for(out, first, ...)` to their places in `out`."""
         if self.index is not None:
             out.index_copy_(0, self.index[first : first + values.shape[0]], values)
 

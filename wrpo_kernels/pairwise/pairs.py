@@ -17,7 +17,7 @@ from wrpo_kernels.checks import (
     check_shape,
     check_tensor,
 )
-from wrpo_kernels.dispatch.transfer import sent
+from wrpo_kernels.dispatch.transfer import to_device
 from wrpo_kernels.layout import count_sequences, role_by_role
 
 
@@ -61,7 +61,7 @@ def linear_pair_arguments(
 
 
 def _weights(pairs: int, nll_weight: float | Tensor, device: torch.device) -> dict[str, Any]:
-    signs = sent([1.0, -1.0], torch.float64, device)
+    signs = to_device([1.0, -1.0], torch.float64, device)
     return {**role_by_role(signs, pairs), "nll_weight": _of_chosen(nll_weight, pairs, device)}
 
 

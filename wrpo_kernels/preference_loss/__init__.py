@@ -20,7 +20,7 @@ from wrpo_kernels.checks import (
     check_tensor,
 )
 from wrpo_kernels.preference_loss import contract
-from wrpo_kernels.preference_loss.family import Family
+from wrpo_kernels.preference_loss.family import Family, LossArguments, Sequences
 
 MOST_GROUPS = 1 << 31
 
@@ -106,7 +106,7 @@ def preference_loss(
     """
     contract.check_logp(logp)
     check_backend_name(backend)
-    arguments, kept = settle(
+    loss, counted = loss_arguments(
         logp,
         logp.dtype,
         ref_logp=ref_logp,
@@ -123,11 +123,10 @@ def preference_loss(
         num_groups=num_groups,
         empty=empty,
     )
-    loss, reward, margin, _ = contract.preference_loss(logp, *arguments, backend)
-    return PreferenceOutput(reduce_loss(loss, reduction, normalizer, kept), logp.detach(), reward, margin)
+    return loss_of_sequences(logp, loss, counted, reduction, normalizer, backend)
 
 
-def settle(
+def loss_arguments(
     like: Tensor,
     dtype: torch.dtype,
     *,
@@ -144,18 +143,30 @@ def settle(
     group_weight: Tensor | None,
     num_groups: int | None,
     empty: str,
-) -> tuple[tuple, int | Tensor]:
-    """The checked arguments of the op after `logp`, in its order, and the number of groups that count.
+) -> tuple[LossArguments, int | Tensor]:
+    """The checked arguments of the op after `logp`, and the number of groups that count.
 
     `like` [S] has the shape and the device of the log-probs, `dtype` is theirs.
     """
     check_bool("length_normalize", length_normalize)
     num_groups = count_groups(group, num_groups)
-    family = Family(beta, gamma, loss_type, label_smoothing, length_normalize)
     nll_weight = spread_nll_weight(nll_weight, like, dtype)
-    contract.check(like, ref_logp, seq_weight, group, length, nll_weight, group_weight, num_groups, family)
-    group_weight, nll_weight, kept = drop_empty(empty, length, group, group_weight, nll_weight, num_groups, dtype)
-    return (ref_logp, seq_weight, group, length, nll_weight, group_weight, num_groups, *family), kept
+    sequences = Sequences(ref_logp, seq_weight, group, length, nll_weight, group_weight)
+    loss = LossArguments(sequences, num_groups, Family(beta, gamma, loss_type, label_smoothing, length_normalize))
+    contract.check(like, loss)
+    return without_empty(empty, loss, dtype)
+
+
+def loss_of_sequences(
+    logp: Tensor,
+    loss: LossArguments,
+    counted: int | Tensor,
+    reduction: str,
+    normalizer: float | Tensor | None,
+    backend: str | None,
+) -> PreferenceOutput:
+    values, reward, margin, _ = contract.preference_loss(logp, *loss, backend)
+    return PreferenceOutput(reduce_loss(values, reduction, normalizer, counted), logp.detach(), reward, margin)
 
 
 def count_groups(group: Tensor, num_groups: int | None) -> int:
@@ -180,30 +191,26 @@ def spread_nll_weight(nll_weight: float | Tensor, like: Tensor, dtype: torch.dty
     return torch.full_like(like, float(nll_weight), dtype=dtype, requires_grad=False) if nll_weight else None
 
 
-def drop_empty(
-    empty: str,
-    length: Tensor | None,
-    group: Tensor,
-    group_weight: Tensor | None,
-    nll_weight: Tensor | None,
-    num_groups: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor | None, Tensor | None, Tensor | int]:
-    """Weights without the groups that hold an empty response, and the number of groups that remain."""
+def without_empty(empty: str, loss: LossArguments, dtype: torch.dtype) -> tuple[LossArguments, int | Tensor]:
+    """With weight zero for the groups that hold an empty response, and the number of groups that remain."""
     if empty not in ("raise", "zero"):
         raise ValueError(f"empty must be 'raise' or 'zero', got {empty!r}")
+    sequences, num_groups, _ = loss
+    length, group = sequences.length, sequences.group
     if length is None:
-        return group_weight, nll_weight, num_groups
+        return loss, num_groups
     if empty == "raise":
         raise_on_empty(length)
-        return group_weight, nll_weight, num_groups
+        return loss, num_groups
     contract.check_groups(group, num_groups)
     if length.device.type == "cpu" and not is_compiling() and bool((length < 0).any()):
         raise ValueError(f"length must be >= 0, got {int(length.min())}")
     full = torch.ones(num_groups, dtype=dtype, device=length.device)
     full = full.scatter_reduce(0, group, (length > 0).to(full.dtype), "amin")  # 0 where any response is empty
-    weight = full if group_weight is None else group_weight * full
-    return weight, None if nll_weight is None else nll_weight * full[group], full.sum().clamp(min=1)
+    weight = full if sequences.group_weight is None else sequences.group_weight * full
+    nll_weight = None if sequences.nll_weight is None else sequences.nll_weight * full[group]
+    kept = sequences._replace(group_weight=weight, nll_weight=nll_weight)
+    return loss._replace(sequences=kept), full.sum().clamp(min=1)
 
 
 def raise_on_empty(length: Tensor) -> None:
@@ -234,7 +241,7 @@ def _checked_normalizer(normalizer: Tensor, loss: Tensor) -> Tensor:
     return normalizer.reshape(())
 
 
-def reduce_loss(loss: Tensor, reduction: str, normalizer: float | Tensor | None, kept: int | Tensor) -> Tensor:
+def reduce_loss(loss: Tensor, reduction: str, normalizer: float | Tensor | None, counted: int | Tensor) -> Tensor:
     """[G], or their sum [], -> the scalar that `reduction` and `normalizer` name."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
@@ -252,5 +259,5 @@ def reduce_loss(loss: Tensor, reduction: str, normalizer: float | Tensor | None,
     if reduction == "sum":
         return total
     if normalizer is None:
-        normalizer = kept if isinstance(kept, Tensor) else max(kept, 1)
+        normalizer = counted if isinstance(counted, Tensor) else max(counted, 1)
     return total / (normalizer.to(total.dtype) if isinstance(normalizer, Tensor) else normalizer)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from wrpo_kernels.dispatch import cuda_launch
-from wrpo_kernels.preference_loss.family import LOSS_TYPES, Family
+from wrpo_kernels.preference_loss.family import LossArguments
 
 NAME = "cuda"
 
@@ -17,26 +17,14 @@ def refuses(logp: Tensor) -> str | None:
     return cuda_launch.refuses(logp)
 
 
-def forward(
-    logp: Tensor,
-    ref_logp: Tensor | None,
-    seq_weight: Tensor,
-    group: Tensor,
-    length: Tensor | None,
-    nll_weight: Tensor | None,
-    group_weight: Tensor | None,
-    num_groups: int,
-    family: Family,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(logp: Tensor, loss: LossArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns `loss` [G], `reward` [S], `margin` [G] and `coef` [S] = d loss[group[s]] / d logp[s]."""
-    loss, margin = logp.new_empty(num_groups), logp.new_empty(num_groups)
+    value, margin = logp.new_empty(loss.num_groups), logp.new_empty(loss.num_groups)
     reward, coef = torch.empty_like(logp), torch.empty_like(logp)
-    inputs = (logp, ref_logp, seq_weight, group, length, nll_weight, group_weight)
-    settled = [None if x is None else x.contiguous() for x in inputs]
-    scalars = (family.beta, family.gamma, LOSS_TYPES.index(family.loss_type), *family[3:])
-    sizes = (logp.shape[0], num_groups)
-    cuda_launch.launch("preference_loss", logp, *settled, *sizes, *scalars, loss, reward, margin, coef)
-    return loss, reward, margin, coef
+    inputs = [None if x is None else x.contiguous() for x in (logp, *loss.sequences)]
+    sizes = (logp.shape[0], loss.num_groups)
+    cuda_launch.launch("preference_loss", logp, *inputs, *sizes, *loss.family.scalars, value, reward, margin, coef)
+    return value, reward, margin, coef
 
 
 def sequence_sum(rows: Tensor, length: Tensor) -> Tensor:

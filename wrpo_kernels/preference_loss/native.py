@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from wrpo_kernels.dispatch.backends import load_extension
-from wrpo_kernels.preference_loss.family import LOSS_TYPES, Family
+from wrpo_kernels.preference_loss.family import LossArguments
 
 NAME = "native"
 
@@ -20,68 +20,42 @@ def refuses(logp: Tensor) -> str | None:
     return None if module is not None else reason
 
 
-def forward(
-    logp: Tensor,
-    ref_logp: Tensor | None,
-    seq_weight: Tensor,
-    group: Tensor,
-    length: Tensor | None,
-    nll_weight: Tensor | None,
-    group_weight: Tensor | None,
-    num_groups: int,
-    family: Family,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(logp: Tensor, loss: LossArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns `loss` [G], `reward` [S], `margin` [G] and `coef` [S] = d loss[group[s]] / d logp[s]."""
     module, _ = load_extension("_cpu")
-    loss, margin = logp.new_empty(num_groups), logp.new_empty(num_groups)
+    value, margin = logp.new_empty(loss.num_groups), logp.new_empty(loss.num_groups)
     reward, coef = torch.empty_like(logp), torch.empty_like(logp)
-    inputs = (logp, ref_logp, seq_weight, group, length, nll_weight, group_weight)
-    settled = [None if x is None else x.contiguous() for x in inputs]  # alive until the kernel returns
+    out = (value, reward, margin, coef)
+    inputs = [None if x is None else x.contiguous() for x in (logp, *loss.sequences)]  # alive until the kernel returns
     module.preference_loss(
-        *(0 if x is None else x.data_ptr() for x in settled),
+        *[0 if x is None else x.data_ptr() for x in inputs],
         logp.shape[0],
-        num_groups,
-        *scalars(family),
-        *(x.data_ptr() for x in (loss, reward, margin, coef)),
+        loss.num_groups,
+        *loss.family.scalars,
+        *[x.data_ptr() for x in out],
     )
-    return loss, reward, margin, coef
+    return out
 
 
-def of_rows(
-    token_logp: Tensor,
-    ref_logp: Tensor | None,
-    seq_weight: Tensor,
-    group: Tensor,
-    length: Tensor,
-    nll_weight: Tensor | None,
-    group_weight: Tensor | None,
-    num_groups: int,
-    family: Family,
-    divisor: int,
-) -> tuple[Tensor, ...]:
+def of_rows(token_logp: Tensor, loss: LossArguments, divisor: int) -> tuple[Tensor, ...]:
     """From rows [N] that stand sequence after sequence, `length` [S] of them each, summed in float64.
 
     Returns `total` [], the sum of the losses over `divisor`, `loss` [G], `logp` [S], `reward` [S], `margin` [G] and
     `coef` [N, 1] = d total / d token_logp.
     """
     module, _ = load_extension("_cpu")
-    (num_rows,), (num_sequences,) = token_logp.shape, length.shape
+    (num_rows,), (num_sequences,), num_groups = token_logp.shape, loss.sequences.length.shape, loss.num_groups
     sizes = ((), num_groups, num_sequences, num_sequences, num_groups, (num_rows, 1))
     out = tuple([token_logp.new_empty(size) for size in sizes])
-    inputs = (ref_logp, seq_weight, group, length, nll_weight, group_weight)
-    settled = [None if x is None else x.contiguous() for x in inputs]  # alive until the kernel returns
+    inputs = [None if x is None else x.contiguous() for x in loss.sequences]  # alive until the kernel returns
     module.preference_loss_of_rows(
         token_logp.data_ptr(),
         num_rows,
-        *[0 if x is None else x.data_ptr() for x in settled],
+        *[0 if x is None else x.data_ptr() for x in inputs],
         num_sequences,
         num_groups,
-        *scalars(family),
+        *loss.family.scalars,
         divisor,
         *[x.data_ptr() for x in out],
     )
     return out
-
-
-def scalars(family: Family) -> tuple:
-    return family.beta, family.gamma, LOSS_TYPES.index(family.loss_type), *family[3:]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wrpo_kernels.preference_loss.family import Family
+from wrpo_kernels.preference_loss.family import Family, LossArguments
 
 NAME = "reference"
 
@@ -15,18 +15,9 @@ def refuses(logp: Tensor) -> str | None:
     return None
 
 
-def forward(
-    logp: Tensor,
-    ref_logp: Tensor | None,
-    seq_weight: Tensor,
-    group: Tensor,
-    length: Tensor | None,
-    nll_weight: Tensor | None,
-    group_weight: Tensor | None,
-    num_groups: int,
-    family: Family,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(logp: Tensor, loss: LossArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns `loss` [G], `reward` [S], `margin` [G] and `coef` [S] = d loss[group[s]] / d logp[s]."""
+    (ref_logp, seq_weight, group, length, nll_weight, group_weight), num_groups, family = loss
     scale = 1.0  # n_s
     if family.length_normalize:
         scale = (1.0 / length.double()).where(length > 0, 0.0)
@@ -37,17 +28,17 @@ def forward(
         reward = reward.where(length > 0, 0.0)
     zeros = reward.new_zeros(num_groups)
     margin = zeros.index_add(0, group, (weight * reward).where(weight != 0, 0.0)) - family.gamma
-    loss, slope = phi(margin, family)
+    value, slope = phi(margin, family)
     if group_weight is not None:
         # A group of weight zero leaves no trace, even where its log-probs are not finite.
-        loss = (loss * group_weight).where(group_weight != 0, 0.0)
+        value = (value * group_weight).where(group_weight != 0, 0.0)
         slope = (slope * group_weight).where(group_weight != 0, 0.0)
     coef = scale * family.beta * weight * slope[group]
     if nll_weight is not None:
         nll = nll_weight.double() * scale
-        loss = loss.index_add(0, group, (-nll * logp.double()).where(nll != 0, 0.0))
+        value = value.index_add(0, group, (-nll * logp.double()).where(nll != 0, 0.0))
         coef = coef - nll
-    return tuple(x.to(logp.dtype) for x in (loss, reward, margin, coef))
+    return tuple(x.to(logp.dtype) for x in (value, reward, margin, coef))
 
 
 def sequence_sum(rows: Tensor, length: Tensor) -> Tensor:

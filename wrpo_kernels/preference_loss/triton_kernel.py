@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wrpo_kernels.dispatch.triton_math import logistic, softplus
-from wrpo_kernels.preference_loss.family import LOSS_TYPES, Family
+from wrpo_kernels.preference_loss.family import LOSS_TYPES, LossArguments
 
 BLOCK = 256  # sequences at a time
 SIGMOID, HINGE, IPO = (tl.constexpr(LOSS_TYPES.index(name)) for name in ("sigmoid", "hinge", "ipo"))
@@ -168,41 +168,31 @@ def _of_sequences(kernel: triton.JITFunction, length: Tensor, *arguments: Tensor
             kernel[(len(length),)](*arguments, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True)
 
 
-def forward(
-    logp: Tensor,
-    ref_logp: Tensor | None,
-    seq_weight: Tensor,
-    group: Tensor,
-    length: Tensor | None,
-    nll_weight: Tensor | None,
-    group_weight: Tensor | None,
-    num_groups: int,
-    family: Family,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(logp: Tensor, loss: LossArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns `loss` [G], `reward` [S], `margin` [G] and `coef` [S] = d loss[group[s]] / d logp[s]."""
-    loss, margin = logp.new_empty(num_groups), logp.new_empty(num_groups)
+    sequences, num_groups, family = loss
+    value, margin = logp.new_empty(num_groups), logp.new_empty(num_groups)
     reward, coef = torch.empty_like(logp), torch.empty_like(logp)
-    inputs = (logp, ref_logp, seq_weight, group, length, nll_weight, group_weight)
-    settled = [logp if x is None else x.contiguous() for x in inputs]  # what is absent is not read
+    inputs = [logp if x is None else x.contiguous() for x in (logp, *sequences)]  # what is absent is not read
     with torch.cuda.device_of(logp):
         _preference_loss_fwd[(max(num_groups, 1),)](
-            *settled,
-            *(loss, reward, margin, coef),
+            *inputs,
+            *(value, reward, margin, coef),
             logp.shape[0],
             num_groups,
             *_halves(family.beta),
             *_halves(family.gamma),
             *_halves(family.label_smoothing),
             LOSS=LOSS_TYPES.index(family.loss_type),
-            HAS_REF=ref_logp is not None,
+            HAS_REF=sequences.ref_logp is not None,
             BY_LENGTH=family.length_normalize,
-            HAS_NLL=nll_weight is not None,
-            HAS_GROUP_WEIGHT=group_weight is not None,
+            HAS_NLL=sequences.nll_weight is not None,
+            HAS_GROUP_WEIGHT=sequences.group_weight is not None,
             BLOCK=BLOCK,
             num_warps=4,
             enable_fp_fusion=True,
         )
-    return loss, reward, margin, coef
+    return value, reward, margin, coef
 
 
 def _halves(value: float) -> tuple[float, float]:

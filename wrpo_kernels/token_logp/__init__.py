@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from wrpo_kernels.logit_transform import LogitTransform
 from wrpo_kernels.token_logp import contract
 
 
@@ -49,6 +50,6 @@ def token_logp(
     """
     contract.check(logits, target, bias, logit_scale, softcap, temperature, ignore_index, backend)
     rows = logits.reshape(-1, logits.shape[-1])
-    options = (bias, float(logit_scale), float(softcap or 0.0), float(temperature), ignore_index, backend)
-    logp, _ = contract.token_logp(rows, target.reshape(-1), *options)
+    transform = LogitTransform(bias, float(logit_scale), float(softcap or 0.0), float(temperature))
+    logp, _ = contract.token_logp(rows, target.reshape(-1), transform, ignore_index, backend)
     return logp.view(target.shape)

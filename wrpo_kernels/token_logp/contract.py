@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,20 +16,14 @@ from wrpo_kernels.checks import (
     check_shape,
     check_tensor,
 )
-from wrpo_kernels.dispatch.autograd import register_differentiable, register_kernel
+from wrpo_kernels.dispatch.autograd import register, register_differentiable
 from wrpo_kernels.dispatch.backends import choose
+from wrpo_kernels.dispatch.schema import Arguments
 from wrpo_kernels.dispatch.triton_backend import TritonBackend
 from wrpo_kernels.logit_transform import LogitTransform, check_transform
 from wrpo_kernels.token_logp import cuda, native, reference
 
 CANDIDATES = (native, cuda, TritonBackend("wrpo_kernels.token_logp.triton_kernel"), reference)
-
-_OPTIONS = "Tensor? bias, float logit_scale, float softcap, float temperature, int ignore_index, str? backend"
-torch.library.define("wrpo::token_logp", f"(Tensor logits, Tensor target, {_OPTIONS}) -> (Tensor, Tensor)")
-torch.library.define(
-    "wrpo::token_logp_backward",
-    f"(Tensor grad_logp, Tensor logits, Tensor target, Tensor lse, {_OPTIONS}) -> Tensor",
-)
 
 
 def check(
@@ -58,26 +54,26 @@ def logp_dtype(scores: torch.dtype) -> torch.dtype:
     return torch.float64 if scores == torch.float64 else torch.float32
 
 
-def _settle_rows(logits: Tensor) -> Tensor:
+def _contiguous_rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
 def _token_logp(
-    logits: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-    ignore_index: int,
-    backend: str | None,
+    logits: Tensor, target: Tensor, transform: LogitTransform, ignore_index: int, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     kernel = choose("token_logp", backend, CANDIDATES, logits)
     logp = logits.new_empty(logits.shape[0], dtype=logp_dtype(logits.dtype))
     lse = torch.empty_like(logp)
-    transform = LogitTransform(bias, logit_scale, softcap, temperature)
-    kernel.forward(_settle_rows(logits), target.contiguous(), ignore_index, transform, logp, lse)
+    kernel.forward(_contiguous_rows(logits), target.contiguous(), ignore_index, transform, logp, lse)
     return logp, lse
+
+
+def _fake(
+    logits: Tensor, target: Tensor, transform: LogitTransform, ignore_index: int, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    check(logits, target, *transform, ignore_index, backend)
+    logp = logits.new_empty(logits.shape[0], dtype=logp_dtype(logits.dtype))
+    return logp, torch.empty_like(logp)
 
 
 def _token_logp_backward(
@@ -85,46 +81,58 @@ def _token_logp_backward(
     logits: Tensor,
     target: Tensor,
     lse: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
+    transform: LogitTransform,
     ignore_index: int,
     backend: str | None,
 ) -> Tensor:
     kernel = choose("token_logp", backend, CANDIDATES, logits)
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    transform = LogitTransform(bias, logit_scale, softcap, temperature)
-    rows, grads = _settle_rows(logits), grad_logp.contiguous()
+    rows, grads = _contiguous_rows(logits), grad_logp.contiguous()
     kernel.grad(rows, target.contiguous(), ignore_index, transform, lse, grads, grad_logits)
     return grad_logits
 
 
-@torch.library.register_fake("wrpo::token_logp")
-def _fake(logits, target, bias, logit_scale, softcap, temperature, ignore_index, backend):
-    check(logits, target, bias, logit_scale, softcap, temperature, ignore_index, backend)
-    logp = logits.new_empty(logits.shape[0], dtype=logp_dtype(logits.dtype))
-    return logp, torch.empty_like(logp)
-
-
-@torch.library.register_fake("wrpo::token_logp_backward")
-def _fake_backward(grad_logp, logits, *_):
+def _fake_backward(grad_logp: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-def _save(ctx, inputs, output):
-    logits, target, bias, *options = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(logits, target, output[1], bias)
-    ctx.options = options
+def _save(
+    ctx: Any,
+    outputs: tuple[Tensor, Tensor],
+    logits: Tensor,
+    target: Tensor,
+    transform: LogitTransform,
+    ignore_index: int,
+    backend: str | None,
+) -> None:
+    _, lse = outputs
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(logits, target, lse, transform.bias)
+    ctx.transform, ctx.options = transform._replace(bias=None), (ignore_index, backend)
 
 
-def _backward(ctx, grad_logp, _):
+def _backward(ctx: Any, grad_logp: Tensor, _: None) -> dict[str, Tensor | None]:
     logits, target, lse, bias = ctx.saved_tensors
-    grad_logits = token_logp_backward(grad_logp, logits, target, lse, bias, *ctx.options)
-    grad_bias = grad_logits.sum(0, dtype=lse.dtype).to(bias.dtype) if ctx.needs_input_grad[-1] else None
-    return grad_logits, None, grad_bias
+    transform = ctx.transform._replace(bias=bias)
+    grad_logits = token_logp_backward(grad_logp, logits, target, lse, transform, *ctx.options)
+    has_grad = bias is not None and bias.requires_grad
+    return {"logits": grad_logits, "bias": grad_logits.sum(0, dtype=lse.dtype).to(bias.dtype) if has_grad else None}
 
 
-token_logp_backward = register_kernel("token_logp_backward", _token_logp_backward)
-token_logp = register_differentiable("token_logp", _token_logp, _save, _backward)
+_OPTIONS = (LogitTransform, "SymInt ignore_index", "str? backend")
+token_logp = register_differentiable(
+    "token_logp",
+    Arguments("Tensor logits", "Tensor target", *_OPTIONS),
+    "Tensor logp, Tensor lse",
+    kernel=_token_logp,
+    fake=_fake,
+    save=_save,
+    backward=_backward,
+)
+token_logp_backward = register(
+    "token_logp_backward",
+    Arguments("Tensor grad_logp", "Tensor logits", "Tensor target", "Tensor lse", *_OPTIONS),
+    "Tensor",
+    kernel=_token_logp_backward,
+    fake=_fake_backward,
+)

@@ -1,4 +1,4 @@
-"""`linear_token_logp`, forward alone, by a Triton matrix product that writes no logits.
+"""Log-probs of a head, forward alone, by a Triton matrix product that writes no logits.
 
     launch 1   a program takes BLOCK_N rows and a range of the vocabulary, tile after tile:
                h W^T in float32 -> scores -> running log-sum-exp of each row, and the score of the row's target

@@ -1,0 +1,88 @@
+"""An eager call goes past torch's dispatcher; where it must not, or cannot know whether it may, it does not."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from doors import DOORS, LARGE, doors, value_and_gradients
+from torch.autograd import forward_ad
+
+from wrpo_kernels import preference_loss
+from wrpo_kernels.dispatch import autograd
+
+CPU = torch.device("cpu")
+PRIVATE_NAMES = ("number_of_modes", "has_transforms", "keeps_graph")
+PAIRS = {
+    "seq_weight": torch.tensor([1.0, 1.0, -1.0, -1.0]),
+    "group": torch.tensor([0, 1, 0, 1]),
+    "num_groups": 2,
+    "beta": 0.1,
+}
+# A small head makes its gradients with the loss, a larger one keeps deltas.
+sizes = pytest.mark.parametrize("size", [{}, {"vocabulary": LARGE, "width": 260}], ids=["small head", "larger head"])
+
+
+def test_this_torch_has_every_private_name():
+    """Otherwise the tests below compare the way around with itself."""
+    assert all(getattr(autograd, name) is not None for name in PRIVATE_NAMES)
+
+
+@sizes
+@pytest.mark.parametrize("hidden", PRIVATE_NAMES)
+@pytest.mark.parametrize("door", DOORS)
+def test_without_a_private_name_of_torch_every_door_gives_the_same_bits(door, hidden, size, monkeypatch):
+    function, given = doors(CPU, "native", **size)[door]
+    expected = value_and_gradients(function, given)
+    with torch.no_grad():
+        alone = function(*given)
+    monkeypatch.setattr(autograd, hidden, None)
+    for got, wanted in zip(value_and_gradients(function, given), expected, strict=True):
+        oracle.assert_same_bits(door, got, wanted)
+    with torch.no_grad():
+        oracle.assert_same_bits(door, function(*given), alone)
+
+
+@pytest.mark.parametrize("hidden", PRIVATE_NAMES)
+@pytest.mark.parametrize("door", ["linear_token_logp", "linear_preference_loss", "linear_wrpo_loss"])
+def test_without_a_private_name_of_torch_a_compiled_door_gives_the_same_bits(door, hidden, monkeypatch):
+    function, given = doors(CPU, "native")[door]
+    expected = value_and_gradients(function, given)
+    monkeypatch.setattr(autograd, hidden, None)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for got, wanted in zip(value_and_gradients(compiled, given), expected, strict=True):
+        oracle.assert_same_bits(door, got, wanted)
+
+
+@pytest.mark.parametrize("hidden", [None, *PRIVATE_NAMES])
+def test_a_kept_graph_is_walked_twice_whatever_torch_tells(hidden, monkeypatch):
+    if hidden:
+        monkeypatch.setattr(autograd, hidden, None)
+    function, given = doors(CPU, "native")["linear_preference_loss"]
+    leaves, loss = [x for x in given if x.requires_grad], -0.75 * function(*given)
+    first = [grad.clone() for grad in torch.autograd.grad(loss, leaves, retain_graph=True)]
+    for again, grad in zip(torch.autograd.grad(loss, leaves), first, strict=True):
+        oracle.assert_same_bits("grad", again, grad)
+
+
+@pytest.mark.parametrize("hidden", [None, "number_of_modes"])
+@pytest.mark.parametrize("enabled", [True, False], ids=["with gradients", "without"])
+def test_a_tangent_is_refused_not_left_out(enabled, hidden, monkeypatch):
+    if hidden:
+        monkeypatch.setattr(autograd, hidden, None)
+    with forward_ad.dual_level(), torch.set_grad_enabled(enabled):
+        logp = forward_ad.make_dual(torch.randn(4), torch.ones(4))
+        with pytest.raises(NotImplementedError, match="wrpo::preference_loss has no forward-mode derivative"):
+            preference_loss(logp, **PAIRS)
+
+
+def test_a_transform_of_torch_sees_the_op():
+    logp = torch.randn(3, 4)
+    losses = torch.func.vmap(lambda x: preference_loss(x, **PAIRS).loss)(logp)
+    assert torch.equal(losses, torch.stack([preference_loss(x, **PAIRS).loss for x in logp]))
+
+
+def test_a_graph_names_the_op():
+    logp = torch.randn(4, requires_grad=True)
+    assert "wrpo_preference_loss" in preference_loss(logp, **PAIRS, reduction="none").loss.grad_fn.name()

@@ -1,0 +1,141 @@
+"""What the ops from hidden states are given: the same tensors and options in each, in the order of their schemas."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wrpo_kernels.checks import (
+    check_backend_name,
+    check_device,
+    check_float,
+    check_grad_filter,
+    check_int,
+    check_int64,
+    check_shape,
+    check_tensor,
+)
+from wrpo_kernels.lm_head.adapter import checked_adapter
+from wrpo_kernels.lm_head.budget import check_budget
+from wrpo_kernels.logit_transform import LogitTransform, check_transform
+
+
+class HeadTensors(NamedTuple):
+    hidden: Tensor  # [..., D]
+    weight: Tensor  # [V, D]
+    target: Tensor  # [...] int64
+    bias: Tensor | None  # [V]
+    low: Tensor | None  # [..., r] of an adapter
+    up: Tensor | None  # [V, r] of an adapter
+
+
+class HeadGradients(NamedTuple):
+    """Of the tensors that have one; None where it is not asked for."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    low: Tensor | None
+    up: Tensor | None
+
+
+class Asked(NamedTuple):
+    """Which gradients will be asked for. It fixes what is saved, so that a tracing compiler knows its shape too."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    low: bool
+    up: bool
+
+    @property
+    def of_head(self) -> bool:
+        return self.weight or self.bias or self.low or self.up
+
+    @property
+    def only_hidden(self) -> bool:
+        return self.hidden and not self.of_head
+
+
+class HeadOptions(NamedTuple):
+    logit_scale: float
+    softcap: float  # 0 is none
+    temperature: float
+    ignore_index: int
+    num_rows: int  # how many labels count, or UNCOUNTED
+    budget_bytes: int
+    gradients: tuple[bool, ...]  # `Asked`, of which the dispatcher makes a list
+    grad_filter: float  # 0 is none
+    backend: str | None
+
+    @property
+    def asked(self) -> Asked:
+        return Asked(*self.gradients)
+
+    def transform(self, bias: Tensor | None) -> LogitTransform:
+        return LogitTransform(bias, self.logit_scale, self.softcap, self.temperature)
+
+
+def checked_tensors(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    adapter: tuple[Tensor, Tensor] | None,
+    target_name: str = "target",
+) -> HeadTensors:
+    check_tensors(hidden, weight, target, target_name)
+    return HeadTensors(hidden, weight, target, bias, *checked_adapter(adapter, hidden, weight))
+
+
+def check_tensors(hidden: Tensor, weight: Tensor, target: Tensor, target_name: str = "target") -> None:
+    for name, value in (("hidden", hidden), ("weight", weight)):
+        check_tensor(name, value)
+        check_float(name, value)
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"weight must be [V, D] with V >= 1 and D >= 1, got {list(weight.shape)}")
+    if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"hidden must be [..., D={weight.shape[1]}] as weight [V, D], got {list(hidden.shape)}")
+    check_device("weight", weight, "hidden", hidden.device)
+    check_tensor(target_name, target)
+    check_int64(target_name, target)
+    check_shape(target_name, target, "hidden's leading shape", *hidden.shape[:-1])
+    check_device(target_name, target, "hidden", hidden.device)
+
+
+def checked_options(
+    tensors: HeadTensors,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    num_rows: int,
+    budget_bytes: int | None,
+    grad_filter: float | None,
+    backend: str | None,
+) -> HeadOptions:
+    """`num_rows` labels count, or UNCOUNTED; the others are as the user gives them."""
+    hidden, weight = tensors.hidden, tensors.weight
+    check_transform(tensors.bias, logit_scale, softcap, temperature, hidden, weight.shape[0])
+    check_int("ignore_index", ignore_index)
+    check_backend_name(backend)
+    return HeadOptions(
+        float(logit_scale),
+        float(softcap or 0.0),
+        float(temperature),
+        ignore_index,
+        num_rows,
+        check_budget(budget_bytes, hidden.device),
+        gradients_asked(tensors),
+        check_grad_filter(grad_filter),
+        backend,
+    )
+
+
+def gradients_asked(tensors: HeadTensors) -> Asked:
+    if not torch.is_grad_enabled():
+        return Asked(False, False, False, False, False)
+    hidden, weight, _, *rest = tensors
+    return Asked(*[x is not None and x.requires_grad for x in (hidden, weight, *rest)])

@@ -85,10 +85,10 @@ def test_reference_log_probs_follow_their_sequences():
 @pytest.mark.parametrize(
     ("first", "second", "words"),
     [
-        ([-1.0] * 3, [-1.0] * 3, "row 2, field 'ref_logp': expected 4 log-probs, .* got 3: "),
-        ([-1.0] * 4, [-1.0] * 4, "row 1, field 'ref_logp': expected 3 log-probs, .* got 4: "),
-        ([-1.0] * 3, None, "row 2, field 'ref_logp': expected 4 log-probs, .* got none"),
-        (None, [-1.0] * 4, "row 1, field 'ref_logp': expected 3 log-probs, .* got none"),
+        ([-1.0] * 3, [-1.0] * 3, "row 2, field 'ref_logp': expected 4 finite log-probs, .* got 3: "),
+        ([-1.0] * 4, [-1.0] * 4, "row 1, field 'ref_logp': expected 3 finite log-probs, .* got 4: "),
+        ([-1.0] * 3, None, "row 2, field 'ref_logp': expected 4 finite log-probs, .* got none"),
+        (None, [-1.0] * 4, "row 1, field 'ref_logp': expected 3 finite log-probs, .* got none"),
     ],
 )
 def test_reference_log_probs_that_do_not_fit_their_row_are_refused(first, second, words):

@@ -14,7 +14,7 @@ from tiny_runs import SETTINGS, training_lines
 from tiny_tokenizer import tiny_tokenizer
 
 from wrpo import DPOConfig, SFTConfig, SFTTrainer, WRPOConfig, WRPOTrainer
-from wrpo.data import DataError
+from wrpo.data import DataError, PreferenceCollator
 from wrpo.settings import SettingsError
 
 PAIRS = [
@@ -126,3 +126,59 @@ def test_without_a_config_the_defaults_hold(tmp_path, monkeypatch):
     trainer = WRPOTrainer(tiny_model(), train_dataset=tiny_rows(2))
     assert trainer.args.beta == 0.01
     assert torch.isfinite(next(trainer.model.parameters())).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (
+            {"train_dataset": {"train": PAIRS, "test": PAIRS}},
+            TypeError,
+            "one data set, got several: give one of",
+        ),
+        ({"train_dataset": []}, ValueError, "train_dataset: expected at least one row"),
+        ({"train_dataset": [1, 2]}, DataError, "expected rows that are dicts, got 1"),
+        ({"args": SFTConfig}, TypeError, "args must be WRPOConfig, got SFTConfig"),
+        ({"peft_config": {"r": 4}}, TypeError, "peft_config must be a peft.PeftConfig"),
+        ({"loss_type": ["ipo"]}, ValueError, r"loss_type: expected one of .*, got \['ipo'\]"),
+    ],
+)
+def test_what_is_of_another_kind_is_said_before_anything_is_loaded(change, error, words, folder, tmp_path):
+    config = change.pop("args", DPOConfig)
+    loss = {"loss_type": change.pop("loss_type")} if "loss_type" in change else {}
+    with pytest.raises(error, match=words):
+        WRPOTrainer(folder, config(**settings(tmp_path, **loss)), **{"train_dataset": PAIRS, **change})
+
+
+def test_tokenizer_and_reference_may_be_names_too(folder, tmp_path):
+    model = WRPOTrainer(folder, DPOConfig(**settings(tmp_path)), train_dataset=PAIRS).model
+    args = DPOConfig(**settings(tmp_path, max_steps=1, reference="copy"))
+    trainer = WRPOTrainer(model, args, train_dataset=PAIRS, processing_class=folder, ref_model=folder)
+    trainer.train()
+    assert training_lines(trainer)[0]["loss"] == pytest.approx(0.693147, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"role": ["target", "target"]}, "field 'role': expected a rejected response and a preferred one"),
+        ({"role": ["chosen", "rejected"]}, "field 'role': expected 2 of source, target, rejected"),
+        ({"role": ["target"]}, "field 'role': expected 2 of source"),
+        ({"share": [0.0, 1.0]}, "field 'share': expected 2 shares > 0"),
+        ({"share": [1.0, 0.5]}, "field 'share': expected shares of rejected responses that sum to 1"),
+        ({"share": [float("nan"), 1.0]}, "field 'share': expected 2 shares > 0"),
+        ({"share": None}, "field 'share': expected a value, got none beside"),
+        ({"ref_logp": [-1.0, float("nan")]}, "field 'ref_logp': expected 2 finite log-probs"),
+    ],
+)
+def test_a_tokenised_row_that_is_no_example_is_named(change, words):
+    row = {"prompt_ids": [1], "response_ids": [[2], [3]], "role": ["target", "rejected"], "share": [1.0, 1.0]}
+    with pytest.raises(DataError, match=f"batch, row 2, {words}"):
+        PreferenceCollator(0)([row | {"ref_logp": [-1.0, -1.0]}, row | {"ref_logp": [-1.0, -1.0]} | change])
+
+
+def test_a_reference_that_some_rows_lack_is_refused_before_training(tmp_path):
+    rows = tiny_rows(3)
+    rows[0]["ref_logp"] = [-1.0, -2.0, -3.0]
+    with pytest.raises(ValueError, match=r"ref_logp: .* got none in 2 of 3, the first in row 2"):
+        WRPOTrainer(tiny_model(), WRPOConfig(**settings(tmp_path)), train_dataset=rows)

@@ -14,8 +14,8 @@ def test_a_run_says_data_steps_kernel_loss_and_reference(tmp_path, capsys):
     wrpo_trainer(tmp_path, alpha=0.4, max_steps=1, budget_bytes=1 << 20).train()
     said = capsys.readouterr().err
     for words in (
-        "8 rows (8 source + target + rejected), 24 responses",
-        "steps      1 of 2 rows, learning rate 3e-07 (cosine)",
+        "8 rows (8 of source + target + rejected), 24 responses",
+        "steps      1, each of up to 2 rows, learning rate 3e-07 (cosine)",
         "kernel     native on cpu, logits in pieces of at most 1 MiB",
         "loss       sigmoid, beta 0.01, alpha 0 to 0.4 (linear)",
         "reference  copy",

@@ -19,6 +19,7 @@ from wrpo.rows.errors import DataError, shown
 from wrpo.rows.softmax import softmax
 
 from .roles import Role, best_response, model_names
+from .tokenised_row import check_row, reference_logp, refuse_empty, source_logp
 
 IGNORE = -100
 Batch = dict[str, Tensor]
@@ -49,8 +50,9 @@ class PreferenceCollator:
         source_logp [S, M] float32, if with_source_logp: each response under M models, nats a token of theirs.
 
     Raises:
-        DataError: a response without a token to count, not one `ref_logp` for each response, or a column that was asked
-            for and is missing; the row is named by its place in the batch.
+        DataError: a row that is no prompt with its responses, see `wrpo.data.tokenised_row`; a response without a token
+            to count, not one `ref_logp` for each response, or a column that was asked for and is missing. The row is
+            named by its place in the batch.
     """
 
     pad_token_id: int
@@ -61,9 +63,10 @@ class PreferenceCollator:
     with_source_logp: bool = False
 
     def __call__(self, rows: list[dict]) -> Batch:
-        if self.empty_response == "raise":  # here, because on a GPU the loss cannot look without waiting for it
-            for number, row in enumerate(rows, 1):
-                _refuse_empty(row, number)
+        for number, row in enumerate(rows, 1):
+            check_row(row, number)
+            if self.empty_response == "raise":  # here, because on a GPU the loss cannot look without waiting for it
+                refuse_empty(row, number)
         pairs = [(row["prompt_ids"], response) for row in rows for response in row["response_ids"]]
         batch = pad_sequences(pairs, self.pad_token_id, self.pad_to_multiple_of)
         batch["num_responses"] = torch.tensor([len(row["response_ids"]) for row in rows])  # [B]
@@ -76,11 +79,11 @@ class PreferenceCollator:
             other = len(number_of)
             batch["source_id"] = torch.tensor([-1 if name is None else number_of.get(name, other) for name in names])
         if any(row.get("ref_logp") is not None for row in rows):
-            logp = [value for number, row in enumerate(rows, 1) for value in _reference(row, number)]
+            logp = [value for number, row in enumerate(rows, 1) for value in reference_logp(row, number)]
             batch["ref_logp"] = torch.tensor(logp, dtype=torch.float32)  # [S]
         if self.with_source_logp:
             models = len((rows[0].get("source_logp") or [[]])[0])
-            by_model = [values for number, row in enumerate(rows, 1) for values in _source_logp(row, number, models)]
+            by_model = [values for number, row in enumerate(rows, 1) for values in source_logp(row, number, models)]
             batch["source_logp"] = torch.tensor(by_model, dtype=torch.float32)  # [S, M]
         return batch
 
@@ -98,41 +101,6 @@ class PreferenceCollator:
             )  # fmt: skip
         share_of = dict(zip(sources, softmax(of_sources, self.reward_temperature), strict=True))
         return [share_of.get(place, share) for place, share in enumerate(row["share"])]
-
-
-def _refuse_empty(row: dict, number: int) -> None:
-    for place, ids in enumerate(row["response_ids"]):
-        if len(ids) <= (not row["prompt_ids"]):
-            raise DataError(
-                "a response with a token to count",
-                f"{ids} after the prompt_ids {shown(row['prompt_ids'])}",
-                "Drop the row, or leave such rows out of the loss with empty_response='zero'.",
-                field=f"response_ids[{place}]", file="batch", row=number,
-            )  # fmt: skip
-
-
-def _reference(row: dict, number: int) -> list[float]:
-    values, expected = row.get("ref_logp"), len(row["response_ids"])
-    if values is None or len(values) != expected:
-        raise DataError(
-            f"{expected} log-probs, one of each response ({', '.join(row['role'])})",
-            "none" if values is None else f"{len(values)}: {shown(values)}",
-            "Make the column again from these rows, or remove it from all.",
-            field="ref_logp", file="batch", row=number,
-        )  # fmt: skip
-    return values
-
-
-def _source_logp(row: dict, number: int, models: int) -> list[list[float]]:
-    values, expected = row.get("source_logp"), len(row["response_ids"])
-    if values is None or len(values) != expected or {len(value) for value in values} != {models}:
-        raise DataError(
-            f"{expected} lists of {models or 'some'} log-probs, one list of each response ({', '.join(row['role'])})",
-            shown(values),
-            "Make the column with `wrpo logp`, from all rows and by the same models.",
-            field="source_logp", file="batch", row=number,
-        )  # fmt: skip
-    return values
 
 
 @dataclass

@@ -20,6 +20,8 @@ def leave_out(rows: Any, role: str | None) -> Any:
     """
     if role is None or rows is None:
         return rows
+    if isinstance(rows, datasets.Dataset) and not any(role in own for own in rows["role"]):
+        return rows
     if isinstance(rows, datasets.IterableDataset):
         return rows.map(without, fn_kwargs={"role": role})
     return RowsWithout(rows, role) if hasattr(rows, "__getitem__") else StreamWithout(rows, role)

@@ -98,9 +98,23 @@ def choose_reference(
 
 
 def brings_reference(data: Any) -> bool:
-    """Whether the rows have `ref_logp`: of data with a length the first one says so, of a stream its column names."""
-    columns = data[0] if hasattr(data, "__len__") else getattr(data, "column_names", None)
-    return "ref_logp" in (columns or ())
+    """Whether the rows have `ref_logp`; of a stream its column names say so.
+
+    Raises:
+        ValueError: some rows have it and others do not.
+    """
+    if not hasattr(data, "__len__"):
+        return "ref_logp" in (getattr(data, "column_names", None) or ())
+    if hasattr(data, "column_names"):
+        lacks = [value is None for value in data["ref_logp"]] if "ref_logp" in data.column_names else [True]
+    else:
+        lacks = [data[index].get("ref_logp") is None for index in range(len(data))]
+    if any(lacks) and not all(lacks):
+        raise ValueError(
+            f"ref_logp: expected one for every row or for none, got none in {sum(lacks)} of {len(lacks)}, the first in "
+            f"row {lacks.index(True) + 1}. Complete the column, or remove it"
+        )
+    return not any(lacks)
 
 
 def adapters_are_fresh(model: nn.Module) -> bool:

@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Collection
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from wrpo.user_error import UserError
 
@@ -78,7 +78,7 @@ def check_range(
         if not is_inside or (open_high and value == high):
             bounds = [f" {'>' if open_low else '>='} {_short(low)}"] if low > -math.inf else []
             bounds += [f" {'<' if open_high else '<='} {_short(high)}"] if high < math.inf else []
-            raise ValueError(f"{name}: expected a finite number{' and'.join(bounds)}, got {value}")
+            raise ValueError(f"{name}: expected a finite number{' and'.join(bounds)}, got {value!r}")
 
 
 def _may_be_none(settings: Any, name: str) -> bool:
@@ -94,6 +94,8 @@ def check_choice(settings: Any, name: str, choices: Collection[str]) -> None:
     value = getattr(settings, name)
     if value is None and _may_be_none(settings, name):
         return
-    for one in value if isinstance(value, list) else [value]:
+    hint = get_type_hints(type(settings))[name]
+    is_list = any(get_origin(part) is list for part in (hint, *get_args(hint)))
+    for one in value if is_list and isinstance(value, list) else [value]:
         if one not in choices:
             raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {one!r}")

@@ -276,15 +276,15 @@ class WRPOConfig(FusedHeadConfig):
         self._check_weights_that_adapt()
 
     def _check_weights_that_adapt(self) -> None:
-        adaptive, is_dpo = self.alpha_schedule == "adaptive", self.loss_type == "dpo"
+        adaptive, no_alpha = self.alpha_schedule == "adaptive", self.unused_role() == "source"
         fused = self.reference_fusion != "none"
         contradictions = {
             "alpha_warmup_ratio is a share of the steps, which alpha_schedule 'adaptive' does not go by": (
                 adaptive and self.alpha_warmup_ratio != 1
             ),
-            "alpha_schedule 'adaptive' would change nothing: loss_type 'dpo' has alpha 0": adaptive and is_dpo,
-            f"source_weighting {self.source_weighting!r} would change nothing: loss_type 'dpo' has alpha 0": (
-                is_dpo and self.source_weighting != "rows"
+            "alpha_schedule 'adaptive' would change nothing: alpha is 0 throughout": adaptive and no_alpha,
+            f"source_weighting {self.source_weighting!r} would change nothing: alpha is 0 throughout": (
+                no_alpha and self.source_weighting != "rows"
             ),
             "reference_fusion needs the policy's own reference, which reference 'none' and loss_type 'simpo' lack": (
                 fused and (self.reference == "none" or self.loss_type == "simpo")
@@ -324,15 +324,17 @@ class WRPOConfig(FusedHeadConfig):
 class DPOConfig(WRPOConfig):
     """Direct Preference Optimization on pairs: `WRPOConfig` with the defaults that DPO users know, and alpha 0.
 
-    m = r(chosen) - r(rejected) - gamma; of rows with source answers too, the target's alone are used.
-    Source: DPO, arXiv:2305.18290; defaults as in TRL's DPOConfig.
+    m = r(chosen) - r(rejected) - gamma; a row that has an answer of the target leaves its sources' out.
+        Source: DPO, arXiv:2305.18290; defaults as in TRL's DPOConfig.
     """
 
     learning_rate: float = knob(1e-6, "Peak learning rate. Default: 1e-6.", group="training")
     beta: float = knob(
         0.1, "Scale of the implicit reward, 1/nats; for ipo the paper's tau. Default: 0.1.", group="loss"
     )
-    alpha: float = knob(0.0, "Not used: the source's answers do not count. Default: 0.", group="loss")
+    alpha: float = knob(
+        0.0, "0: of a row with an answer of the target the sources' do not count. Default: 0.", group="loss"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -28,7 +28,7 @@ from wrpo_kernels.__main__ import budget_on, kernel_on
 from .config import FusedHeadConfig
 from .curves import TrainingCurves
 from .metrics import Measured, RunningMeans
-from .opening import open_data, open_model, open_tokenizer
+from .opening import open_eval_data, open_model, open_tokenizer, open_train_data
 from .start_report import StartReport, data_size
 
 logger = logging.getLogger("wrpo.head")
@@ -39,11 +39,12 @@ class HeadTrainer(Trainer):
 
     loss_is_scaled_for_ga = True  # by the count of the whole step
     stage = "preference"  # the form of a row that it trains on; the other one is "sft"
+    config_class: type[FusedHeadConfig] = FusedHeadConfig
 
     def __init__(
         self,
         model: Any,
-        args: FusedHeadConfig,
+        args: FusedHeadConfig | None = None,
         *,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -52,6 +53,9 @@ class HeadTrainer(Trainer):
         peft_config: Any = None,
         **options: Any,
     ):
+        args = self.config_class() if args is None else args
+        if not isinstance(args, self.config_class):
+            raise TypeError(f"args must be {self.config_class.__name__}, got {type(args).__name__}")
         for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
             if options.get(name) is not None:
                 raise ValueError(f"{name} needs logits, which never exist here; the metrics are in the log instead")
@@ -61,8 +65,8 @@ class HeadTrainer(Trainer):
                 f"`torchrun --nproc_per_node {args.n_gpu} ...`, or show this process one GPU with CUDA_VISIBLE_DEVICES"
             )
         tokenizer = open_tokenizer(processing_class, model)
-        train_dataset = open_data(train_dataset, tokenizer, args, self.stage)
-        eval_dataset = open_data(eval_dataset, tokenizer, args, self.stage)
+        train_dataset = open_train_data(train_dataset, tokenizer, args, self.stage)
+        eval_dataset = open_eval_data(eval_dataset, tokenizer, args, self.stage)
         model = open_model(model, peft_config)
         if args.check_head and model is not None and is_partitioned(model):
             raise ValueError(
@@ -125,7 +129,7 @@ class HeadTrainer(Trainer):
         size = data_size(self.train_dataset)
         return [
             f"data       {'a stream' if size is None else size}",
-            f"steps      {steps:,} of {rows} rows, learning rate {args.learning_rate:g} ({schedule})",
+            f"steps      {steps:,}, each of up to {rows} rows, learning rate {args.learning_rate:g} ({schedule})",
             f"kernel     {kernel} on {args.device.type}, logits in pieces of at most {budget / 2**20:.0f} MiB",
         ]
 

@@ -20,7 +20,7 @@ TOKENS = ("prompt_ids", "response_ids")  # what a tokenised row has at least
 
 
 def open_tokenizer(processing_class: Any, model: Any) -> Any:
-    """What the caller gave, else the tokenizer that lies with a model given by name, else None.
+    """What the caller gave, itself or by its name; else the tokenizer that lies with a model given by name, else None.
 
     Raises:
         TypeError: a model that is neither a name nor a model.  SettingsError: nothing to load under that name.
@@ -29,6 +29,8 @@ def open_tokenizer(processing_class: Any, model: Any) -> Any:
         raise TypeError(f"model must be a folder, a hub name or a model of transformers, got {shown(model)}")
     if processing_class is None and isinstance(model, (str, Path)):
         return load_tokenizer(ModelSettings(model_name_or_path=str(model)), "model")
+    if isinstance(processing_class, (str, Path)):
+        return load_tokenizer(ModelSettings(model_name_or_path=str(processing_class)), "processing_class")
     return processing_class
 
 
@@ -40,15 +42,36 @@ def open_model(model: Any, peft_config: Any) -> nn.Module | None:
         peft_config: a `peft.PeftConfig` whose adapter the model gets; None leaves it as it is.
 
     Raises:
-        SettingsError: nothing to load under that name.
+        SettingsError: nothing to load under that name.  TypeError: an adapter of another kind.
     """
     if isinstance(model, (str, Path)):
         model = load_model(ModelSettings(model_name_or_path=str(model)), "model")
     if peft_config is None:
         return model
-    from peft import get_peft_model
+    from peft import PeftConfig, get_peft_model
 
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"peft_config must be a peft.PeftConfig, for example LoraConfig(r=16), got {shown(peft_config)}"
+        )
     return get_peft_model(model, peft_config)
+
+
+def open_train_data(data: Any, tokenizer: Any, args: FusedHeadConfig, stage: str) -> Any:
+    """`open_data` of one data set that is not empty; None, for a trainer that only evaluates, stays None."""
+    if isinstance(data, dict):
+        raise TypeError(f"train_dataset must be one data set, got several: give one of {', '.join(map(repr, data))}")
+    opened = open_data(data, tokenizer, args, stage)
+    if opened is not None and hasattr(opened, "__len__") and not len(opened):
+        raise ValueError(f"train_dataset: expected at least one row, got {shown(data)}")
+    return opened
+
+
+def open_eval_data(data: Any, tokenizer: Any, args: FusedHeadConfig, stage: str) -> Any:
+    """`open_data` of one data set, or of each of a dict of several."""
+    if isinstance(data, dict):
+        return {name: open_data(part, tokenizer, args, stage) for name, part in data.items()}
+    return open_data(data, tokenizer, args, stage)
 
 
 def open_data(data: Any, tokenizer: Any, args: FusedHeadConfig, stage: str) -> Any:
@@ -57,7 +80,7 @@ def open_data(data: Any, tokenizer: Any, args: FusedHeadConfig, stage: str) -> A
     Rows that are tokenised stay as they are; a path, a list or a `datasets.Dataset` of raw rows is read and tokenised.
 
     Args:
-        data: one of these, a dict of several, or None.
+        data: one of these, or None.
         tokenizer: for raw rows.
         args: `max_length`, `max_prompt_length` and `unused_role()`.
         stage: "preference" or "sft".
@@ -66,8 +89,6 @@ def open_data(data: Any, tokenizer: Any, args: FusedHeadConfig, stage: str) -> A
         DataError: a row that cannot be used.  ValueError: raw rows without a tokenizer, or as a stream.
         TypeError: something else.
     """
-    if isinstance(data, dict):
-        return {name: open_data(part, tokenizer, args, stage) for name, part in data.items()}
     if data is None or (hasattr(data, "__len__") and not len(data)):
         return data
     if not isinstance(data, (str, Path, Iterable)) and not hasattr(data, "__getitem__"):
@@ -98,6 +119,8 @@ def is_tokenised(data: Any) -> bool:
         DataError: token ids of another form than `tokenize_examples` makes.
     """
     row = getattr(data, "column_names", None) or (data[0] if hasattr(data, "__getitem__") else next(iter(data)))
+    if not isinstance(row, (dict, list)):
+        raise DataError("rows that are dicts", shown(row), "Give a list of dicts, a data set or the name of a file.")
     found = [name for name in row if name in TOKENS]
     if found and len(found) < len(TOKENS):
         expected = "prompt_ids, response_ids, role and share, as wrpo.data.tokenize_examples makes them"

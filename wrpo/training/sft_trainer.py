@@ -40,6 +40,7 @@ class SFTTrainer(HeadTrainer):
     """
 
     stage = "sft"
+    config_class = SFTConfig
 
     def collator(self, args: SFTConfig, train_dataset: Any, pad_token_id: int) -> SFTCollator:
         return SFTCollator(pad_token_id)
@@ -59,6 +60,3 @@ class SFTTrainer(HeadTrainer):
             tokens = self.item_weight(batch)
             return nll.sum(), {"loss": Measured(nll / tokens.clamp(min=1), tokens > 0)}
         return (nll.sum() / count).float(), {}
-
-
-__all__ = ["SFTConfig", "SFTTrainer"]

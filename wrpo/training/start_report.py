@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 FEWEST_LINES = 10  # of the log, where the run has as many steps
@@ -22,7 +23,7 @@ class DataSize(NamedTuple):
     response_tokens: int
 
     def __str__(self) -> str:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.rows.most_common(4))
+        kinds = ", ".join(f"{count:,} of {kind}" for kind, count in self.rows.most_common(4))
         tokens = self.prompt_tokens + self.response_tokens
         share = f"{self.prompt_tokens / tokens:.0%}" if tokens else "none"
         rows = f"{self.rows.total():,} rows ({kinds}), {self.responses:,} responses"
@@ -60,8 +61,8 @@ def _lengths(rows: Any) -> Iterator[tuple[int, list[int], list[str]]]:
 
 
 def _kind(roles: list[str]) -> str:
-    counts = Counter(roles)
-    return " + ".join(f"{count} {role}" if count > 1 else role for role, count in counts.items())
+    several = {"source": "sources", "target": "targets", "rejected": "rejected"}
+    return " + ".join(f"{n} {several[role]}" if n > 1 else role for role, n in Counter(roles).items())
 
 
 class StartReport(TrainerCallback):
@@ -77,4 +78,4 @@ class StartReport(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         state.logging_steps = max(1, min(state.logging_steps, state.max_steps // FEWEST_LINES))
         if state.is_world_process_zero:
-            print("\n".join(self.lines(state.max_steps)), file=sys.stderr)
+            tqdm.write("\n".join(self.lines(state.max_steps)), file=sys.stderr)  # above a bar, not into it

@@ -38,9 +38,11 @@ from wrpo_kernels import PreferenceOutput, linear_preference_loss
 from .config import MEASURES, WRPOConfig
 from .head_trainer import HeadTrainer
 from .metrics import Measured, preference_metrics
+from .opening import open_model
 from .response_weights import response_weights, row_of, sum_by_row
 from .schedule import adaptive_alpha, alpha_at
 from .source_performance import RunningPerformance, source_models_of
+from .start_report import data_size
 
 logger = logging.getLogger("wrpo.reference")
 
@@ -57,7 +59,8 @@ class WRPOTrainer(HeadTrainer):
         processing_class: the tokenizer, saved with the model; its padding token fills the batches. Default: the one
             that lies with a model given by name.
         peft_config: of an adapter that the model gets; the reference is then the model without it. Default: none.
-        ref_model: another model as the reference, for copy and precompute. Default: the policy before training.
+        ref_model: another model or its name, as the reference, for copy and precompute. Default: the policy before
+            training.
         data_collator: rows to a batch. Default: `PreferenceCollator`, which also sees to `empty_response`; without it
             that is checked on the CPU alone.
         **options: of `transformers.Trainer`.
@@ -66,6 +69,7 @@ class WRPOTrainer(HeadTrainer):
     the same model again and `train(resume_from_checkpoint=...)`: the reference stays the model of the first start.
     """
 
+    config_class = WRPOConfig
     train_dataset: Any
     eval_dataset: Any
 
@@ -74,14 +78,14 @@ class WRPOTrainer(HeadTrainer):
         model: Any,
         args: WRPOConfig | None = None,
         *,
-        ref_model: nn.Module | None = None,
+        ref_model: Any = None,
         data_collator: Any = None,
         **options: Any,
     ):
-        args = WRPOConfig() if args is None else args
+        super().__init__(model, args, data_collator=data_collator, **options)
+        args = self.args
         if args.source_weighting == "reward" and data_collator is not None:
             raise ValueError("source_weighting='reward' is the work of PreferenceCollator: give it reward_temperature")
-        super().__init__(model, args, data_collator=data_collator, **options)
         if args.follows_performance():
             names: list[str] = []
             measure = "accuracy"  # where alpha alone follows
@@ -91,7 +95,7 @@ class WRPOTrainer(HeadTrainer):
                 names = source_models_of(self.train_dataset) if own is None else own
             self.add_callback(RunningPerformance(names, measure, args.source_temperature, args.performance_decay))
         self.last_alpha = self.alpha()
-        self.reference = self.open_reference(ref_model)
+        self.reference = self.open_reference(open_model(ref_model, None))
         if args.reference_fusion != "none":
             self.reference = FusedReference(self.reference, args.reference_fusion)
 
@@ -223,14 +227,22 @@ class WRPOTrainer(HeadTrainer):
 
     def start_lines(self, steps: int) -> list[str]:
         args = self.args
-        alpha = f"{args.alpha:g} (constant)"
-        if args.alpha_schedule != "constant":
-            alpha = f"{args.alpha_start:g} to {args.alpha:g} ({args.alpha_schedule})"
         return [
             *super().start_lines(steps),
-            f"loss       {args.loss_type}, beta {args.beta:g}" + ("" if args.unused_role() else f", alpha {alpha}"),
+            f"loss       {args.loss_type}, beta {args.beta:g}, {self.alpha_line()}",
             f"reference  {self.reference_source}",
         ]
+
+    def alpha_line(self) -> str:
+        """What alpha does in this run, as far as its rows are known."""
+        args, size = self.args, data_size(self.train_dataset)
+        if unused := args.unused_role():
+            return f"without the {unused}s of rows that have other preferred answers"
+        if size is not None and not any("source" in kind and "target" in kind for kind in size.rows):
+            return "no alpha: no row has both a source and a target"
+        if args.alpha_schedule == "constant":
+            return f"alpha {args.alpha:g}"
+        return f"alpha {args.alpha_start:g} to {args.alpha:g} ({args.alpha_schedule})"
 
     def item_weight(self, batch: Batch) -> Tensor:
         """1 for each row, 0 if one of its responses has no token to count."""

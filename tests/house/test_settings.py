@@ -368,7 +368,7 @@ class Ranged:
         ("share", 0, {"low": 0.0, "open_low": True}, "share: expected a finite number > 0, got 0"),
         ("share", math.nan, {}, "share: expected a finite number, got nan"),
         ("share", -math.inf, {"high": 1}, "share: expected a finite number <= 1, got -inf"),
-        ("share", 10**400, {}, "share: expected a finite number, got '1'000"),
+        ("share", 10**400, {}, "share: expected a finite number, got 1000"),
         ("share", None, {}, "share: expected a finite number, got None"),
         ("share", "1", {}, "share: expected a finite number, got '1'"),
         ("limit", 0, {"low": 1}, "limit: expected a finite number >= 1, got 0"),

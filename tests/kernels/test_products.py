@@ -83,3 +83,31 @@ def test_no_type_that_the_cpu_multiplies_is_widened(monkeypatch):
     assert products.multiplies(torch.float32) and products.multiplies(torch.float64)
     assert not products.is_widened(torch.zeros(1, dtype=torch.float32))
     assert not products.is_widened(torch.zeros(1, dtype=torch.bfloat16, device="meta"))
+
+
+@half
+def test_without_a_product_that_adds_to_float32_the_sum_is_made_a_stripe_at_a_time(operands, dtype, monkeypatch):
+    """The way of CUDA in torch 2.8 and 2.9, its one product played in float32."""
+    hidden, _, delta = operands
+    monkeypatch.setattr(products, "is_widened", lambda _operand: False)
+    monkeypatch.setattr(products, "adds_float32", lambda _device, _dtype: False)
+    taken = []
+    monkeypatch.setattr(
+        products, "float32_product", lambda left, right: taken.append(len(left)) or left.float() @ right.float()
+    )
+    total = torch.randn(V, D)
+    expected = total.double() + delta.double().t() @ hidden.double()
+    add_grad_weight(total, delta, hidden, first=False)
+    assert len(taken) > 1
+    assert sum(taken) == V
+    torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_whether_torch_adds_a_product_to_float32_is_asked_once(monkeypatch):
+    products.adds_float32.cache_clear()
+    device, asked = torch.device("cpu"), []
+    real = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *args, **options: asked.append(args) or real(*args, **options))
+    assert products.adds_float32(device, torch.bfloat16) is products.adds_float32(device, torch.bfloat16)
+    assert len(asked) == 1
+    products.adds_float32.cache_clear()

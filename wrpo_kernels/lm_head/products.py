@@ -120,8 +120,27 @@ def add_grad_weight(total: Tensor, delta: Tensor, scaled: Tensor, first: bool) -
             total[part].addmm_(delta[:, part].float().t(), wide, beta=0 if first else 1)
     elif first:
         torch.ops.aten.mm.dtype_out(delta.t(), scaled, total.dtype, out=total)
-    else:
+    elif adds_float32(delta.device, delta.dtype):
         torch.ops.aten.addmm.dtype_out(total, delta.t(), scaled, total.dtype, out=total)
+    else:
+        for part in _wide_stripes(len(total), scaled.shape[1]):
+            total[part] += float32_product(delta[:, part].t(), scaled)
+
+
+@cache
+def adds_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch adds a product of two such 16-bit matrices to a float32 one; 2.8 and 2.9 do not on CUDA."""
+    zeros = torch.zeros(16, 16, dtype=dtype, device=device)
+    try:
+        torch.ops.aten.addmm.dtype_out(zeros.float(), zeros, zeros, torch.float32, out=zeros.float())
+    except (RuntimeError, NotImplementedError, AttributeError):
+        return False
+    return True
+
+
+def float32_product(left: Tensor, right: Tensor) -> Tensor:
+    """The product of two 16-bit matrices with its float32 sums as they are."""
+    return torch.ops.aten.mm.dtype(left, right, torch.float32)
 
 
 def stripe_of(width: int, dtype: torch.dtype) -> int:

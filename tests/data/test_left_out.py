@@ -51,7 +51,7 @@ LOST = {
     ),
     "the end of a user's text": (turns("{{ m.content[:6] }}"), [USER], "two", "prompt", "all of the user message"),
     "the thought of an answer": (
-        turns("{{ m.content.split('</think>')[-1] }}"), [USER], "<think>one and one</think>two", "answer", "an answer",
+        turns("{{ m.content.split('</think>')[-1] }}"), [USER], "<think>one</think>two", "answer", "the thought",
     ),
     "the end of an answer": (turns("{{ m.content[:20] }}"), [USER], "two birds, " * 3, "answer", "all of an answer"),
     "an answer that its header holds": (
@@ -153,6 +153,27 @@ def test_arguments_reach_a_template_in_the_form_that_it_can_write(writer):
     as_text = CALL | {"function": {"name": "weather", "arguments": text}}
     one, other = (rendered(template, [USER], said("", tool_calls=[call])).whole["answer"] for call in (CALL, as_text))
     assert one == other
+
+
+def test_calls_and_tools_are_not_mistaken_for_words_of_the_text_beside_them():
+    """Without tools, and with other calls, these templates write the same."""
+    call = {"function": {"name": "birds", "arguments": {"how": "many"}}}
+    for fields in ({"tool_calls": [call]}, {"reasoning_content": "two"}):
+        with pytest.raises(
+            DataError, match=r"field 'answer': .* writes (tool calls|the thoughts of an answer), got none of them"
+        ):
+            rendered(CHATML, [USER], said("how many birds? two", **fields))
+    with pytest.raises(DataError, match=r"field 'prompt': .* writes tool calls, got none of them"):
+        rendered(CHATML, [USER, said("I ask.", tool_calls=[call]), TOOL | {"content": "how many birds"}], said("two"))
+    with pytest.raises(DataError, match=r"field 'tools': .* writes tools, got none of them"):
+        rendered(CHATML, [USER], said("two"), tools=[{"name": "birds"}])
+
+
+def test_what_a_tool_said_may_be_written_as_json():
+    writes_json = turns("{{ m.content | tojson if m.role == 'tool' else m.content }}")
+    assert (
+        rendered(writes_json, [USER, said("wait"), TOOL | {"content": '{"rain": "é"}\n'}], said("two")).remarks == set()
+    )
 
 
 def test_arguments_that_can_only_be_written_as_a_string_are_refused():

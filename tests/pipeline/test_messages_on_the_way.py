@@ -159,6 +159,18 @@ def test_what_a_local_template_loses_of_a_prompt_is_named_and_what_it_changes_co
     assert "1 prompt: control token '<|im_end|>' in the text of a prompt" in shown.err
 
 
+@pytest.mark.parametrize("raises", ["messages[0].content + none", "1 // 0", "messages[0].nothing.there", "none.x()"])
+def test_whatever_a_template_raises_costs_its_row_where_models_answer_and_score(raises, tmp_path, capsys):
+    template = CHATML + "{{ " + raises + " if messages[0].content == 'bad' }}"
+    save_model(tmp_path / "model", template)
+    assert sampled_here(tmp_path, [{"prompt": "bad"}, {"prompt": "two"}]) == 3
+    assert "expected messages the chat template accepts, got its refusal" in capsys.readouterr().out
+    save_model(tmp_path / "rm", template, LlamaForSequenceClassification, num_labels=1)
+    flags = ["--reward-model", str(tmp_path / "rm")]
+    assert scored(tmp_path, {"prompt_id": "x", "prompt": "bad"}, *flags) == (3, [])
+    assert scored(tmp_path, {"prompt_id": "y", "prompt": "two"}, *flags)[0] == 0
+
+
 # -- scorers ----------------------------------------------------------------------------------------------------------
 
 

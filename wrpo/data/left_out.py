@@ -20,6 +20,9 @@ RESPACED = "whitespace of messages changed by the chat template"
 SHORTENED = "thoughts or switches in the prompt left out by the chat template"
 UNWRITTEN = "the field {!r} of messages left out by the chat template"
 
+CALLS, THOUGHTS = "tool calls", "the thoughts of an answer"
+
+_OTHER = "wrpo-7c1e"
 _ANYWHERE = ("system", "developer")  # templates move these, into the last user turn for one
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _SWITCHES = ("/no_think", "/think")
@@ -44,7 +47,7 @@ class Rendered:
             start = 0 if message["role"] in _ANYWHERE else self._place
             end = self._end_of(message, start)
             if end is None:
-                raise _left_out(f"all of the {message['role']} message", "less of it", "prompt")
+                raise not_written(f"all of the {message['role']} message", "less of it", "prompt")
             self._find_fields(message, start, "prompt", is_answer=False)
             self._place = max(self._place, end if message["role"] not in _ANYWHERE else 0)
 
@@ -57,7 +60,9 @@ class Rendered:
         wanted = dense(content)
         start = max(self._place, len(dense(opening)) - len(wanted) + 1) if wanted else self._place
         if self._dense.find(wanted, start) < 0:
-            raise _left_out("all of an answer", "less of it", field)
+            without = _THOUGHTS_END.split(wanted)[-1]
+            is_thought = without != wanted and without in self._dense
+            raise not_written(f"{'the thought' if is_thought else 'all'} of an answer", "less of it", field)
         self._remark_space(content)
         self._find_fields(message, self._place, field, is_answer=True)
 
@@ -65,9 +70,11 @@ class Rendered:
         """Where the message's content ends, or what is left of it; None where too little is."""
         content = message.get("content") or ""
         wanted = dense(content)
-        if (place := self._dense.find(wanted, start)) >= 0:
-            self._remark_space(content)
-            return place + len(wanted)
+        for form in map(dense, _forms(content)):  # templates write what a tool said as JSON
+            if (place := self._dense.find(form, start)) >= 0:
+                self._remark_space(content if form == wanted else "")
+                return place + len(form)
+        place = -1
         if message["role"] == "assistant":
             wanted = _THOUGHTS_END.split(wanted)[-1]
             place = self._dense.find(wanted, start)
@@ -89,7 +96,7 @@ class Rendered:
                 self._find_calls(value, start, field)
             elif not all(self._has(leaf, start) for leaf in _leaves(value)):
                 if name in _THOUGHTS and is_answer:
-                    raise _left_out("the thoughts of an answer", "none of them", f"{field}.{name}")
+                    raise not_written(THOUGHTS, "none of them", f"{field}.{name}")
                 self._remarks.add(SHORTENED if name in _THOUGHTS else UNWRITTEN.format(name))
 
     def _find_calls(self, calls: Any, start: int, field: str) -> None:
@@ -97,7 +104,7 @@ class Rendered:
             for leaf in _leaves(_spoken(call)):
                 if not self._has(leaf, start):
                     name = function_name(call)
-                    raise _left_out(f"the call of {name!r}" if name else "tool calls", "less of it", field)
+                    raise not_written(f"the call of {name!r}" if name else "tool calls", "less of it", field)
 
     def _has(self, leaf: str, start: int) -> bool:
         return any(self._dense.find(dense(form), start) >= 0 for form in _forms(leaf))
@@ -108,7 +115,7 @@ def refuse_unwritten_tools(tools: list, text: str) -> None:
     for tool in tools:
         name = function_name(tool)
         if name is not None and name not in text:
-            raise _left_out(f"the tool {name!r}", "none of it", "tools")
+            raise not_written(f"the tool {name!r}", "none of it", "tools")
 
 
 def dense(text: str) -> str:
@@ -168,6 +175,25 @@ def _without_switches(text: str) -> str:
     return text
 
 
-def _left_out(what: str, got: str, field: str) -> DataError:
+def others(message: Message) -> Iterator[tuple[str, Message]]:
+    """(what is changed, the message with other tool calls or thoughts), where it has any."""
+    if calls := message.get("tool_calls"):
+        renamed = [_renamed(call) for call in calls] if isinstance(calls, list) else []
+        yield CALLS, message | {"tool_calls": renamed}
+    for name in _THOUGHTS:
+        if isinstance(message.get(name), str):
+            yield THOUGHTS, message | {name: _OTHER}
+
+
+def _renamed(call: Any) -> Any:
+    inner = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(inner, dict):
+        return {"type": "function", "function": {"name": _OTHER, "arguments": {}}}
+    inner = inner | {"name": _OTHER}
+    return call | {"function": inner} if "function" in call else inner
+
+
+def not_written(what: str, got: str, field: str) -> DataError:
+    """The error of a message of which the template writes too little."""
     todo = "Take a chat template that does (chat_template_file), or write the row as this one wants it."
     return DataError(f"a chat template that writes {what}", got, todo, field=field)

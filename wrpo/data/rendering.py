@@ -3,12 +3,10 @@
     prompt    rendered with the generation prompt: generation starts exactly where it ends
     response  what the rendering of the whole conversation adds after that, up to and including the end-of-turn token
 
-Messages, tools and options reach the template as they are, and what it leaves out of them is refused or remarked
-(`wrpo.data.left_out`). Four things are changed on the way. Templates that want content as a list of parts, as those of
-vision-language models, get it so; those that cannot write the arguments of calls as they are get them as mappings or as
-JSON text. An answer that carries an end of turn in its text, as servers may leave it there, is
-cut before the first. And whitespace that a template writes after the end-of-turn token is left out: no model ever
-generates it, and a log-probability summed over a response should not count it.
+Messages, tools and options reach the template as they are (`wrpo.data.chat_template`), and what it leaves out of them
+is refused or remarked (`wrpo.data.left_out`). Two things are cut: an answer that carries an end of turn in its text, as
+servers may leave it there, before the first; and whitespace that a template writes after the end-of-turn token, which
+no model ever generates and a log-probability summed over a response should not count.
 """
 
 from __future__ import annotations
@@ -20,9 +18,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from wrpo.rows.errors import DataError, shown
 from wrpo.rows.messages import Message
 
-from .call_arguments import forms_of_calls, quotes_arguments
-from .control_tokens import ControlTokens, until_first
-from .left_out import Rendered, refuse_unwritten_tools
+from .chat_template import ChatTemplate
+from .control_tokens import until_first
+from .left_out import CALLS, Rendered, not_written, others, refuse_unwritten_tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +32,6 @@ CONTROL_IN_ANSWER = "control token {!r} in the text of an answer"
 CONTROL_IN_PROMPT = "control token {!r} in the text of a prompt: the model reads it as one, not as words"
 
 _OPENING = 64  # last characters of a prompt, among which its template may have opened the answer
-_ASKED, _ANSWERED = "wrpo '0f' \"3a\"", "wrpo '7c' \"1e\""  # in no template, nor so in a list that is printed
 
 
 class Rendering(NamedTuple):
@@ -58,21 +55,8 @@ class Renderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template_kwargs: dict | None = None):
         self.tokenizer = tokenizer
-        self.template_kwargs = template_kwargs or {}
-        self.control = ControlTokens(tokenizer)
-        if not tokenizer.chat_template:
-            raise DataError(
-                "a tokenizer with a chat template",
-                "one without",
-                "Take the tokenizer of a chat model, name a template with chat_template_file, or write chat_template: "
-                "none to train on the prompt, the answer and the end-of-sequence token alone.",
-            )
-        as_text, as_parts = self._tried(wants_parts=False), self._tried(wants_parts=True)
-        self._wants_parts = _ANSWERED not in as_text and _ANSWERED in as_parts
-        tried = as_parts if self._wants_parts else as_text
-        self._writes_prompts = _ASKED in tried or not tried
-        ends = (tokenizer.eos_token, self.control.first(tried.partition(_ANSWERED)[2]))
-        self._ends = tuple(token for token in self.control.all if token in ends)
+        self._template = ChatTemplate(tokenizer, template_kwargs)
+        self._control = self._template.control
 
     def __call__(
         self,
@@ -96,17 +80,19 @@ class Renderer:
         """
         options = chat_template_kwargs or {}
         remarks = self._control_remarks(CONTROL_IN_PROMPT, prompt)
-        start = self._render("prompt", prompt, tools, options)
+        start = self._template.text("prompt", prompt, tools, options)
         Rendered(start, remarks).find_prompt(prompt)
-        refuse_unwritten_tools(tools or [], start)
+        self._refuse_ignored(start, prompt, tools, options)
         opening = start[-_OPENING:]
         whole = {}
         for field, response in responses.items():
-            message = self._until_end(response, field, remarks)
-            text = self._until_end_of_turn(self._render(field, [*prompt, message], tools, options))
-            _refuse_another_start(text, start, field)
-            Rendered(opening + text[len(start) :], remarks).find_answer(message, field, opening)
-            whole[field] = text
+            answer = self._until_end(response, field, remarks)
+            text = self._template.text(field, [*prompt, answer], tools, options)
+            Rendered(opening + _after(start, text, field), remarks).find_answer(answer, field, opening)
+            for what, other in others(answer):
+                if self._template.writes_the_same(text, [*prompt, other], tools, options):
+                    raise not_written(what, "none of them", field)
+            whole[field] = self._until_end_of_turn(text)
         return Rendering(start, whole, remarks)
 
     def conversation(
@@ -128,57 +114,36 @@ class Renderer:
         answer: Message = {"role": "assistant", "content": response}
         if response:
             answer = self._until_end(answer, "response", remarks)
-        text = self._render("prompt", [*prompt, answer], tools, chat_template_kwargs or {})
+        options = chat_template_kwargs or {}
+        text = self._template.text("prompt", [*prompt, answer], tools, options)
         rendered = Rendered(text, remarks)
-        if self._writes_prompts:
+        if self._template.writes_prompts:
             rendered.find_prompt(prompt)
-            refuse_unwritten_tools(tools or [], text)
+            self._refuse_ignored(text, [*prompt, answer], tools, options)
         rendered.find_answer(answer, "response")
         return text, remarks
 
     def ends_its_turns(self, text: str) -> bool:
         """Whether a rendered conversation ends with a special token, at which generation can stop."""
-        return text.endswith(self.control.all)
+        return text.endswith(self._control.all)
 
-    def _tried(self, wants_parts: bool) -> str:
-        """A short conversation, rendered; nothing where the template refuses it."""
-        self._wants_parts = wants_parts
-        messages = [{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _ANSWERED}]
-        try:
-            return self._render("prompt", messages, None, {})
-        except DataError:
-            return ""
-
-    def _render(self, field: str, messages: list[Message], tools: list | None, options: dict) -> str:
-        """The messages' text, the arguments of calls in the first form that the template can write."""
-        if self._wants_parts:
-            messages = [_in_parts(message) for message in messages]
-        how = {
-            "tokenize": False,
-            "add_generation_prompt": messages[-1]["role"] != "assistant",
-            "tools": tools,
-            **self.template_kwargs,
-            **options,
-        }
-        refusal: Exception | None = None
-        for form in forms_of_calls(messages):
-            try:
-                text = self.tokenizer.apply_chat_template(form, **how)
-            except Exception as error:  # a template raises what it likes: its own refusals, and Python's errors in it
-                refusal = refusal or error
-            else:
-                if not quotes_arguments(form, text):
-                    return text
-        todo = "Rewrite the messages as this chat template wants them."
-        got = f"its refusal: {refusal or 'arguments of calls are text within text'}"
-        raise DataError("messages the chat template accepts", got, todo, field=field) from refusal
+    def _refuse_ignored(self, text: str, messages: list[Message], tools: list | None, options: dict) -> None:
+        """Raises DataError where the text would be the same without the tools, or with other calls of them."""
+        refuse_unwritten_tools(tools or [], text)
+        if tools and self._template.writes_the_same(text, messages, None, options):
+            raise not_written("tools", "none of them", "tools")
+        for number, message in enumerate(messages):
+            for what, other in others(message):
+                changed = [*messages[:number], other, *messages[number + 1 :]]
+                if what == CALLS and self._template.writes_the_same(text, changed, tools, options):
+                    raise not_written(what, "none of them", "prompt")
 
     def _until_end(self, response: Message, field: str, remarks: set[str]) -> Message:
         """The response, its text cut before an end of turn."""
         said = response.get("content") or ""
-        content = until_first(self._ends, said)
+        content = until_first(self._template.ends, said)
         if content != said:
-            end = next(token for token in self._ends if said.startswith(token, len(content)))
+            end = next(token for token in self._template.ends if said.startswith(token, len(content)))
             if not content.strip() and not response.get("tool_calls"):
                 raise DataError("an answer before its end of turn", f"{end!r} at once", "Drop the row.", field=field)
             remarks.add(CUT_AT_END.format(end))
@@ -188,11 +153,11 @@ class Renderer:
 
     def _control_remarks(self, words: str, messages: list[Message]) -> set[str]:
         texts = (text for message in messages for text in message.values() if isinstance(text, str))
-        return {words.format(token) for text in texts for token in self.control.within(text)}
+        return {words.format(token) for text in texts for token in self._control.within(text)}
 
     def _until_end_of_turn(self, text: str) -> str:
         shorter = text.rstrip()
-        return shorter if shorter.endswith(self.control.all) else text
+        return shorter if shorter.endswith(self._control.all) else text
 
 
 def log_remarks(remarks: Counter[str], what: str) -> None:
@@ -201,11 +166,12 @@ def log_remarks(remarks: Counter[str], what: str) -> None:
         logger.warning("%d %s%s: %s", count, what, "s"[: count > 1], remark)
 
 
-def _in_parts(message: Message) -> Message:
-    return message | {"content": [{"type": "text", "text": message.get("content") or ""}]}
+def _after(start: str, text: str, field: str) -> str:
+    """What a conversation adds to its prompt.
 
-
-def _refuse_another_start(text: str, start: str, field: str) -> None:
+    Raises:
+        DataError: it does not begin with its prompt, or adds nothing.
+    """
     if not text.startswith(start):
         raise DataError(
             f"a chat template whose conversation starts with its prompt, {shown(start[-40:])}",
@@ -214,5 +180,6 @@ def _refuse_another_start(text: str, start: str, field: str) -> None:
             "a chat_template without it.",
             field=field,
         )
-    if len(text) == len(start):
+    if not text[len(start) :].strip():
         raise DataError("a response", "nothing after the chat template", "Drop the row.", field=field)
+    return text[len(start) :]

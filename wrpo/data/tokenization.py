@@ -20,7 +20,7 @@ from datasets.fingerprint import Hasher
 from wrpo.rows.errors import BadRows, DataError
 from wrpo_kernels import __version__
 
-from . import continuation, control_tokens, left_out, rendering, truncation
+from . import call_arguments, chat_template, continuation, control_tokens, left_out, rendering, truncation
 from .continuation import response_ids, token_ids
 from .rendering import Renderer, Rendering, log_remarks
 from .roles import REJECTED
@@ -217,8 +217,8 @@ def _fingerprint(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
-    modules = (rendering, left_out, control_tokens, continuation, truncation, sys.modules[__name__])
-    code = [_source(module) for module in modules]
+    rendered = (rendering, chat_template, call_arguments, control_tokens, left_out)
+    code = [_source(module) for module in (*rendered, continuation, truncation, sys.modules[__name__])]
     return Hasher.hash([dataset._fingerprint, vocabulary, special, tokenizer.chat_template, options, code])
 
 

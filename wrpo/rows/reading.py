@@ -174,7 +174,7 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
     for batch in _parquet_batches(path):
         try:
             rows: list = batch.to_pylist()
-        except UnicodeDecodeError:  # one row is at fault; the others are good
+        except (ValueError, OverflowError):  # one row is at fault; the others are good
             rows = [_decoded(lambda: batch.slice(k, 1).to_pylist()[0]) for k in range(batch.num_rows)]  # noqa: B023
         for row in rows:
             number += 1
@@ -182,14 +182,13 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
 
 
 def _parquet_batches(path: Path) -> Iterator[Any]:
-    import pyarrow as pa
     import pyarrow.parquet
 
     try:
         yield from pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256)
-    except (pa.ArrowException, OSError) as error:
-        expected = "a Parquet file that is whole"
-        raise DataError(expected, str(error), "Copy or write it again.", file=str(path)) from error
+    except Exception as error:  # of broken bytes pyarrow raises what it likes
+        got = " ".join(str(error).split())
+        raise DataError("a Parquet file that is whole", got, "Copy or write it again.", file=str(path)) from error
 
 
 def _read_dataset(name: str, dataset: datasets.Dataset) -> Iterator[RawRow]:
@@ -211,9 +210,12 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _decoded(fetch: Callable[[], dict]) -> dict | DataError:
-    """Arrow checks its text only when it is read."""
+    """Arrow checks its text only when it is read, and has dates that Python has not."""
     try:
         return fetch()
     except UnicodeDecodeError as error:
         got = f"byte {error.object[error.start]:#04x}"
         return DataError("UTF-8 text", got, "Write the column as UTF-8.")
+    except (ValueError, OverflowError) as error:
+        got = " ".join(str(error).split())
+        return DataError("values that Python can hold", got, "Write dates and times as text, or leave the column out.")

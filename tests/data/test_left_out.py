@@ -186,6 +186,11 @@ def test_arguments_that_can_only_be_written_as_a_string_are_refused():
             rendered(turns(CALLS.replace("%s", quotes)), [USER], said("", tool_calls=[call]))
 
 
+def test_a_call_in_the_older_form_is_refused_where_it_is_not_written():
+    with pytest.raises(DataError, match="'answer': expected a chat template that writes the call of 'weather'"):
+        rendered(CHATML, [USER], said("two", function_call={"name": "weather", "arguments": "{}"}))
+
+
 def test_thoughts_of_an_answer_beside_it_are_written_or_refused_and_those_of_earlier_ones_remarked():
     thinks = turns("{{ m.reasoning_content or '' }}{{ m.content }}", "m.role != 'tool'")
     answer = said("two", reasoning_content="one and one")
@@ -234,6 +239,13 @@ def test_the_end_of_turn_of_a_template_and_of_the_tokenizer_both_end_an_answer()
     for end in ("<|end|>", tokenizer.eos_token):
         start, whole, _ = Renderer(tokenizer)([USER], {"a": said(f"two{end}three")})
         assert whole["a"] == start + "two<|end|>"
+
+
+def test_a_mark_that_ends_turns_without_being_a_token_ends_an_answer_too():
+    tokenizer = tiny_tokenizer(CHATML.replace("<|im_end|>", "<|stop|>"))
+    start, whole, remarks = Renderer(tokenizer)([USER], {"a": said("two <b>birds</b><|stop|>three")})
+    assert whole["a"].startswith(start + "two <b>birds</b><|stop|>\n")
+    assert remarks == {CUT_AT_END.format("<|stop|>")}
 
 
 def test_an_answer_with_nothing_before_its_end_is_refused():

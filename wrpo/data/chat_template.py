@@ -7,6 +7,7 @@ text.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from wrpo.rows.errors import DataError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ASKED, _ANSWERED = "wrpo '0f' \"3a\"", "wrpo '7c' \"1e\""  # in no template, nor so in a list that is printed
+_MARK = re.compile(r"^\s*(<[^<>\s]+>)")  # of an end of turn that is no special token
 
 
 class ChatTemplate:
@@ -30,7 +32,7 @@ class ChatTemplate:
 
     Attributes:
         control: the tokenizer's special tokens.
-        ends: those that end an answer.
+        ends: what ends an answer: the token, or mark, that the template writes, and the tokenizer's own.
         writes_prompts: whether it writes anything but the answer.
 
     Raises:
@@ -51,8 +53,10 @@ class ChatTemplate:
         self._wants_parts = _ANSWERED not in as_text and _ANSWERED in as_parts
         tried = as_parts if self._wants_parts else as_text
         self.writes_prompts = _ASKED in tried or not tried
-        ends = (tokenizer.eos_token, self.control.first(tried.partition(_ANSWERED)[2]))
-        self.ends = tuple(token for token in self.control.all if token in ends)
+        after = tried.partition(_ANSWERED)[2]
+        end = self.control.first(after) or next(iter(_MARK.findall(after)), None)
+        eos = tokenizer.eos_token if tokenizer.eos_token in self.control.all else None
+        self.ends = tuple(dict.fromkeys(token for token in (end, eos) if token))
 
     def text(self, field: str, messages: list[Message], tools: list | None, options: dict) -> str:
         """The messages' text, with the opening of an answer behind all but an assistant's.

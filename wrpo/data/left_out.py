@@ -92,7 +92,7 @@ class Rendered:
     def _find_fields(self, message: Message, start: int, field: str, is_answer: bool) -> None:
         for name in message.keys() - {"role", "content"}:
             value = message[name]
-            if name == "tool_calls":
+            if name in ("tool_calls", "function_call"):
                 self._find_calls(value, start, field)
             elif not all(self._has(leaf, start) for leaf in _leaves(value)):
                 if name in _THOUGHTS and is_answer:

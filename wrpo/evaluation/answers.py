@@ -14,7 +14,7 @@ from typing import Any
 
 from wrpo.rows.candidate import checked_candidate, checked_text
 from wrpo.rows.errors import DataError, shown
-from wrpo.rows.messages import Asked
+from wrpo.rows.messages import Asked, Message
 from wrpo.rows.reading import read_rows
 
 from .comparison import Scores
@@ -33,6 +33,10 @@ class Answer:
     response: str
     reward: float | None
     fields: dict[str, Any]
+
+    @property
+    def prompt(self) -> str | list[Message]:
+        return self.asked.prompt
 
 
 def read_answers(
@@ -59,8 +63,7 @@ def read_answers(
                 raise DataError("one answer a model, prompt and sample", got, "Number the samples.", field="sample")
             if prompts.setdefault(answer.prompt_id, answer.asked) != answer.asked:
                 todo = "Give different prompts different ids."
-                got = shown(answer.asked.prompt)
-                raise DataError(f"the prompt of {answer.prompt_id!r}", got, todo, field="prompt")
+                raise DataError(f"the prompt of {answer.prompt_id!r}", shown(answer.prompt), todo, field="prompt")
             answers[key] = answer
         except DataError as error:
             raise error.at(file, number) from None

@@ -106,7 +106,7 @@ def _first_samples(answers: Iterable[Answer]) -> dict[str, list[Answer]]:
 
 
 def _instruction(answer: Answer) -> str:
-    prompt, tools = answer.asked.prompt, answer.asked.tools
+    prompt, tools = answer.prompt, answer.asked.tools
     if not isinstance(prompt, str) or tools:
         roles = [message["role"] for message in answer.asked.messages] + ["tools"] * bool(tools)
         raise UserError(

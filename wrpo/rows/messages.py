@@ -113,6 +113,9 @@ def message_text(message: Message) -> str:
 
 def tools_of(row: dict) -> list | None:
     """The tools that a model may call, or None."""
+    if row.get("functions"):
+        todo = "Rename the column, each function in the form {type: function, function: ..}."
+        raise DataError("tools under the name of tools", shown(row["functions"]), todo, field="functions")
     value = row.get("tools")
     tools = _held(value, "tools", list, "a list of tools, or its JSON text") or []
     tools = [parsed(tool, "tools") if isinstance(tool, str) else tool for tool in tools]

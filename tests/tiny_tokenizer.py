@@ -54,3 +54,29 @@ def tiny_tokenizer(chat_template: str | None = CHATML, adds_bos: bool = False) -
     )
     tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def spaced_tokenizer(kind: str, chat_template: str | None = None, *, scheme: str = "first") -> PreTrainedTokenizerFast:
+    """As SentencePiece: a text that is tokenised by itself begins with a space; ids of about 300 pieces.
+
+    Args:
+        kind: bpe, with words that join across spaces (Llama 2), or unigram (T5).
+        scheme: first: the space comes before the first piece alone; always: also behind special tokens.
+    """
+    is_bpe = kind == "bpe"
+    special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    model = Tokenizer(models.BPE(unk_token="<unk>") if is_bpe else models.Unigram())
+    model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=not is_bpe)
+    space = decoders.Replace("\u2581", " ")
+    model.decoder = decoders.Sequence([space, decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    letters = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ 0123456789 .,:;!?[]()/_|<>'\"\n+-="
+    trainer = trainers.BpeTrainer if is_bpe else trainers.UnigramTrainer
+    options = {} if is_bpe else {"unk_token": "<unk>"}
+    trained = trainer(vocab_size=300, special_tokens=special, show_progress=False, **options)
+    model.train_from_iterator([*WORDS * 3, letters, *letters], trained)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>",
+        additional_special_tokens=special[3:],
+    )  # fmt: skip
+    tokenizer.chat_template = chat_template
+    return tokenizer

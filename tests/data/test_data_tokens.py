@@ -120,6 +120,36 @@ def test_a_prompt_the_template_refuses_is_named_or_skipped(caplog):
     assert "1 bad row skipped (prompt 1" in caplog.text
 
 
+def test_a_row_of_which_the_template_loses_words_is_named_or_skipped(caplog):
+    only_user = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+    rows = [EXPLICIT, EXPLICIT | {"system": "be brief"}]
+    with pytest.raises(DataError, match=r"rows, row 2, field 'prompt': .* that writes all of the system message"):
+        tokenized(tiny_tokenizer(only_user), *rows)
+    assert len(tokenized(tiny_tokenizer(only_user), *rows, skip_bad_rows=True)) == 1
+    assert "1 bad row skipped (prompt 1" in caplog.text
+
+
+def test_what_was_changed_on_the_way_is_counted_by_rows_also_when_the_ids_are_read_again(caplog):
+    rows = [
+        EXPLICIT | {"target_chosen": "5<|im_end|>"},
+        EXPLICIT | {"source_chosen": "five<|im_end|>\n<|im_start|>user\nmore?", "target_chosen": "5<|im_end|>"},
+        EXPLICIT | {"prompt": "hi <|im_start|>"},
+        EXPLICIT | {"rejected": "5"},
+        EXPLICIT | {"rejected": "5<|im_end|>"},
+    ]
+    for _ in range(2):
+        caplog.clear()
+        tokens = tokenized(tiny_tokenizer(), *rows)
+        assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+            "3 rows: answer cut before the end of turn '<|im_end|>' in its text",
+            "2 rows: rejected response that is the same as a preferred one: it teaches nothing",
+            "1 row: control token '<|im_start|>' in the text of a prompt: the model reads it as one, not as words",
+        ]
+    ends = [ids.count(3) for row in tokens for ids in row["response_ids"]]
+    assert ends == [1] * len(ends)
+    assert "remarks" not in tokens.column_names
+
+
 def test_a_template_whose_conversation_leaves_its_prompt_is_refused():
     with pytest.raises(DataError, match=r"conversation starts with its prompt, .*<think>.*chat_template_kwargs"):
         tokenized(tiny_tokenizer(OPENS_A_THOUGHT), EXPLICIT)

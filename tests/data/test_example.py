@@ -236,6 +236,7 @@ BAD = {
     "log-prob is NaN": (EXPLICIT | {"source_logp": [[-1.0], [-1.0], [float("nan")]]}, "source_logp", "finite"),
     "too few of the reference": (EXPLICIT | {"ref_logp": [-1.0]}, "ref_logp", "3 finite numbers"),
     "reference above zero": (PAIR | {"ref_logp": [3.5, -1.0]}, "ref_logp", "at most 0"),
+    "tools of another name": (PAIR | {"functions": [TOOL]}, "functions", "under the name of tools"),
     "tools that are no list": (PAIR | {"tools": {"name": "add"}}, "tools", "a list of tools"),
     "a tool that is a number": (PAIR | {"tools": [3]}, "tools", "tools that are objects"),
     "tools that are no JSON": (PAIR | {"tools": "add"}, "tools", "JSON text"),

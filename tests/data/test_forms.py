@@ -201,10 +201,40 @@ def test_a_system_text_and_earlier_turns_stand_before_an_instruction():
     row = {"system": "be brief", "history": [["1 + 1?", "2"]], "instruction": "add", "input": "2 + 3", "output": "5"}
     first = [SYSTEM, {"role": "user", "content": "1 + 1?"}, said("2")]
     assert example_of(row, stage="sft")["prompt"] == [*first, {"role": "user", "content": "add\n2 + 3"}]
-    assert example_of({"system": "another", "messages": [SYSTEM, USER, said("5")]}, stage="sft")["prompt"] == [
-        SYSTEM,
-        USER,
-    ]
+
+
+SYSTEM_BESIDE = {
+    "a text": {"prompt": "2 + 3?", "chosen": "5", "rejected": "6"},
+    "messages": {"prompt": [USER], "chosen": "5", "rejected": "6"},
+    "conversations": {"chosen": [USER, said("5")], "rejected": [USER, said("6")]},
+    "the same system message": {"prompt": [SYSTEM, USER], "chosen": "5", "rejected": "6"},
+    "a triple": {"prompt": "2 + 3?", "source_chosen": ["five"], "target_chosen": "5", "rejected": "6"},
+    "scores": {"prompt": "2 + 3?", "all_generated_responses": ["5", "6"], "all_rm_scores": [1, 0]},
+}
+
+
+@pytest.mark.parametrize("row", SYSTEM_BESIDE.values(), ids=SYSTEM_BESIDE)
+def test_a_system_text_beside_any_form_is_the_first_message_of_its_prompt(row):
+    assert example_of(row | {"system": "be brief"})["prompt"] == [SYSTEM, USER]
+    assert example_of(row | {"system": " "})["prompt"] == example_of(row)["prompt"]
+
+
+def test_two_system_texts_are_one_too_many():
+    with pytest.raises(DataError, match="'system': expected the system message of the conversation, got 'another'"):
+        example_of({"system": "another", "messages": [SYSTEM, USER, said("5")]}, stage="sft")
+
+
+@pytest.mark.parametrize(("name", "value"), [("images", ["cat.png"]), ("image", {"bytes": "."}), ("audio", "a.wav")])
+def test_a_row_with_pictures_or_sound_is_refused_by_name(name, value):
+    row = {"prompt": "<image>what is it?", "chosen": "5", "rejected": "6"}
+    with pytest.raises(DataError, match=f"'{name}': expected text alone"):
+        example_of(row | {name: value})
+    assert example_of(row | {name: type(value)()}) == example_of(row)
+
+
+def test_a_turn_keeps_what_it_says_beside_its_text():
+    turns = [{"from": "human", "value": "2 + 3?", "name": "Ann"}, {"from": "gpt", "value": "5"}]
+    assert example_of({"conversations": turns}, stage="sft")["prompt"] == [USER | {"name": "Ann"}]
 
 
 def test_sharegpts_speakers_become_roles_and_a_stranger_is_named():

@@ -29,7 +29,7 @@ KNOWS_TOOLS = (
 
 
 def test_a_response_is_what_the_conversation_adds_to_the_prompt():
-    start, whole = Renderer(tiny_tokenizer())([SYSTEM, USER], {"a": ANSWER, "b": ANSWER | {"content": "\n6 "}})
+    start, whole, _ = Renderer(tiny_tokenizer())([SYSTEM, USER], {"a": ANSWER, "b": ANSWER | {"content": "\n6 "}})
     turns = ["system\nbe brief<|im_end|>\n", "user\n2 + 3?<|im_end|>\n", "assistant\n"]
     assert start == "".join("<|im_start|>" + turn for turn in turns)
     assert whole == {"a": start + "5<|im_end|>", "b": start + "\n6 <|im_end|>"}
@@ -38,14 +38,14 @@ def test_a_response_is_what_the_conversation_adds_to_the_prompt():
 def test_tools_calls_and_thoughts_are_written_by_the_template():
     prompt = [USER, CALL, {"role": "tool", "content": "5", "tool_call_id": "1"}]
     answer = ANSWER | {"reasoning_content": "The tool said it."}
-    start, whole = Renderer(tiny_tokenizer(KNOWS_TOOLS))(prompt, {"a": answer}, tools=TOOLS)
+    start, whole, _ = Renderer(tiny_tokenizer(KNOWS_TOOLS))(prompt, {"a": answer}, tools=TOOLS)
     assert '"default": null' in start
     assert '<call>add({"a": 2, "b": 3})</call>' in start
     assert whole["a"] == start + "<think>The tool said it.</think>5<|im_end|>"
 
 
 def test_a_call_of_a_tool_is_rendered_as_an_answer():
-    start, whole = Renderer(tiny_tokenizer(KNOWS_TOOLS))([USER], {"a": CALL})
+    start, whole, _ = Renderer(tiny_tokenizer(KNOWS_TOOLS))([USER], {"a": CALL})
     assert whole["a"] == start + '<call>add({"a": 2, "b": 3})</call><|im_end|>'
 
 
@@ -54,16 +54,16 @@ def test_a_template_that_leaves_out_tools_or_calls_is_refused(call):
     renderer = Renderer(tiny_tokenizer(CHATML))
     with pytest.raises(DataError, match="field 'tools': expected a chat template that writes the tool 'add'"):
         renderer([USER], {"a": ANSWER}, tools=TOOLS)
-    with pytest.raises(DataError, match="field 'a': expected a chat template that writes the tool 'add'"):
+    with pytest.raises(DataError, match="field 'a': expected a chat template that writes the call of 'add'"):
         renderer([USER], {"a": call})
 
 
 def test_a_rows_options_win_over_those_of_the_run():
     template = CHATML.replace("{{ m.role }}", "{{ m.role }}{{ one }}{{ two }}")
     renderer = Renderer(tiny_tokenizer(template), {"one": 1, "two": 2})
-    assert "user12\n" in renderer([USER], {})[0]
-    assert "user13\n" in renderer([USER], {}, chat_template_kwargs={"two": 3})[0]
-    assert "user12\n" in renderer([USER], {})[0]
+    assert "user12\n" in renderer([USER], {}).prompt
+    assert "user13\n" in renderer([USER], {}, chat_template_kwargs={"two": 3}).prompt
+    assert "user12\n" in renderer([USER], {}).prompt
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,9 @@ def test_whatever_a_template_raises_is_its_refusal(template, words):
 
 
 def test_an_answer_that_the_template_refuses_is_named():
-    refuses = CHATML.replace("{{ m.content }}", "{% if m.name %}{{ raise_exception('no names') }}{% endif %}-")
+    refuses = CHATML.replace(
+        "{{ m.content }}", "{% if m.name %}{{ raise_exception('no names') }}{% endif %}{{ m.content }}"
+    )
     with pytest.raises(DataError, match=r"field 'b': .*its refusal: no names"):
         Renderer(tiny_tokenizer(refuses))([USER], {"a": ANSWER, "b": ANSWER | {"name": "Ann"}})
 
@@ -99,9 +101,9 @@ def test_an_answer_that_the_template_writes_nothing_of_is_refused():
 
 def test_a_template_that_ends_no_turn_is_known():
     renderer = Renderer(tiny_tokenizer(HEADERS))
-    assert renderer.ends_its_turns(renderer([USER], {"a": ANSWER})[1]["a"])
+    assert renderer.ends_its_turns(renderer([USER], {"a": ANSWER}).whole["a"])
     renderer = Renderer(tiny_tokenizer("{% for m in messages %}{{ m.content }}\n{% endfor %}"))
-    assert not renderer.ends_its_turns(renderer([USER], {"a": ANSWER})[1]["a"])
+    assert not renderer.ends_its_turns(renderer([USER], {"a": ANSWER}).whole["a"])
 
 
 def test_a_tokenizer_without_a_chat_template_is_told_the_ways_out():

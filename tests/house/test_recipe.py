@@ -26,6 +26,7 @@ from wrpo import DPOConfig, SFTConfig, WRPOConfig
 from wrpo.building import BuildSettings
 from wrpo.evaluation.answers import Answer
 from wrpo.evaluation.benchmark_files import write_alpaca_eval, write_arena_hard
+from wrpo.rows.messages import asked
 from wrpo.sampling.sources import VllmSource, read_sources
 from wrpo.user_error import UserError
 
@@ -194,8 +195,8 @@ def test_the_benchmarks_prompts_come_back_under_their_own_text_and_ids(tmp_path,
         runpy.run_path(str(RECIPE / "benchmark_prompts.py"), run_name="__main__")
         (row,) = map(json.loads, (tmp_path / "out.jsonl").read_bytes().splitlines())
         fields = {name: row[name] for name in ("category", "cluster") if name in row}
-        answers.append(Answer(row["prompt_id"], row["prompt"], "m", 0, "six", None, fields))
+        answers.append(Answer(row["prompt_id"], asked(row), "m", 0, "six", None, fields))
     (outputs,) = write_alpaca_eval(answers[:1], tmp_path / "alpaca")
     assert json.loads(outputs.read_text())[0]["instruction"] == instructions[0]["instruction"]
-    asked, _ = write_arena_hard(answers[1:], tmp_path / "arena")
-    assert [json.loads(line) for line in asked.read_bytes().splitlines()] == questions
+    written, _ = write_arena_hard(answers[1:], tmp_path / "arena")
+    assert [json.loads(line) for line in written.read_bytes().splitlines()] == questions

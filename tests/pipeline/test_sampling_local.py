@@ -134,8 +134,7 @@ def test_a_prompt_that_the_template_refuses_or_that_is_too_long_costs_itself(sam
     assert sample(["two", system, "long " * CONTEXT, "five"], "--samples", "1") == 3
     assert written().keys() == {("0", 0), ("3", 0)}
     shown = capsys.readouterr().out
-    assert "the chat template refuses the prompt" in shown
-    assert "no system turns" in shown
+    assert "expected messages the chat template accepts, got its refusal: no system turns" in shown
     assert f"and the model takes {CONTEXT}" in shown
 
 
@@ -183,7 +182,7 @@ def test_a_model_that_cannot_answer_is_one_line(template, source, words, sample,
 
 def test_vllm_is_asked_with_its_own_arguments_and_its_answers_keep_their_places(sample, written, monkeypatch):
     """An object with vLLM's interface stands in for it: what is tested is what we hand over and what we read."""
-    asked, engines = [], []
+    asked, engines, tokenizer = [], [], tiny_tokenizer()
 
     class LLM:
         def __init__(self, **arguments):
@@ -191,11 +190,15 @@ def test_vllm_is_asked_with_its_own_arguments_and_its_answers_keep_their_places(
             self.itself = self
             engines.append(weakref.ref(self))
 
-        def chat(self, messages, how, use_tqdm):
-            if any(m[0]["content"] == "too long" for m in messages):
+        def get_tokenizer(self):
+            return tokenizer
+
+        def generate(self, prompts, how, use_tqdm):
+            texts = [tokenizer.decode(prompt["prompt_token_ids"]) for prompt in prompts]
+            if any("too long" in text for text in texts):
                 raise ValueError("the prompt is longer than the model takes")
             asked.extend(how)
-            texts = [f"{m[0]['content']} {h.seed}" for m, h in zip(messages, how, strict=True)]
+            texts = [f"{text} {h.seed}" for text, h in zip(texts, how, strict=True)]
             return [SimpleNamespace(outputs=[SimpleNamespace(text=text, finish_reason="length")]) for text in texts]
 
     vllm = SimpleNamespace(LLM=LLM, SamplingParams=lambda **how: SimpleNamespace(**how))
@@ -207,5 +210,6 @@ def test_vllm_is_asked_with_its_own_arguments_and_its_answers_keep_their_places(
     assert rows.keys() == {(prompt, n) for prompt in "02" for n in range(5)}
     assert {(how.temperature, how.top_p, how.max_tokens) for how in asked} == {(0.8, 0.95, 8)}
     for row in rows.values():
-        assert row["response"] == f"{row['prompt']} {row['seed']}"
+        turns = f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n"
+        assert row["response"] == f"{turns} {row['seed']}"
         assert row["finish_reason"] == "length"

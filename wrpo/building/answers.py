@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from wrpo.rows.candidate import Answer
 from wrpo.rows.errors import BadRows, DataError, shown
-from wrpo.rows.messages import Message
+from wrpo.rows.messages import Asked
 
 from .grouping import Record
 
@@ -18,12 +18,17 @@ class Prompt(NamedTuple):
     """One prompt and all answers to it, best first."""
 
     prompt_id: str
-    prompt: str | list[Message]
+    asked: Asked
     answers: list[Answer]
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What each row of it begins with."""
+        return {"prompt_id": self.prompt_id, "prompt": self.asked.prompt, **self.asked.beside}
 
 
 def one_prompt(group: list[Record], bad: BadRows, dropped: Counter[str]) -> Prompt | None:
-    """The prompt of records (order, prompt id, prompt, *fields of `Answer`) that share a prompt id.
+    """The prompt of records (order, prompt id, what was asked, *fields of `Answer`) that share a prompt id.
 
     Rows that repeat another are dropped and counted. Rows that contradict another are bad, both sides of them, for
     nothing says which is right: all answers where the prompts differ, and then there is no prompt; the answers of one
@@ -32,13 +37,13 @@ def one_prompt(group: list[Record], bad: BadRows, dropped: Counter[str]) -> Prom
     Raises:
         DataError: the first contradiction, unless bad rows are skipped.
     """
-    _, prompt_id, prompt, *_ = group[0]
+    _, prompt_id, asked, *_ = group[0]
     answers = sorted(Answer(*record[3:]) for record in group)
-    other = next((record for record in group if record[2] != prompt), None)
+    other = next((record for record in group if record[2] != asked), None)
     if other is not None:
         _add_all(_two_prompts(group[0], other), answers, bad)
         return None
-    return Prompt(prompt_id, prompt, _without_contradictions(prompt_id, answers, bad, dropped))
+    return Prompt(prompt_id, asked, _without_contradictions(prompt_id, answers, bad, dropped))
 
 
 def _without_contradictions(prompt_id: str, answers: list[Answer], bad: BadRows, dropped: Counter[str]) -> list[Answer]:
@@ -66,11 +71,16 @@ def _add_all(error: DataError, rows: list[Answer], bad: BadRows) -> None:
 
 def _two_prompts(one: Record, other: Record) -> DataError:
     return DataError(
-        f"the prompt that {one[1]!r} has in {one[-2]}, row {one[-1]}, {shown(one[2])}",
-        shown(other[2]),
+        f"the prompt that {one[1]!r} has in {one[-2]}, row {one[-1]}, {_shown(one)}",
+        _shown(other),
         "Give different prompts different ids.",
         field="prompt", file=other[-2], row=other[-1],
     )  # fmt: skip
+
+
+def _shown(record: Record) -> str:
+    beside = record[2].beside
+    return shown(record[2].prompt) + (f" with {shown(beside)}" if beside else "")
 
 
 def _two_answers(prompt_id: str, one: Answer, other: Answer) -> DataError:

@@ -41,8 +41,7 @@ def sft_row(prompt: Prompt, chosen: list[Answer], settings: BuildSettings) -> di
     """What `wrpo sft` reads: the prompt and the source answers, best first."""
     rewards = [answer.reward for answer in chosen]
     return {
-        "prompt_id": prompt.prompt_id,
-        "prompt": prompt.prompt,
+        **prompt.fields,
         "source_chosen": [answer.response for answer in chosen],
         "source_model": [answer.model for answer in chosen],
         "source_weight": _weights(rewards, settings.weight_temperature),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from typing import Any
 
 from wrpo.rows.candidate import Answer
-from wrpo.rows.messages import Message
+from wrpo.rows.messages import Asked, message_text
 from wrpo.user_error import UserError
 
 from .settings import BuildSettings
@@ -23,9 +24,10 @@ class Limits:
         self._settings = settings
         self._tokenizer = None if settings.tokenizer is None else _load_tokenizer(settings.tokenizer)
 
-    def refuse_prompt(self, prompt: str | list[Message]) -> str | None:
+    def refuse_prompt(self, asked: Asked) -> str | None:
         """Why a prompt is too long, or None."""
-        texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+        tools = [json.dumps(tool, ensure_ascii=False) for tool in asked.tools or []]
+        texts = [*map(message_text, asked.messages), *tools]
         most, most_tokens = self._settings.max_prompt_chars, self._settings.max_prompt_tokens
         if most is not None and sum(map(len, texts)) > most:
             return f"prompt longer than {most} characters"

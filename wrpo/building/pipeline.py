@@ -129,7 +129,7 @@ def chosen_rows(
 
 
 def _records(candidates: Any, settings: BuildSettings, bad: BadRows) -> Iterator[Record]:
-    """Every good row of the shard: order, prompt id, prompt, and the fields of its `Answer`."""
+    """Every good row of the shard: order, prompt id, what was asked, and the fields of its `Answer`."""
     shard = Shard.parse(settings.shard)
     for file, number, row in _progress("reading", read_rows(candidates)):
         try:
@@ -163,7 +163,7 @@ def _chosen(
 
 
 def _row(prompt: Prompt, settings: BuildSettings, limits: Limits, report: BuildReport) -> tuple[str, dict]:
-    too_long = limits.refuse_prompt(prompt.prompt)
+    too_long = limits.refuse_prompt(prompt.asked)
     if too_long:
         raise Unusable(too_long)
     by_target = [answer for answer in prompt.answers if answer.model == settings.target]
@@ -175,7 +175,7 @@ def _row(prompt: Prompt, settings: BuildSettings, limits: Limits, report: BuildR
     if place(prompt.prompt_id, settings.seed)[1] < settings.sft_share:
         return "sft", sft_row(prompt, chosen, settings)
     if settings.stage == "sft":
-        return "prompts", {"prompt_id": prompt.prompt_id, "prompt": prompt.prompt}
+        return "prompts", prompt.fields
     targets = distinct(limits.keep(by_target, report.dropped_answers), report.dropped_answers)
     return "triples", preference_row(prompt, chosen, sources, targets, settings)
 

@@ -22,8 +22,9 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from wrpo.rows.errors import DataError, shown
 from wrpo.rows.lock import held
-from wrpo.rows.messages import prompt_messages
+from wrpo.rows.messages import Message, json_text, prompt_messages
 from wrpo.rows.shards import Shard
 from wrpo.user_error import UserError
 
@@ -32,8 +33,15 @@ OURS = re.compile(
     r"(?:sft|triples|prompts|report|rewards)(?:-(\d{5})-of-(\d{5}))?(?:-\d{5})?\.(?:jsonl|parquet|json|png)"
 )
 
-_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-_PROMPT = [("prompt_id", pa.string()), ("prompt", _MESSAGES)]
+# Tool calls, tools and options of the chat template are JSON text: their fields differ from row to row.
+_OF_MESSAGES = ("role", "content", "reasoning_content", "name", "tool_call_id", "tool_calls")
+_MESSAGES = pa.list_(pa.struct([(name, pa.string()) for name in _OF_MESSAGES]))
+_PROMPT = [
+    ("prompt_id", pa.string()),
+    ("prompt", _MESSAGES),
+    ("tools", pa.string()),
+    ("chat_template_kwargs", pa.string()),
+]
 _SFT = [
     *_PROMPT,
     ("source_chosen", pa.list_(pa.string())),
@@ -184,7 +192,8 @@ class _Parquet:
         self._schema, self._held = schema, []  # type: pa.Schema, list[dict]
 
     def write(self, row: dict[str, Any]) -> None:
-        self._held.append(row | {"prompt": prompt_messages(row["prompt"])})
+        beside = {name: json_text(row[name], name) for name in ("tools", "chat_template_kwargs") if name in row}
+        self._held.append(row | {"prompt": [_of_table(message) for message in prompt_messages(row["prompt"])]} | beside)
         if len(self._held) == ROWS_PER_GROUP:
             self._flush()
 
@@ -199,3 +208,18 @@ class _Parquet:
         if self._held:
             self._writer.write_table(pa.Table.from_pylist(self._held, schema=self._schema))
             self._held = []
+
+
+def _of_table(message: Message) -> Message:
+    """The message with its tool calls as JSON text.
+
+    Raises:
+        DataError: a field for which the table has no column.
+    """
+    calls = {"tool_calls": json_text(message["tool_calls"], "tool_calls")} if "tool_calls" in message else {}
+    message = message | calls
+    for name, value in message.items():
+        if name not in _OF_MESSAGES or not isinstance(value, (str, type(None))):
+            todo = "Write the rows with format jsonl, or leave the field out."
+            raise DataError(f"text under {', '.join(_OF_MESSAGES)}", f"{name}: {shown(value)}", todo, field="prompt")
+    return message

@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from wrpo.rows.errors import DataError, shown
-from wrpo.rows.messages import Message, checked_messages, checked_text, json_text, parsed
+from wrpo.rows.messages import (
+    Message,
+    checked_messages,
+    checked_text,
+    options_of,
+    prompt_messages,
+    refuse_assistant_at_the_end,
+    refuse_other_media,
+    tools_of,
+    with_system,
+)
 
 from .forms import read_form
 from .forms.response import Response
@@ -35,11 +45,12 @@ def example_of(row: dict, *, stage: str = "preference", from_scores: bool = Fals
     """
     if stage not in STAGES:
         raise ValueError(f"stage: expected one of {', '.join(STAGES)}, got {stage!r}")
+    refuse_other_media(row)
     prompt, responses = read_form(row, stage, from_scores)
     responses = [_best(responses)] if stage == "sft" else _with_preference(responses)
     split = {response.field: _split(response.value, response.field) for response in responses}
     return {
-        "prompt": _prompt(prompt, {field: repeated for field, (repeated, _) in split.items()}),
+        "prompt": _prompt(prompt, {field: repeated for field, (repeated, _) in split.items()}, row.get("system")),
         "responses": [answer for _, answer in split.values()],
         "role": [response.role for response in responses],
         "share": [response.share for response in responses],
@@ -47,8 +58,8 @@ def example_of(row: dict, *, stage: str = "preference", from_scores: bool = Fals
         "reward": [response.reward for response in responses],
         "ref_logp": _of_all(responses, "ref_logp"),
         "source_logp": _of_all(responses, "source_logp"),
-        "tools": _tools(row.get("tools")),
-        "chat_template_kwargs": _options(row.get("chat_template_kwargs")),
+        "tools": tools_of(row),
+        "chat_template_kwargs": options_of(row),
     }
 
 
@@ -98,8 +109,8 @@ def _of_all(responses: list[Response], name: str) -> list | None:
 # -- prompt -----------------------------------------------------------------------------------------------------------
 
 
-def _prompt(value: Any, repeated: dict[str, list[Message]]) -> list[Message]:
-    """The prompt as messages: the field's own, or what the responses repeat."""
+def _prompt(value: Any, repeated: dict[str, list[Message]], system: Any) -> list[Message]:
+    """The prompt as messages: the field's own, or what the responses repeat; a column `system` is its first."""
     prefixes = {field: prefix for field, prefix in repeated.items() if prefix}
     shared = next(iter(prefixes.values()), None)
     for field, prefix in prefixes.items():
@@ -111,18 +122,14 @@ def _prompt(value: Any, repeated: dict[str, list[Message]]) -> list[Message]:
         if prompt != shared and not (len(prompt) == 1 and _is_turn_of(prompt[0], shared)):
             todo = "Repeat the prompt before the answers, or leave it out there."
             raise DataError("the prompt that the answers repeat", shown(value), todo, field="prompt")
-    if shared[-1]["role"] == "assistant":
-        todo = "An answer to an assistant message is a continuation; end the prompt with the user's turn."
-        raise DataError("a last message that is not the assistant's", shown(shared[-1]), todo, field="prompt")
-    return shared
+    refuse_assistant_at_the_end(shared)
+    return with_system(shared, system)
 
 
 def _own_prompt(value: Any) -> list[Message]:
     if value is None:
         raise DataError("a value", "none", "Add it, or drop the row.", field="prompt")
-    if isinstance(value, str):
-        return [{"role": "user", "content": checked_text(value, "prompt")}]
-    return checked_messages(value, "prompt")
+    return prompt_messages(value)
 
 
 def _is_turn_of(turn: Message, conversation: list[Message]) -> bool:
@@ -130,30 +137,3 @@ def _is_turn_of(turn: Message, conversation: list[Message]) -> bool:
         return message["role"], (message.get("content") or "").strip()
 
     return said(turn) in map(said, conversation)
-
-
-# -- what the chat template reads -------------------------------------------------------------------------------------
-
-
-def _tools(value: Any) -> list | None:
-    tools = _held(value, "tools", list, "a list of tools, or its JSON text") or []
-    tools = [parsed(tool, "tools") if isinstance(tool, str) else tool for tool in tools]
-    if not all(isinstance(tool, dict) for tool in tools):
-        raise DataError("tools that are objects", shown(value), "Write each tool as an object.", field="tools")
-    return tools or None
-
-
-def _options(value: Any) -> dict | None:
-    return _held(value, "chat_template_kwargs", dict, "a mapping, or its JSON text")
-
-
-def _held(value: Any, field: str, kind: type, expected: str) -> Any:
-    """What a column holds, also as JSON text; None where that is nothing."""
-    if isinstance(value, str):
-        value = parsed(value, field) if value.strip() else None
-    if value is None or value == kind():
-        return None
-    if not isinstance(value, kind):
-        raise DataError(expected, shown(value), "Write it so, or leave the field out.", field=field)
-    json_text(value, field)
-    return value

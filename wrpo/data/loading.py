@@ -12,7 +12,7 @@ from datasets import Features, Value
 
 from wrpo.rows.errors import BadRows, DataError
 from wrpo.rows.messages import json_text
-from wrpo.rows.reading import is_table, read_rows
+from wrpo.rows.reading import read_rows
 
 from .example import example_of
 
@@ -77,7 +77,6 @@ def load_examples(
         try:
             if isinstance(raw, DataError):
                 raise raw
-            raw = without_nulls(raw) if is_table(file) else raw
             example = example_of(raw, stage=stage, from_scores=from_scores)
             rows.append(_as_text(example) | {"file": file, "row": number})
         except DataError as error:
@@ -110,13 +109,6 @@ def load_hub(name: str, config: str | None = None, split: str = "train") -> data
         got = " ".join(f"{error} {error.__cause__ or ''}".split()).rstrip(".") or type(error).__name__
         expected = f"a data set with the split {split!r}" + (f" and the configuration {config!r}" if config else "")
         raise DataError(expected, got, "Check its name, configuration and split.", file=name) from error
-
-
-def without_nulls(value: Any) -> Any:
-    """The value without the null fields of its objects: tables have one where another row has the field."""
-    if isinstance(value, dict):
-        return {name: without_nulls(part) for name, part in value.items() if part is not None}
-    return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _as_text(example: dict[str, Any]) -> dict[str, Any]:

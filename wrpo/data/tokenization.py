@@ -1,10 +1,4 @@
-"""Examples to token ids, through `datasets.map`.
-
-Prompt and response are tokenised so that they join as the model sees them: the ids of the whole conversation, cut where
-the prompt's own ids end. Where the tokenizer would merge the last character of the prompt with the first of the
-response (a response that starts with a newline, say), the response is tokenised alone, because generation starts from
-the prompt's ids and can never produce the merged token.
-"""
+"""Examples to token ids, through `datasets.map`: rendered, tokenised, cut; what was changed on the way is counted."""
 
 from __future__ import annotations
 
@@ -13,10 +7,11 @@ import inspect
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import datasets
 from datasets import Features, Value
@@ -25,14 +20,19 @@ from datasets.fingerprint import Hasher
 from wrpo.rows.errors import BadRows, DataError
 from wrpo_kernels import __version__
 
-from . import rendering, truncation
-from .rendering import Renderer
+from . import call_arguments, chat_template, continuation, control_tokens, left_out, rendering, truncation
+from .continuation import response_ids, token_ids
+from .rendering import Renderer, Rendering, log_remarks
+from .roles import REJECTED
 from .truncation import truncate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger("wrpo.data")
+T = TypeVar("T")
+
+SAME_TEXT = "rejected response that is the same as a preferred one: it teaches nothing"
 
 _IDS = [Value("int32")]
 _TOKENS = {"prompt_ids": _IDS, "response_ids": [_IDS]}
@@ -45,10 +45,12 @@ _OF_RESPONSES = {
     "ref_logp": [Value("float64")],
     "source_logp": [[Value("float64")]],
 }
-# Tokens cut from the prompt and from each response, and why a row is unusable: read for the report, then dropped.
+# Tokens cut from the prompt and from each response, what else was changed, and why a row is unusable: read for the
+# report, then dropped.
 _NOTES = {
     "prompt_cut": Value("int64"),
     "response_cut": [Value("int64")],
+    "remarks": [Value("string")],
     "problem": Value("string"),
     "field": Value("string"),
 }
@@ -71,7 +73,8 @@ def tokenize_examples(
         tokenizer: a `PreTrainedTokenizerBase` with a chat template.
         max_length: most tokens in prompt + one response; None: no limit. Default: 2048 (the paper's).
         max_prompt_length: most tokens in the prompt; None: no limit of its own. Default: 1800 (the paper's).
-        skip_bad_rows: leave out and count rows that the chat template refuses, instead of raising. Default: False.
+        skip_bad_rows: leave out and count rows that the chat template refuses or does not write whole, instead of
+            raising. Default: False.
         chat_template_kwargs: passed on to the chat template; a row's own come on top.
         num_proc: processes; None: this one (fast tokenizers use threads already).
 
@@ -79,6 +82,8 @@ def tokenize_examples(
         Dataset of prompt_ids [P], response_ids R x [R_k], role, share, model, reward [R] and, where any row has them,
         ref_logp [R] and source_logp [R][M]; responses end with the end-of-turn token unless they were cut. Kept on disk
         in the `datasets` cache under a fingerprint of rows, tokenizer, options and of the code that decides the ids.
+        What was cut and changed on the way is counted in the log: ends of turns in answers, control tokens, whitespace,
+        thoughts (`wrpo.data.rendering`, `wrpo.data.left_out`).
 
     Raises:
         DataError: the first bad row, or no good row at all.  ValueError: limits that cannot be met.
@@ -129,70 +134,76 @@ def _tokenize_batch(
     skip_bad_rows: bool,
 ) -> dict:
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    rendered: list[tuple[str, dict[str, str]] | DataError] = []
-    for index, row in zip(indices, rows, strict=True):
-        try:
-            rendered.append(_rendered(row, renderer))
-        except DataError as error:
-            placed = error.at(row.get("file", "dataset"), row.get("row", index + 1))
-            if not skip_bad_rows:
-                raise placed from error
-            rendered.append(placed)
-    if indices[0] == 0:
-        _warn_of_endless_turns(rendered, renderer)
-    good = [texts for texts in rendered if not isinstance(texts, DataError)]
-    ids = iter(_token_ids(tokenizer, [text for start, whole in good for text in (start, *whole.values())]))
-    out = [
-        _bad_row(row, texts) if isinstance(texts, DataError) else _good_row(row, texts, ids, tokenizer, limits)
-        for row, texts in zip(rows, rendered, strict=True)
+    places = [(row.get("file", "dataset"), row.get("row", index + 1)) for index, row in zip(indices, rows, strict=True)]
+    attempt: Callable[..., Any] = functools.partial(_attempt, skip_bad_rows)
+    rendered: list[Rendering | DataError] = [
+        attempt(place, _rendered, row, renderer) for row, place in zip(rows, places, strict=True)
     ]
+    good = [one for one in rendered if isinstance(one, Rendering)]
+    if indices[0] == 0:
+        _warn_of_endless_turns(good, renderer)
+    ids = iter(token_ids(tokenizer, [text for one in good for text in (one.prompt, *one.whole.values())]))
+    out = []
+    for row, place, one in zip(rows, places, rendered, strict=True):
+        tokens: dict | DataError
+        if isinstance(one, DataError):
+            tokens = one
+        else:
+            of_row = [next(ids) for _ in range(1 + len(one.whole))]
+            tokens = attempt(place, _tokens, row, one, of_row, tokenizer, limits)
+        out.append(_bad_row(tokens) if isinstance(tokens, DataError) else tokens)
     return {name: [row[name] for row in out] for name in out[0]}
 
 
-def _rendered(row: dict, renderer: Renderer) -> tuple[str, dict[str, str]]:
-    """(prompt text, {response: prompt and response text}) of a row, whose messages are JSON."""
+def _attempt(skip_bad_rows: bool, place: tuple[str, int], compute: Callable[..., T], *arguments: Any) -> T | DataError:
+    """What is computed, or, where bad rows are skipped, the error with its place in the data."""
+    try:
+        return compute(*arguments)
+    except DataError as error:
+        if not skip_bad_rows:
+            raise error.at(*place) from error
+        return error.at(*place)
+
+
+def _rendered(row: dict, renderer: Renderer) -> Rendering:
+    """A row, whose messages are JSON, as text."""
     names = [f"response {number} ({role})" for number, role in enumerate(row["role"], 1)]
     responses = dict(zip(names, map(json.loads, row["responses"]), strict=True))
     tools, options = (json.loads(row.get(name) or "null") for name in ("tools", "chat_template_kwargs"))
     return renderer(json.loads(row["prompt"]), responses, tools=tools, chat_template_kwargs=options)
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Ids of rendered text: special tokens are already written out in it, so none is added."""
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+def _tokens(row: dict, text: Rendering, ids: list[list[int]], tokenizer: PreTrainedTokenizerBase, limits: dict) -> dict:
+    """The tokenised row; `ids` are those of its texts, prompt first."""
+    prompt, *whole = ids
+    full = [
+        response_ids(tokenizer, prompt, ids_of_both, both[len(text.prompt) :], field)
+        for (field, both), ids_of_both in zip(text.whole.items(), whole, strict=True)
+    ]
+    kept, responses = truncate(prompt, full, **limits)
+    out = {"prompt_ids": kept, "response_ids": responses} | {name: row.get(name) for name in _OF_RESPONSES}
+    notes = {
+        "prompt_cut": len(prompt) - len(kept),
+        "response_cut": [len(a) - len(b) for a, b in zip(full, responses, strict=True)],
+        "remarks": sorted(text.remarks | _same_text(full, row["role"])),
+    }
+    return out | notes | {"problem": None, "field": None}
 
 
-def _good_row(
-    row: dict,
-    texts: tuple[str, dict[str, str]],
-    ids: Iterator[list[int]],
-    tokenizer: PreTrainedTokenizerBase,
-    limits: dict,
-) -> dict:
-    """The tokenised row; takes the ids of its texts, prompt first, from the iterator."""
-    start, whole = texts
-    full_prompt = next(ids)
-    full = [_response_ids(full_prompt, next(ids), text[len(start) :], tokenizer) for text in whole.values()]
-    prompt, responses = truncate(full_prompt, full, **limits)
-    out = {"prompt_ids": prompt, "response_ids": responses} | {name: row.get(name) for name in _OF_RESPONSES}
-    cuts = [len(a) - len(b) for a, b in zip(full, responses, strict=True)]
-    return out | {"prompt_cut": len(full_prompt) - len(prompt), "response_cut": cuts, "problem": None, "field": None}
+def _same_text(responses: list[list[int]], role: list[str]) -> set[str]:
+    rejected = [ids for ids, name in zip(responses, role, strict=True) if name == REJECTED]
+    preferred = [ids for ids, name in zip(responses, role, strict=True) if name != REJECTED]
+    return {SAME_TEXT} if any(ids in preferred for ids in rejected) else set()
 
 
-def _response_ids(prompt: list[int], whole: list[int], response: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if whole[: len(prompt)] == prompt:
-        return whole[len(prompt) :]
-    return _token_ids(tokenizer, [response])[0]
-
-
-def _bad_row(row: dict, error: DataError) -> dict:
+def _bad_row(error: DataError) -> dict:
     empty = dict.fromkeys([*_TOKENS, *_OF_RESPONSES])
-    return empty | {"prompt_cut": 0, "response_cut": [], "problem": str(error), "field": error.field}
+    notes = {"prompt_cut": 0, "response_cut": [], "remarks": []}
+    return empty | notes | {"problem": str(error), "field": error.field}
 
 
-def _warn_of_endless_turns(rendered: list, renderer: Renderer) -> None:
-    texts = next((texts for texts in rendered if not isinstance(texts, DataError)), None)
-    if texts and not renderer.ends_its_turns(next(iter(texts[1].values()))):
+def _warn_of_endless_turns(rendered: list[Rendering], renderer: Renderer) -> None:
+    if rendered and not renderer.ends_its_turns(next(iter(rendered[0].whole.values()))):
         logger.warning(
             "The chat template ends a response without a special token: the model cannot learn where to stop."
         )
@@ -206,7 +217,8 @@ def _fingerprint(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
-    code = [_source(module) for module in (rendering, truncation, sys.modules[__name__])]
+    rendered = (rendering, chat_template, call_arguments, control_tokens, left_out)
+    code = [_source(module) for module in (*rendered, continuation, truncation, sys.modules[__name__])]
     return Hasher.hash([dataset._fingerprint, vocabulary, special, tokenizer.chat_template, options, code])
 
 
@@ -246,6 +258,7 @@ def _without_notes(noted: datasets.Dataset, skip_bad_rows: bool) -> datasets.Dat
         len(noted) - bad.count, len(prompts), sum(prompts), len(responses), sum(map(len, notes["response_cut"])),
         sum(responses), bad.report(),
     )  # fmt: skip
+    log_remarks(Counter(remark for remarks in notes["remarks"] for remark in remarks), "row")
     if bad.count == len(noted):
         raise DataError("at least one usable row", bad.report(), "Look at the first one.")
     absent = [name for name in ("ref_logp", "source_logp") if noted.data.column(name).null_count == len(noted)]

@@ -14,7 +14,7 @@ from typing import Any
 
 from wrpo.rows.candidate import checked_candidate, checked_text
 from wrpo.rows.errors import DataError, shown
-from wrpo.rows.messages import Message, prompt_messages
+from wrpo.rows.messages import Asked, Message
 from wrpo.rows.reading import read_rows
 
 from .comparison import Scores
@@ -27,7 +27,7 @@ class Answer:
     """One model's answer; `fields` holds whatever else the row says (a skill, a category)."""
 
     prompt_id: str
-    prompt: str | list[Message]
+    asked: Asked
     model: str
     sample: int
     response: str
@@ -35,8 +35,8 @@ class Answer:
     fields: dict[str, Any]
 
     @property
-    def messages(self) -> list[Message]:
-        return prompt_messages(self.prompt)
+    def prompt(self) -> str | list[Message]:
+        return self.asked.prompt
 
 
 def read_answers(
@@ -48,7 +48,7 @@ def read_answers(
         DataError: a row that is none, two answers under one model, prompt and sample number, two prompts under one id,
             or no answer at all.
     """
-    prompts: dict[str, str | list[Message]] = {}
+    prompts: dict[str, Asked] = {}
     answers: dict[tuple[str, str, int], Answer] = {}
     for file, number, row in read_rows(list(paths)):
         try:
@@ -61,7 +61,7 @@ def read_answers(
             if key in answers:
                 got = f"a second sample {answer.sample} of {answer.model!r} for {answer.prompt_id!r}"
                 raise DataError("one answer a model, prompt and sample", got, "Number the samples.", field="sample")
-            if prompts.setdefault(answer.prompt_id, answer.prompt) != answer.prompt:
+            if prompts.setdefault(answer.prompt_id, answer.asked) != answer.asked:
                 todo = "Give different prompts different ids."
                 raise DataError(f"the prompt of {answer.prompt_id!r}", shown(answer.prompt), todo, field="prompt")
             answers[key] = answer
@@ -75,9 +75,9 @@ def read_answers(
 def _checked(row: dict) -> Answer:
     prompt_id = checked_text(row, "prompt_id")
     is_scored = row.get("reward") is not None
-    prompt, cost, model, sample, response = checked_candidate(row if is_scored else row | {"reward": 0})
+    asked, cost, model, sample, response = checked_candidate(row if is_scored else row | {"reward": 0})
     others = {name: value for name, value in row.items() if name not in _KNOWN}
-    return Answer(prompt_id, prompt, model, sample, response, -cost if is_scored else None, others)
+    return Answer(prompt_id, asked, model, sample, response, -cost if is_scored else None, others)
 
 
 def scores_of(answers: Iterable[Answer]) -> Scores:

@@ -106,10 +106,11 @@ def _first_samples(answers: Iterable[Answer]) -> dict[str, list[Answer]]:
 
 
 def _instruction(answer: Answer) -> str:
-    messages = answer.messages
-    if len(messages) != 1 or messages[0]["role"] != "user":
+    prompt, tools = answer.prompt, answer.asked.tools
+    if not isinstance(prompt, str) or tools:
+        roles = [message["role"] for message in answer.asked.messages] + ["tools"] * bool(tools)
         raise UserError(
-            f"prompt {answer.prompt_id!r}: the benchmarks take a single user turn, got "
-            f"{', '.join(message['role'] for message in messages)}. Leave such prompts out of the export"
+            f"prompt {answer.prompt_id!r}: the benchmarks take a single user turn, got {', '.join(roles)}. Leave "
+            "such prompts out of the export"
         )
-    return messages[0]["content"]
+    return prompt

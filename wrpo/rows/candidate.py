@@ -6,7 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 from .errors import DataError, shown
-from .messages import Message, prompt_messages, utf8
+from .messages import Asked, asked, utf8
 
 LARGEST_REWARD = 1e30  # sums, gaps and softmax stay finite far below the limits of float64
 
@@ -26,17 +26,17 @@ class Answer(NamedTuple):
         return -self.cost
 
 
-def checked_candidate(row: dict) -> tuple[str | list[Message], float, str, int, str]:
-    """(prompt, minus the reward, model, sample, response) of a raw row.
+def checked_candidate(row: dict) -> tuple[Asked, float, str, int, str]:
+    """(what was asked, minus the reward, model, sample, response) of a raw row.
 
-    A prompt that is one user message is its text. A row without `sample` has number 0. The response may be empty: a
-    model can say nothing, and that is no fault of the row.
+    A row without `sample` has number 0. The response may be empty: a model can say nothing, and that is no fault of
+    the row.
 
     Raises:
         DataError: with the field, without file and row.
     """
     model, response = checked_text(row, "model"), checked_text(row, "response", may_be_empty=True)
-    return _prompt(row), -_reward(row.get("reward")), model, _sample(row.get("sample", 0)), response
+    return asked(row), -_reward(row.get("reward")), model, _sample(row.get("sample", 0)), response
 
 
 def checked_text(row: dict, name: str, may_be_empty: bool = False) -> str:
@@ -46,16 +46,6 @@ def checked_text(row: dict, name: str, may_be_empty: bool = False) -> str:
         got = shown(value) if name in row else "no such field"
         raise DataError(expected, got, "Fill it in, or drop the row.", field=name)
     return utf8(value, name)
-
-
-def _prompt(row: dict) -> str | list[Message]:
-    if isinstance(row.get("prompt"), str):
-        return checked_text(row, "prompt")
-    messages = prompt_messages(row.get("prompt"))
-    if messages[-1]["role"] == "assistant":
-        todo = "End the prompt with the user's turn."
-        raise DataError("a last message that is not the assistant's", shown(messages[-1]), todo, field="prompt")
-    return messages[0]["content"] if len(messages) == 1 and messages[0]["role"] == "user" else messages
 
 
 def _reward(value: Any) -> float:

@@ -1,23 +1,79 @@
-"""Messages and text of a row, checked. A message keeps every field that it has: chat templates read more than two."""
+"""What a row asks and says: messages and text, checked. A message keeps every field that it has: chat templates read
+more than two."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import DataError, shown
 
 Message = dict[str, Any]
 
 _MESSAGE = "A message is an object with the strings 'role' and 'content'."
+_NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
+
+
+class Asked(NamedTuple):
+    """What a model is asked: messages, the last one not the assistant's, and what else its chat template reads."""
+
+    messages: list[Message]
+    tools: list[dict] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def prompt(self) -> str | list[Message]:
+        """As a row holds it: a user's message of nothing but text is its text."""
+        first = self.messages[0]
+        is_text = len(self.messages) == 1 and first.keys() == {"role", "content"} and first["role"] == "user"
+        return first["content"] if is_text else self.messages
+
+    @property
+    def beside(self) -> dict[str, Any]:
+        """The fields beside the prompt, without those that are not there."""
+        fields = {"tools": self.tools, "chat_template_kwargs": self.chat_template_kwargs}
+        return {name: value for name, value in fields.items() if value}
+
+
+def asked(row: dict) -> Asked:
+    """What a row asks of models: its `prompt`, with `system`, `tools` and `chat_template_kwargs` where it has them.
+
+    Raises:
+        DataError: with the field, without file and row.
+    """
+    refuse_other_media(row)
+    messages = with_system(prompt_messages(row.get("prompt")), row.get("system"))
+    refuse_assistant_at_the_end(messages)
+    return Asked(messages, tools_of(row), options_of(row))
+
+
+# -- messages ---------------------------------------------------------------------------------------------------------
 
 
 def prompt_messages(value: Any) -> list[Message]:
-    """A prompt that models are asked: role and text of each turn; a string is the user's turn."""
+    """The messages of a prompt; a string is the user's turn."""
     if isinstance(value, str):
         return [{"role": "user", "content": checked_text(value, "prompt")}]
-    messages = checked_messages(value, "prompt")
-    return [{"role": m["role"], "content": checked_text(m.get("content"), "prompt.content")} for m in messages]
+    return checked_messages(value, "prompt")
+
+
+def with_system(messages: list[Message], text: Any) -> list[Message]:
+    """The messages after a system message of this text, which a row may hold in a column of its own."""
+    if text is None or (isinstance(text, str) and not text.strip()):
+        return messages
+    system = {"role": "system", "content": checked_text(text, "system")}
+    first = messages[0]
+    if first["role"] != "system":
+        return [system, *messages]
+    if (first.get("content") or "").strip() != text.strip():
+        raise DataError("the system message of the conversation", shown(text), "Keep one of the two.", field="system")
+    return messages
+
+
+def refuse_assistant_at_the_end(messages: list[Message]) -> None:
+    if messages[-1]["role"] == "assistant":
+        todo = "An answer to an assistant message is a continuation; end the prompt with the user's turn."
+        raise DataError("a last message that is not the assistant's", shown(messages[-1]), todo, field="prompt")
 
 
 def checked_messages(value: Any, field: str) -> list[Message]:
@@ -43,6 +99,58 @@ def _checked(message: Any, field: str) -> Message:
     for name in message.keys() - {"role", "content"}:
         json_text(message[name], f"{field}.{name}")
     return message
+
+
+def message_text(message: Message) -> str:
+    """What a message says: its content, and on a line of its own the JSON of its other fields, e.g. tool calls."""
+    others = {name: value for name, value in message.items() if name not in ("role", "content")}
+    texts = [message.get("content") or "", *([json.dumps(others, ensure_ascii=False)] if others else [])]
+    return "\n".join(filter(None, texts))
+
+
+# -- what the chat template reads beside the messages -----------------------------------------------------------------
+
+
+def tools_of(row: dict) -> list | None:
+    """The tools that a model may call, or None."""
+    if row.get("functions"):
+        todo = "Rename the column, each function in the form {type: function, function: ..}."
+        raise DataError("tools under the name of tools", shown(row["functions"]), todo, field="functions")
+    value = row.get("tools")
+    tools = _held(value, "tools", list, "a list of tools, or its JSON text") or []
+    tools = [parsed(tool, "tools") if isinstance(tool, str) else tool for tool in tools]
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise DataError("tools that are objects", shown(value), "Write each tool as an object.", field="tools")
+    return tools or None
+
+
+def options_of(row: dict) -> dict | None:
+    """The row's own options of the chat template, or None."""
+    return _held(row.get("chat_template_kwargs"), "chat_template_kwargs", dict, "a mapping, or its JSON text")
+
+
+def _held(value: Any, field: str, kind: type, expected: str) -> Any:
+    """What a column holds, also as JSON text; None where that is nothing."""
+    if isinstance(value, str):
+        value = parsed(value, field) if value.strip() else None
+    if value is None or value == kind():
+        return None
+    if not isinstance(value, kind):
+        raise DataError(expected, shown(value), "Write it so, or leave the field out.", field=field)
+    json_text(value, field)
+    return value
+
+
+def refuse_other_media(row: dict) -> None:
+    """Raises DataError for a row with pictures or sound, of which no model would be told."""
+    for name in _NOT_TEXT:
+        value = row.get(name)
+        if value is not None and not (isinstance(value, (str, list, dict)) and not value):
+            todo = "Drop the row; leave the column out where the text stands for itself."
+            raise DataError("text alone", type(value).__name__, todo, field=name)
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
 
 
 def checked_text(value: Any, field: str) -> str:

@@ -1,8 +1,9 @@
 """Raw rows from files and data sets, each with its file and row number.
 
 JSON lines are read here line by line, so that one broken line is an error of that line; Parquet and saved data sets are
-read through pyarrow and `datasets`. A row that cannot be read is yielded as a `DataError` in the row's place: whether
-it stops the load is decided by the caller.
+read through pyarrow and `datasets`, without the null fields of their objects: a table has one wherever another row has
+the field. A row that cannot be read is yielded as a `DataError` in the row's place: whether it stops the load is
+decided by the caller.
 """
 
 from __future__ import annotations
@@ -58,11 +59,6 @@ def read_rows(source: Any, *, split: str = "train") -> Iterator[RawRow]:
         f"source: expected a path, a list of paths or of dicts, or a datasets.Dataset, got {type(source).__name__}. "
         "Load a streaming data set into a datasets.Dataset first."
     )
-
-
-def is_table(file: str) -> bool:
-    """Whether rows of `file`, as `read_rows` names it, come from Arrow, where each has the fields of all, or nulls."""
-    return file != "rows" and not file.endswith(JSON_SUFFIXES)
 
 
 def _read_path(path: Path, split: str) -> Iterator[RawRow]:
@@ -178,35 +174,48 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
     for batch in _parquet_batches(path):
         try:
             rows: list = batch.to_pylist()
-        except UnicodeDecodeError:  # one row is at fault; the others are good
+        except (ValueError, OverflowError):  # one row is at fault; the others are good
             rows = [_row_or_error(lambda: batch.slice(k, 1).to_pylist()[0]) for k in range(batch.num_rows)]  # noqa: B023
         for row in rows:
             number += 1
-            yield str(path), number, row.at(str(path), number) if isinstance(row, DataError) else row
+            yield str(path), number, _of_table(row, str(path), number)
 
 
 def _parquet_batches(path: Path) -> Iterator[Any]:
-    import pyarrow as pa
     import pyarrow.parquet
 
     try:
         yield from pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256)
-    except (pa.ArrowException, OSError) as error:
-        expected = "a Parquet file that is whole"
-        raise DataError(expected, str(error), "Copy or write it again.", file=str(path)) from error
+    except Exception as error:  # of broken bytes pyarrow raises what it likes
+        got = " ".join(str(error).split())
+        raise DataError("a Parquet file that is whole", got, "Copy or write it again.", file=str(path)) from error
 
 
 def _read_dataset(name: str, dataset: datasets.Dataset) -> Iterator[RawRow]:
     plain = dataset.with_format(None)
     for number in range(1, len(plain) + 1):
-        row = _row_or_error(lambda: plain[number - 1])  # noqa: B023
-        yield name, number, row.at(name, number) if isinstance(row, DataError) else row
+        yield name, number, _of_table(_row_or_error(lambda: plain[number - 1]), name, number)  # noqa: B023
+
+
+def _of_table(row: dict | DataError, file: str, number: int) -> dict | DataError:
+    if isinstance(row, DataError):
+        return row.at(file, number)
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _row_or_error(fetch: Callable[[], dict]) -> dict | DataError:
-    """Arrow checks its text only when it is read."""
+    """Arrow checks its text only when it is read, and has dates that Python has not."""
     try:
         return fetch()
     except UnicodeDecodeError as error:
         got = f"byte {error.object[error.start]:#04x}"
         return DataError("UTF-8 text", got, "Write the column as UTF-8.")
+    except (ValueError, OverflowError) as error:
+        got = " ".join(str(error).split())
+        return DataError("values that Python can hold", got, "Write dates and times as text, or leave the column out.")

@@ -3,6 +3,8 @@
 settings.py       who is asked what, and how answers are drawn
 sources.py        which models answer, from a YAML file
 prompts.py        what they are asked: prompts, checked, and the requests made of them
+prompt_ids.py     their token ids, for models that run here
+served_messages.py  their messages, for servers
 server.py         a model behind an OpenAI-compatible server: time-outs, retries, rate limits
 local_model.py    a model that transformers runs in this process; vllm_model.py: one that vLLM does
 asking.py         every request once, its answer appended at once

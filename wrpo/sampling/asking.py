@@ -4,7 +4,7 @@ All servers are asked at the same time, each with its own concurrency and rate; 
 after another. An answer is the row
 
     {"prompt_id", "prompt", "model", "sample", "response", "finish_reason", "seed", "temperature", "top_p",
-     "max_tokens", and the prompt's kept fields}
+     "max_tokens", and the prompt's own "tools", "chat_template_kwargs" and kept fields}
 
 in which finish_reason "length" says that the answer was cut at max_tokens.
 """
@@ -77,14 +77,14 @@ class _Run:
         self.rows.append(
             {
                 "prompt_id": request.prompt.prompt_id,
-                "prompt": request.prompt.prompt,
+                "prompt": request.prompt.fields["prompt"],
                 "model": request.model,
                 "sample": request.sample,
                 "response": text,
                 "finish_reason": finish_reason,
                 "seed": seed,
                 **{name: getattr(sampling, name) for name in (*DRAWN_WITH, "max_tokens")},
-                **request.prompt.kept,
+                **request.prompt.fields,
             }
         )
         self.tally.add(request.model, cut=finish_reason == "length")
@@ -106,7 +106,7 @@ def _answered(rows: AppendedRows, settings: dict[str, Sampling], prompts: Prompt
                 raise DataError(expected, shown(row[name]), todo, file=str(rows.path), row=number, field=name)
         try:
             if "prompt" in row:
-                prompts.refuse_changed(row["prompt_id"], row["prompt"])
+                prompts.refuse_changed(row)
         except DataError as error:
             raise error.at(str(rows.path), number) from None
         answered.add((row["prompt_id"], row["model"], row["sample"]))
@@ -148,7 +148,8 @@ async def _worker(run: _Run, server: Any, requests: Iterator[Request]) -> None:
             }
 
         try:
-            reply = await server.ask(request.prompt.messages, options, lambda reply: reply)
+            asked = request.prompt.asked
+            reply = await server.ask(asked.messages, options, lambda reply: reply, beside=asked.beside)
             run.write(request, reply.text, reply.finish_reason, seeds[-1])
         except Failed as failure:
             run.tally.fail(request.model, str(failure), request.place)

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
+from wrpo.data.continuation import continued_text
+from wrpo.data.rendering import Renderer
 from wrpo.pretrained import free_memory, load_model, load_tokenizer
 from wrpo.settings import ModelSettings, SettingsError
-from wrpo.user_error import in_one_line
 
-from .halving import Refusal, halving
+from .halving import halving
+from .prompt_ids import PromptIds
 from .prompts import Reply, Request
 from .settings import Sampling
 from .sources import LocalSource
@@ -48,17 +50,14 @@ class LocalModel:
         self._tokenizer: Any = load_tokenizer(self._settings, self._field)
         if not self._tokenizer.chat_template:
             raise SettingsError(f"{source.model}: its tokenizer has no chat template; name one: chat_template_file")
+        self._prompt_ids = PromptIds(Renderer(self._tokenizer))
         self._model: Any = None
 
     def answers(self, requests: list[Request], sampling: Sampling) -> Iterator[Result]:
         """Every request with its reply or the reason why there is none, in the order of their lengths."""
         self._load()
-        rendered = []
-        for request in requests:
-            try:
-                rendered.append((self._prompt_ids(request), request))
-            except Exception as error:  # a template raises what it likes
-                yield request, Refusal(f"the chat template refuses the prompt: {in_one_line(error)}"), 0
+        rendered, refused = self._prompt_ids(requests)
+        yield from ((request, reason, 0) for request, reason in refused)
         rendered.sort(key=lambda pair: len(pair[0]))
         for start in range(0, len(rendered), self._batch_size):
             batch = rendered[start : start + self._batch_size]
@@ -66,7 +65,8 @@ class LocalModel:
                 yield (request, result, 0) if isinstance(result, str) else (request, *result)
 
     def close(self) -> None:
-        """Free the weights."""
+        """Free the weights, and say what of the prompts was changed."""
+        self._prompt_ids.log()
         self._model = None
         free_memory()
 
@@ -79,12 +79,6 @@ class LocalModel:
             ends = model.generation_config.eos_token_id
             ends = self._tokenizer.eos_token_id if ends is None else ends
             self._end_ids = torch.tensor([ends] if isinstance(ends, int) else ends or [], device=self._model.device)
-
-    def _prompt_ids(self, request: Request) -> list[int]:
-        rendered = self._tokenizer.apply_chat_template(
-            request.prompt.messages, tokenize=True, add_generation_prompt=True, return_dict=True
-        )
-        return rendered["input_ids"]
 
     def _answer_batch(self, batch: list[tuple[list[int], Request]], sampling: Sampling) -> list[tuple[Reply, int]]:
         seed = batch[0][1].seed(sampling.seed)
@@ -108,7 +102,7 @@ class LocalModel:
         )
         new = out[:, width:]
         finished = torch.isin(new, self._end_ids).any(1).tolist()
-        texts = self._tokenizer.batch_decode(new, skip_special_tokens=True)
+        texts = [continued_text(self._tokenizer, *pair) for pair in zip(prompts, new.tolist(), strict=True)]
         return [Reply(text, "stop" if end else "length") for text, end in zip(texts, finished, strict=True)]
 
 

@@ -2,10 +2,10 @@
 
 A prompt is a row
 
-    {"prompt_id": str, "prompt": str or messages, ...}
+    {"prompt_id": str, "prompt": str or messages, "system": str, "tools": list, "chat_template_kwargs": mapping, ...}
 
-Without a `prompt_id` its id is a hash of the prompt. Prompts are read from their files each time, never held: one
-costs about 100 bytes here, however long it is.
+of which the prompt alone must be there. Without a `prompt_id` its id is a hash of the prompt. Prompts are read from
+their files each time, never held: one costs about 100 bytes here, however long it is.
 """
 
 from __future__ import annotations
@@ -19,21 +19,17 @@ from typing import Any
 from wrpo.rows.appending import hash_of
 from wrpo.rows.errors import BadRows, DataError, shown
 from wrpo.rows.files import files_once
-from wrpo.rows.messages import Message, prompt_messages
+from wrpo.rows.messages import Asked, asked
 from wrpo.rows.reading import read_rows
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt; `kept` holds the fields of its row that go into the rows of its answers."""
+    """One prompt; `fields` holds what of its row goes into the rows of its answers."""
 
     prompt_id: str
-    prompt: Any
-    kept: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def messages(self) -> list[Message]:
-        return prompt_messages(self.prompt)
+    asked: Asked
+    fields: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -104,11 +100,13 @@ class Prompts:
                 if self._in_shard(prompt.prompt_id):
                     yield prompt
 
-    def refuse_changed(self, prompt_id: str, prompt: Any) -> None:
-        """Raises DataError where `prompt` is not what the files hold under that id."""
-        if self._contents.get(hash_of((prompt_id,)), _content_hash(prompt)) != _content_hash(prompt):
+    def refuse_changed(self, answer: dict) -> None:
+        """Raises DataError where an answer's row asks something else than the files hold under its id."""
+        content = _content_hash(asked(answer))
+        if self._contents.get(hash_of((answer["prompt_id"],)), content) != content:
             todo = "Give the changed prompt another id, or name another output file."
-            raise DataError(f"the prompt that is now {prompt_id!r}", shown(prompt), todo, field="prompt")
+            expected = f"the prompt that is now {answer['prompt_id']!r}"
+            raise DataError(expected, shown(answer["prompt"]), todo, field="prompt")
 
     def _check(self) -> int:
         """How many there are; what is to be left out is noted on the way."""
@@ -130,7 +128,7 @@ class Prompts:
         return len(self._contents)
 
     def _register(self, prompt: Prompt, where: tuple[str, int]) -> None:
-        identity, content = hash_of((prompt.prompt_id,)), _content_hash(prompt.prompt)
+        identity, content = hash_of((prompt.prompt_id,)), _content_hash(prompt.asked)
         if identity not in self._contents:
             self._contents[identity] = content
         elif self._contents[identity] == content:
@@ -141,20 +139,19 @@ class Prompts:
             raise DataError("one prompt an id", got, "Give different prompts different ids.", field="prompt_id")
 
     def _prompt_of(self, row: dict) -> Prompt:
-        messages = prompt_messages(row.get("prompt"))
-        if messages[-1]["role"] == "assistant":
-            todo = "End the prompt with the user's turn."
-            raise DataError("a last message that is not the assistant's", shown(messages[-1]), todo, field="prompt")
+        question = asked(row)
         missing = [name for name in self._keep if name not in row]
         if missing:
             got = f"fields {sorted(map(str, row))}"
             raise DataError("the field that --keep names", got, "Add it, or name another.", field=missing[0])
-        return Prompt(_prompt_id(row), row["prompt"], {name: row[name] for name in self._keep})
+        content = {"prompt": question.prompt if row.get("system") else row["prompt"], **question.beside}
+        return Prompt(_prompt_id(row, content), question, content | {name: row[name] for name in self._keep})
 
 
-def _prompt_id(row: dict) -> str:
+def _prompt_id(row: dict, content: dict) -> str:
     if row.get("prompt_id") is None:
-        return blake2b(_canonical(row["prompt"]).encode(), digest_size=8).hexdigest()
+        hashed = content if len(content) > 1 else content["prompt"]
+        return blake2b(_canonical(hashed).encode(), digest_size=8).hexdigest()
     value = row["prompt_id"]
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -163,10 +160,10 @@ def _prompt_id(row: dict) -> str:
     return value
 
 
-def _content_hash(prompt: Any) -> int:
+def _content_hash(question: Asked) -> int:
     """The same for all ways to write the same messages."""
-    return hash_of((_canonical(prompt_messages(prompt)),))
+    return hash_of((_canonical(question),))
 
 
-def _canonical(prompt: Any) -> str:
-    return json.dumps(prompt, sort_keys=True)
+def _canonical(content: Any) -> str:
+    return json.dumps(content, sort_keys=True)

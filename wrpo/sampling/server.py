@@ -21,6 +21,7 @@ import openai
 from wrpo.rows.messages import Message
 
 from .prompts import Reply
+from .served_messages import served_messages
 from .sources import ServerSource
 
 T = TypeVar("T")
@@ -78,7 +79,11 @@ class Server:
         await self._client.close()
 
     async def ask(
-        self, messages: list[Message], options: Callable[[int], dict[str, Any]], read: Callable[[Reply], T]
+        self,
+        messages: list[Message],
+        options: Callable[[int], dict[str, Any]],
+        read: Callable[[Reply], T],
+        beside: dict[str, Any] | None = None,
     ) -> T:
         """What `read` makes of the reply.
 
@@ -86,12 +91,13 @@ class Server:
             messages: the conversation so far.
             options: number of unusable replies so far -> temperature, top_p, max_tokens, seed.
             read: of a reply that is not empty; raises `UnusableReply`.
+            beside: what the server's chat template reads beside the messages: tools, chat_template_kwargs.
 
         Raises:
             Failed: no usable reply.
         """
         try:
-            result = await self._ask_with_retries(messages, options, read)
+            result = await self._ask_with_retries(served_messages(messages), options, read, self._body(beside or {}))
         except Failed as failure:
             self._unanswered_in_a_row = self._unanswered_in_a_row + 1 if failure.fault == "server" else 0
             if self._unanswered_in_a_row >= self.source.give_up_after:
@@ -100,14 +106,25 @@ class Server:
         self._unanswered_in_a_row = 0
         return result
 
-    async def _ask_with_retries(self, messages: list[Message], options: Callable, read: Callable[[Reply], T]) -> T:
+    def _body(self, beside: dict[str, Any]) -> dict[str, Any]:
+        """The source's further fields of a request, and those of the prompt, which win."""
+        body = self.source.body()
+        if "chat_template_kwargs" in beside:
+            of_source = body.get("chat_template_kwargs")
+            options = of_source if isinstance(of_source, dict) else {}
+            beside = beside | {"chat_template_kwargs": options | beside["chat_template_kwargs"]}
+        return body | beside
+
+    async def _ask_with_retries(
+        self, messages: list[Message], options: Callable, read: Callable[[Reply], T], body: dict[str, Any]
+    ) -> T:
         unusable = 0
         fault: Fault
         for attempt in range(self.source.retries + 1):
             wait, fault = None, "server"
             try:
                 await self._pace.turn()
-                return read(await self._request(messages, options(unusable)))
+                return read(await self._request(messages, options(unusable), body))
             except UnusableReply as error:
                 reason, fault = self._masked(str(error))[:LONGEST_REASON], "reply"
                 unusable += 1
@@ -127,14 +144,14 @@ class Server:
         tries = attempt + 1
         raise Failed(f"{reason} ({tries} {'tries' if tries > 1 else 'try'})", fault)
 
-    async def _request(self, messages: list[Message], options: dict[str, Any]) -> Reply:
+    async def _request(self, messages: list[Message], options: dict[str, Any], body: dict[str, Any]) -> Reply:
         left_out = self.source.leave_out or ()
         try:
             completion = await asyncio.wait_for(  # of the whole answer; the client's own is between two bytes of it
                 self._client.chat.completions.create(
                     model=self.source.served_model or self.source.model,
                     messages=messages,  # type: ignore[arg-type]
-                    extra_body=self.source.body() or None,
+                    extra_body=body or None,
                     **{name: value for name, value in options.items() if name not in left_out},
                 ),
                 self.source.timeout,
@@ -201,6 +218,8 @@ def _reply(completion: Any) -> Reply:
     message = getattr(choice, "message", None)
     if message is None:
         raise UnusableReply("the reply is not the JSON of a chat completion")
+    if calls := getattr(message, "tool_calls", None):
+        raise UnusableReply(f"the answer calls {_called(calls)}, and a row holds an answer in text alone")
     text, finish_reason = getattr(message, "content", None), getattr(choice, "finish_reason", None)
     if not isinstance(text, str) or not text.strip():
         why = f" (finish_reason {finish_reason!r})" if isinstance(finish_reason, str) else ""
@@ -208,6 +227,11 @@ def _reply(completion: Any) -> Reply:
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise UnusableReply("half a surrogate pair in the answer")
     return Reply(text, finish_reason if isinstance(finish_reason, str) else None)
+
+
+def _called(calls: Any) -> str:
+    functions = [getattr(call, "function", None) for call in calls] if isinstance(calls, list) else []
+    return ", ".join(repr(getattr(function, "name", None)) for function in functions) or "a tool"
 
 
 def _retry_after(error: openai.APIStatusError) -> float | None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from wrpo.rows.shards import Shard
 from wrpo.settings import REQUIRED, check_range, knob
 
-ROW_FIELDS = ("prompt_id", "prompt", "model", "sample", "response", "reward", "finish_reason", "seed", "temperature",
-              "top_p", "max_tokens")  # fmt: skip
+ROW_FIELDS = ("prompt_id", "prompt", "tools", "chat_template_kwargs", "model", "sample", "response", "reward",
+              "finish_reason", "seed", "temperature", "top_p", "max_tokens")  # fmt: skip
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from wrpo.rows.candidate import checked_candidate, checked_text
 from wrpo.rows.errors import BadRows, DataError
 from wrpo.rows.files import files_once
-from wrpo.rows.messages import Message, prompt_messages
+from wrpo.rows.messages import Asked, Message, asked, message_text
 from wrpo.rows.reading import read_rows
 from wrpo.user_error import UserError
 
@@ -29,8 +30,12 @@ class Candidate:
         return row["prompt_id"], row["model"], row["sample"], row["response"]
 
     @property
+    def asked(self) -> Asked:
+        return asked(self.fields)
+
+    @property
     def messages(self) -> list[Message]:
-        return prompt_messages(self.fields["prompt"])
+        return self.asked.messages
 
     @property
     def response(self) -> str:
@@ -114,8 +119,9 @@ def checked(row: dict) -> dict:
     return row | {"sample": sample}
 
 
-def prompt_text(messages: list[Message]) -> str:
-    """One user message is its text; a conversation names its speakers."""
-    if len(messages) == 1 and messages[0]["role"] == "user":
-        return messages[0]["content"]
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+def prompt_text(question: Asked) -> str:
+    """One user message of nothing but text is that; a conversation names its speakers, and the tools come first."""
+    if isinstance(question.prompt, str) and not question.tools:
+        return question.prompt
+    tools = [f"tools: {json.dumps(question.tools, ensure_ascii=False)}"] if question.tools else []
+    return "\n\n".join([*tools, *(f"{message['role']}: {message_text(message)}" for message in question.messages)])

@@ -122,7 +122,7 @@ class Judge:
     def question(self, candidate: Candidate) -> str:
         """The template, filled in at once: an answer may hold braces of its own."""
         words = {
-            "prompt": prompt_text(candidate.messages),
+            "prompt": prompt_text(candidate.asked),
             "response": candidate.response,
             "lowest": f"{self._source.lowest:g}",
             "highest": f"{self._source.highest:g}",

@@ -1,6 +1,7 @@
 """A sequence classification model as the reward: its one logit for the conversation that ends with the answer.
 
-The conversation is rendered with the model's chat template. Models with code of their own (ArmoRM,
+The conversation is rendered with the model's chat template as in training; where that leaves words out, the answer gets
+no reward. Models with code of their own (ArmoRM,
 arXiv:2406.12845) may return their reward as `score` instead: it is taken where it is there. Candidates are read in
 windows and sorted by length, so that batches hold little padding.
 """
@@ -8,6 +9,7 @@ windows and sorted by length, so that batches hold little padding.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -15,10 +17,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from wrpo.data.rendering import Renderer, log_remarks
 from wrpo.pretrained import load_tokenizer
+from wrpo.rows.errors import DataError
 from wrpo.sampling.halving import Refusal, halving
 from wrpo.settings import ModelSettings
-from wrpo.user_error import UserError, in_one_line
+from wrpo.user_error import UserError
 
 from .candidates import Candidate
 from .scoring import Rewards, named_with
@@ -52,6 +56,7 @@ class RewardModel:
         self._tokenizer: Any = load_tokenizer(settings, "reward_model")
         if not self._tokenizer.chat_template:
             raise UserError(f"{path}: its tokenizer has no chat template; name one with chat_template_file")
+        self._renderer = Renderer(self._tokenizer)
         self._model = _load(settings)
         config = self._model.config.get_text_config()
         self._max_length = max_length or getattr(config, "max_position_embeddings", None) or 1 << 30
@@ -64,14 +69,14 @@ class RewardModel:
             self._batch_size = 1
 
     def score(self, candidates: Iterator[Candidate], rewards: Rewards) -> None:
+        remarks: Counter[str] = Counter()
         while window := list(islice(candidates, self._batch_size * BATCHES_PER_WINDOW)):
             rendered = []
             for candidate in window:
                 try:
-                    rendered.append((self._token_ids(candidate), candidate))
-                except Exception as error:  # a template raises what it likes
-                    reason = f"the chat template refuses the conversation: {in_one_line(error)}"
-                    rewards.fail(candidate, reason, is_scorers=False)
+                    rendered.append((self._token_ids(candidate, remarks), candidate))
+                except DataError as error:
+                    rewards.fail(candidate, str(error), is_scorers=False)
             rendered.sort(key=lambda pair: len(pair[0]))
             for start in range(0, len(rendered), self._batch_size):
                 for (_, candidate), reward in halving(rendered[start : start + self._batch_size], self._rewards):
@@ -79,10 +84,13 @@ class RewardModel:
                         rewards.fail(candidate, reward, is_scorers=not isinstance(reward, Refusal))
                     else:
                         rewards.add(candidate, reward)
+        log_remarks(remarks, "answer")
 
-    def _token_ids(self, candidate: Candidate) -> list[int]:
-        messages = [*candidate.messages, {"role": "assistant", "content": candidate.response}]
-        return self._tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+    def _token_ids(self, candidate: Candidate, remarks: Counter[str]) -> list[int]:
+        question = candidate.asked
+        text, found = self._renderer.conversation(question.messages, candidate.response, **question.beside)
+        remarks.update(found)
+        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     @torch.inference_mode()
     def _rewards(self, batch: list[Rendered]) -> list[float]:

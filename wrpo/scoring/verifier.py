@@ -15,7 +15,7 @@ from typing import Any
 
 from wrpo.user_error import UserError, in_one_line
 
-from .candidates import Candidate, prompt_text
+from .candidates import Candidate
 from .scoring import Rewards
 
 
@@ -49,10 +49,8 @@ class Verifier:
 
     def __call__(self, candidate: Candidate) -> float:
         """Raises TypeError for a result that is no number."""
-        messages = candidate.messages
-        prompt: Any = prompt_text(messages) if len(messages) == 1 else messages
         more = {"row": dict(candidate.fields)} if self._takes_row else {}
-        reward = self._function(prompt, candidate.response, **more)
+        reward = self._function(candidate.asked.prompt, candidate.response, **more)
         if isinstance(reward, (str, bytes)) or not hasattr(reward, "__float__"):
             raise TypeError(f"expected a number from {self.name}, got {reward!r}")
         return float(reward)

@@ -16,7 +16,8 @@ and for supervised fine-tuning the best answer of these, and
 
 Each field of responses holds one or several. A prompt is text (a user's turn), a message or a list of messages. A
 response is text, an assistant's message, or messages that end with one and repeat the prompt before it; where there is
-no prompt beside it, that is the prompt. Messages may be JSON text.
+no prompt beside it, that is the prompt. Messages may be JSON text. The text of a column `system` is a system message
+before the prompt of every form.
 
 Columns beside them, a number or name for each response that they speak of: `source_weight`, `rejected_weight` (shares
 that sum to 1; default: equal ones), `source_model`, `rejected_model`, `source_reward`, `target_reward`,

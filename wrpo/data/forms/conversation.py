@@ -31,11 +31,11 @@ def prompt_of(row: dict) -> Any:
 
 
 def turns(row: dict, field: str) -> list:
-    """The messages of a conversation, or of ShareGPT's turns {from, value}; a column `system` is their first."""
+    """The messages of a conversation, or of ShareGPT's turns {from, value}."""
     value = unpacked(row[field])
     if not (isinstance(value, list) and value):
         raise DataError("a list of messages", shown(value), "Write the turns as messages.", field=field)
-    return _with_system(row, [as_message(turn, field) for turn in value])
+    return [as_message(turn, field) for turn in value]
 
 
 def as_message(turn: Any, field: str) -> Any:
@@ -45,7 +45,8 @@ def as_message(turn: Any, field: str) -> Any:
     if not isinstance(turn["from"], str) or turn["from"] not in ROLE_OF:
         todo = "Write it as a message with role and content, or drop the row."
         raise DataError(f"a turn from one of {sorted(ROLE_OF)}", shown(turn["from"]), todo, field=field)
-    return {"role": ROLE_OF[turn["from"]], "content": turn["value"]}
+    others = {name: value for name, value in turn.items() if name not in ("from", "value")}
+    return others | {"role": ROLE_OF[turn["from"]], "content": turn["value"]}
 
 
 def instruction(row: dict) -> list:
@@ -53,7 +54,7 @@ def instruction(row: dict) -> list:
     texts = [text for text in (row["instruction"], row.get("input")) if text not in (None, "")]
     if not all(isinstance(text, str) for text in texts):
         raise DataError("text in instruction and input", shown(texts), "Write them as strings.", field="instruction")
-    return _with_system(row, [*_history(row), {"role": "user", "content": "\n".join(texts)}])
+    return [*_history(row), {"role": "user", "content": "\n".join(texts)}]
 
 
 def _history(row: dict) -> list:
@@ -62,9 +63,3 @@ def _history(row: dict) -> list:
         raise DataError("pairs [question, answer]", shown(value), "Leave it out if there are none.", field="history")
     roles = ("user", "assistant")
     return [{"role": role, "content": text} for pair in value for role, text in zip(roles, pair, strict=True)]
-
-
-def _with_system(row: dict, messages: list) -> list:
-    if not row.get("system") or (isinstance(messages[0], dict) and messages[0].get("role") == "system"):
-        return messages
-    return [{"role": "system", "content": row["system"]}, *messages]

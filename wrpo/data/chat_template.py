@@ -1,0 +1,107 @@
+"""A tokenizer's chat template, given messages in the form that it can write.
+
+Templates that want content as a list of parts, as those of vision-language models, get it so: a string has no parts,
+and its words would vanish. Those that cannot write the arguments of calls as they are get them as mappings or as JSON
+text.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from wrpo.rows.errors import DataError
+from wrpo.rows.messages import Message
+
+from .call_arguments import forms_of_calls, quotes_arguments
+from .control_tokens import ControlTokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ASKED, _ANSWERED = "wrpo '0f' \"3a\"", "wrpo '7c' \"1e\""  # in no template, nor so in a list that is printed
+_MARK = re.compile(r"^\s*(<[^<>\s]+>)")  # of an end of turn that is no special token
+
+
+class ChatTemplate:
+    """What the template makes of messages.
+
+    Args:
+        tokenizer: a `PreTrainedTokenizerBase`.
+        options: passed on to the template, e.g. {"enable_thinking": False}.
+
+    Attributes:
+        control: the tokenizer's special tokens.
+        ends: what ends an answer: the token, or mark, that the template writes, and the tokenizer's own.
+        writes_prompts: whether it writes anything but the answer.
+
+    Raises:
+        DataError: a tokenizer without a chat template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: dict | None = None):
+        self._tokenizer, self._options = tokenizer, options or {}
+        self.control = ControlTokens(tokenizer)
+        if not tokenizer.chat_template:
+            raise DataError(
+                "a tokenizer with a chat template",
+                "one without",
+                "Take the tokenizer of a chat model, name a template with chat_template_file, or write chat_template: "
+                "none to train on the prompt, the answer and the end-of-sequence token alone.",
+            )
+        as_text, as_parts = self._tried(wants_parts=False), self._tried(wants_parts=True)
+        self._wants_parts = _ANSWERED not in as_text and _ANSWERED in as_parts
+        tried = as_parts if self._wants_parts else as_text
+        self.writes_prompts = _ASKED in tried or not tried
+        after = tried.partition(_ANSWERED)[2]
+        end = self.control.first(after) or next(iter(_MARK.findall(after)), None)
+        eos = tokenizer.eos_token if tokenizer.eos_token in self.control.all else None
+        self.ends = tuple(dict.fromkeys(token for token in (end, eos) if token))
+
+    def text(self, field: str, messages: list[Message], tools: list | None, options: dict) -> str:
+        """The messages' text, with the opening of an answer behind all but an assistant's.
+
+        Raises:
+            DataError: the template refuses the messages; `field` is theirs.
+        """
+        if self._wants_parts:
+            messages = [_in_parts(message) for message in messages]
+        how = {
+            "tokenize": False,
+            "add_generation_prompt": messages[-1]["role"] != "assistant",
+            "tools": tools,
+            **self._options,
+            **options,
+        }
+        refusal: Exception | None = None
+        for form in forms_of_calls(messages):
+            try:
+                text = self._tokenizer.apply_chat_template(form, **how)
+            except Exception as error:  # a template raises what it likes: its own refusals, and Python's errors in it
+                refusal = refusal or error
+            else:
+                if not quotes_arguments(form, text):
+                    return text
+        todo = "Rewrite the messages as this chat template wants them."
+        got = f"its refusal: {refusal or 'arguments of calls are text within text'}"
+        raise DataError("messages the chat template accepts", got, todo, field=field) from refusal
+
+    def writes_the_same(self, text: str, messages: list[Message], tools: list | None, options: dict) -> bool:
+        """Whether other messages or tools give the same text, so that it does not tell them apart."""
+        try:
+            return self.text("prompt", messages, tools, options) == text
+        except DataError:
+            return False
+
+    def _tried(self, wants_parts: bool) -> str:
+        """A short conversation as text; nothing where the template refuses it."""
+        self._wants_parts = wants_parts
+        messages = [{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _ANSWERED}]
+        try:
+            return self.text("prompt", messages, None, {})
+        except DataError:
+            return ""
+
+
+def _in_parts(message: Message) -> Message:
+    return message | {"content": [{"type": "text", "text": message.get("content") or ""}]}

@@ -447,7 +447,7 @@ def test_a_model_whose_reward_head_was_never_trained_is_refused(score, tmp_path,
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path / "lm")
     tokenizer.save_pretrained(tmp_path / "lm")
     assert score(ANSWERS, "--reward-model", str(tmp_path / "lm")) == 2
-    assert "no trained weights for score.weight: its rewards would be random" in capsys.readouterr().err
+    assert "no trained weights for score.weight (1 of 12 parameters): they would be random" in capsys.readouterr().err
 
 
 def test_a_model_without_a_chat_template_is_refused(score, tmp_path, capsys):

@@ -18,13 +18,12 @@ from typing import Any
 import datasets
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from wrpo.data import PreferenceCollator, tokenize_examples
 from wrpo.data.collation import pad_token
 from wrpo.head.fused_head import install_fused_head
-from wrpo.pretrained import free_memory, load_tokenizer
-from wrpo.settings import ModelSettings, SettingsError
+from wrpo.pretrained import free_memory, load_model, load_tokenizer
+from wrpo.settings import ModelSettings
 
 from .cache import model_fingerprint, with_reference
 from .reference import sequence_logp
@@ -76,7 +75,7 @@ def mean_logp(
 
 
 def with_source_logp(
-    triples: datasets.Dataset, models: list[str], cache_dir: Path, *, torch_dtype: str = "auto", **options: Any
+    triples: datasets.Dataset, models: list[str], cache_dir: Path, *, torch_dtype: Any = "auto", **options: Any
 ) -> datasets.Dataset:
     """The triples with the column `source_logp` [R][M] of all these models, in their order.
 
@@ -93,11 +92,8 @@ def with_source_logp(
     by_model = []
     for number, name in enumerate(models):
         logger.info("%s: log-probs of %d rows", name, len(triples))
-        tokenizer = load_tokenizer(ModelSettings(model_name_or_path=name), "models")
-        try:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype)
-        except (OSError, ValueError) as error:
-            raise SettingsError(f"models {name!r}: {error}") from error
+        settings = ModelSettings(name, torch_dtype=torch_dtype)
+        tokenizer, model = load_tokenizer(settings, "models"), load_model(settings, "models")
         cache_file = cache_dir / f"{number}.safetensors"
         by_model.append(mean_logp(triples, model, tokenizer, cache_file=cache_file, **options))
         del model

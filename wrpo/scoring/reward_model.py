@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from wrpo.pretrained import load_tokenizer
+from wrpo.pretrained import load_model, load_tokenizer
 from wrpo.sampling.halving import Refusal, halving
 from wrpo.settings import ModelSettings
 from wrpo.user_error import UserError, in_one_line
@@ -52,7 +52,8 @@ class RewardModel:
         self._tokenizer: Any = load_tokenizer(settings, "reward_model")
         if not self._tokenizer.chat_template:
             raise UserError(f"{path}: its tokenizer has no chat template; name one with chat_template_file")
-        self._model = _load(settings)
+        model = load_model(settings, "reward_model", auto=AutoModelForSequenceClassification)
+        self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         config = self._model.config.get_text_config()
         self._max_length = max_length or getattr(config, "max_position_embeddings", None) or 1 << 30
         self._label = _label(self._model, label, path)
@@ -100,28 +101,6 @@ class RewardModel:
         if score is None:
             score = out.logits[:, self._label]
         return score.float().reshape(len(batch)).tolist()
-
-
-def _load(settings: ModelSettings) -> Any:
-    dtype = "auto" if settings.torch_dtype == "auto" else getattr(torch, settings.torch_dtype)
-    options = {} if settings.attn_implementation is None else {"attn_implementation": settings.attn_implementation}
-    try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            settings.model_name_or_path,
-            dtype=dtype,
-            trust_remote_code=settings.trust_remote_code,
-            output_loading_info=True,
-            **options,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"reward_model {settings.model_name_or_path!r}: {error}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise UserError(
-            f"reward_model {settings.model_name_or_path!r}: no trained weights for {', '.join(missing[:3])}: "
-            "its rewards would be random. Name a model that was trained to give rewards."
-        )
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _label(model: Any, label: int | None, name: str) -> int:

@@ -10,7 +10,7 @@ from transformers import set_seed
 
 from wrpo.data import load_examples, tokenize_examples
 from wrpo.data.loading import load_hub
-from wrpo.pretrained import load_model, load_tokenizer, require_template, warn_of_coarse_weights
+from wrpo.pretrained import check_adapter, load_model, load_tokenizer, require_template, warn_of_coarse_weights
 from wrpo.settings import DataSettings, ModelSettings
 from wrpo.settings.command_line import parse_settings
 from wrpo.user_error import UserError
@@ -69,6 +69,11 @@ def _fit(trainer_class: Any, model: ModelSettings, data: DataSettings, config: A
     """Train, save, and say where everything is. Data first: its errors are the cheapest to meet."""
     set_seed(config.seed)
     checkpoint = find_checkpoint(config)
+    if check_adapter(model) and getattr(config, "reference", None) == "adapter":
+        raise UserError(
+            "reference: adapter is the model without its adapter, which is not the model that training starts from: "
+            f"{model.model_name_or_path} is an adapter. Leave it out, or take precompute or copy"
+        )
     tokenizer = load_tokenizer(model)
     require_template(tokenizer, model)
     with config.main_process_first(desc="tokenising"):  # the others read what the first has put on disk
@@ -80,7 +85,7 @@ def _fit(trainer_class: Any, model: ModelSettings, data: DataSettings, config: A
     if eval_rows and config.eval_strategy == "no":
         config.eval_strategy = type(config.eval_strategy)("epoch")
     try:
-        policy = load_model(model)
+        policy = load_model(model, is_trained=True)
         warn_of_coarse_weights(policy)
         trainer = trainer_class(
             policy,

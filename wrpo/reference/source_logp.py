@@ -25,7 +25,8 @@ from wrpo.head.fused_head import install_fused_head
 from wrpo.pretrained import free_memory, load_model, load_tokenizer
 from wrpo.settings import ModelSettings
 
-from .cache import model_fingerprint, with_reference
+from .cache import with_reference
+from .fingerprint import model_fingerprint
 from .reference import sequence_logp
 
 logger = logging.getLogger("wrpo")

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from wrpo.data import PreferenceCollator
 from wrpo.data.collation import IGNORE, Batch
 from wrpo.head.fused_head import install_fused_head, run_in_head
-from wrpo.reference.cache import model_fingerprint, with_reference
+from wrpo.reference.cache import with_reference
+from wrpo.reference.fingerprint import model_fingerprint
 from wrpo.reference.fused import FusedReference
 from wrpo.reference.reference import (
     AdaptersOff,

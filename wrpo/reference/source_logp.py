@@ -21,9 +21,11 @@ from torch import Tensor
 
 from wrpo.data import PreferenceCollator, tokenize_examples
 from wrpo.data.collation import pad_token
+from wrpo.data.model_limits import refuse_beyond
 from wrpo.head.fused_head import install_fused_head
 from wrpo.pretrained import free_memory, load_model, load_tokenizer
-from wrpo.settings import ModelSettings
+from wrpo.settings import ModelSettings, SettingsError
+from wrpo.user_error import UserError
 
 from .cache import with_reference
 from .fingerprint import model_fingerprint
@@ -55,10 +57,12 @@ def mean_logp(
         progress: show a progress bar. Default: True.
 
     Raises:
-        DataError: a row that the model's chat template refuses.  ValueError: a log-prob that is not finite.
+        DataError: a row that the model's chat template refuses.  ValueError: a token id or a position that the model
+            does not have, or a log-prob that is not finite.
     """
     tokens = tokenize_examples(triples, tokenizer, max_length=max_length, max_prompt_length=None)
     tokens = tokens.remove_columns([name for name in ("ref_logp", "source_logp") if name in tokens.column_names])
+    refuse_beyond(tokens, model, tokenizer)
     accelerator = Accelerator()
     model = model.to(accelerator.device).eval()
     head = install_fused_head(model)
@@ -96,7 +100,12 @@ def with_source_logp(
         settings = ModelSettings(name, torch_dtype=torch_dtype)
         tokenizer, model = load_tokenizer(settings, "models"), load_model(settings, "models")
         cache_file = cache_dir / f"{number}.safetensors"
-        by_model.append(mean_logp(triples, model, tokenizer, cache_file=cache_file, **options))
+        try:
+            by_model.append(mean_logp(triples, model, tokenizer, cache_file=cache_file, **options))
+        except UserError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise SettingsError(f"models {name!r}: {error}") from error
         del model
         free_memory()  # before the next model is loaded: one with a fused head is a cycle of references
     by_row = [[list(logp) for logp in zip(*of_models, strict=True)] for of_models in zip(*by_model, strict=True)]

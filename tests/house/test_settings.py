@@ -123,7 +123,7 @@ MISTAKES = {
         "config.yaml: torch_dtype: expected one of .*, got 'int8'",
     ),
     "null where a value must be": ("beta: null", [], "config.yaml: beta: expected a value, got null"),
-    "a value out of range": ("alpha: 1.5", [], "alpha must be .* <= 1, got 1.5"),
+    "a value out of range": ("alpha: 1.5", [], "alpha: expected .* <= 1, got 1.5"),
     "not YAML": ("beta: [", [], r"config.yaml: not a YAML file \(line 5\)"),
     "a month 13": ("run_name: 2026-13-01", [], "config.yaml: holds a number, date or tag"),
     "a number of 5000 digits": ("beta: " + "1" * 5000, [], "config.yaml: holds a number, date or tag"),
@@ -162,7 +162,7 @@ OUT_OF_RANGE = {
 @pytest.mark.parametrize("config_class", [WRPOConfig, SFTConfig])
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name in OUT_OF_RANGE for value in OUT_OF_RANGE[name]])
 def test_a_number_that_no_run_could_use_is_named(settings, name, value, config_class):
-    with pytest.raises(SettingsError, match=f"^{name} must be a finite number >= [01]"):
+    with pytest.raises(SettingsError, match=f"^{name}: expected a finite number >= [01]"):
         settings("", f"--{name}", value, config_class=config_class)
 
 

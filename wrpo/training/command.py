@@ -16,7 +16,9 @@ from wrpo.settings.command_line import parse_settings
 from wrpo.user_error import UserError
 
 from .config import DPOConfig, FusedHeadConfig, SFTConfig, WRPOConfig
+from .inherited_fields import describe
 from .resuming import find_checkpoint, train_from
+from .saving import has_weights
 from .sft_trainer import SFTTrainer
 from .wrpo_trainer import WRPOTrainer
 
@@ -62,7 +64,8 @@ def parse(
 ) -> tuple[ModelSettings, DataSettings, Any]:
     """The settings of one of the three commands; a word that is no settings file is the train file."""
     classes = (ModelSettings, DataSettings, config_class)
-    return parse_settings(classes, arguments, f"wrpo {command}", description, words=("train_file",))
+    epilog = describe()
+    return parse_settings(classes, arguments, f"wrpo {command}", description, words=("train_file",), epilog=epilog)
 
 
 def _fit(trainer_class: Any, model: ModelSettings, data: DataSettings, config: Any) -> None:
@@ -115,6 +118,11 @@ def _rows(source: Any, split: str, tokenizer: Any, config: Any, data: DataSettin
 
 
 def _say_where(folder: Path) -> None:
+    if not has_weights(folder):
+        raise UserError(
+            f"training has ended, and no weights are in {folder}: saving writes none of a sharded state dict "
+            "(fsdp_state_dict_type: FULL_STATE_DICT does). Checkpoints beside it hold them"
+        )
     for what, name in LEFT.items():
         if (folder / name).exists():
             print(f"{what:<8} {folder / name}")

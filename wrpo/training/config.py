@@ -1,21 +1,20 @@
 """The knobs of both stages: what each means, its unit, its default and where that comes from.
 
 `FusedHeadConfig` holds what SFT and WRPO share. Defaults of `transformers.TrainingArguments` that the paper sets
-otherwise are set here; every other field of it works as documented there.
+otherwise are set here; `inherited_fields` says what becomes of every other field of it.
 """
 
 from __future__ import annotations
 
-import math
-import sys
 from dataclasses import dataclass
 
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from wrpo.reference.fused import FUSIONS
-from wrpo.settings import knob
+from wrpo.settings import check_choice, check_range, knob
 
+from .inherited_fields import check_inherited, check_numbers, settle_inherited
 from .schedule import SCHEDULES
 
 LOSS_TYPES = ("sigmoid", "hinge", "ipo", "simpo", "dpo")
@@ -24,7 +23,6 @@ MEASURES = ("margin", "accuracy")  # of a source model's performance
 SOURCE_WEIGHTINGS = ("rows", "reward", *MEASURES)
 REFERENCES = ("auto", "copy", "adapter", "precompute", "none")
 EMPTY_RESPONSES = ("raise", "zero")
-LARGEST_SEED = 2**32 - 1  # NumPy takes no larger one
 
 
 @dataclass
@@ -99,32 +97,13 @@ class FusedHeadConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and is_torch_bf16_gpu_available()
-        self._check_inherited()
+        check_inherited(self)
         super().__post_init__()
+        settle_inherited(self)
         if self.dataloader_pin_memory is None:
             self.dataloader_pin_memory = self.device.type != "cpu"
-        self._check_at_least("max_length", 2)
-        self._check_at_least("max_prompt_length", 1)
-        self._check_at_least("budget_bytes", 1)
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must be False: the collator reads columns that the model does not")
-        if self.label_smoothing_factor:
-            raise ValueError(
-                "label_smoothing_factor smooths the tokens of a cross-entropy, which no loss here has; set it to 0 "
-                "(the smoothing of preferences is WRPOConfig's loss_label_smoothing)"
-            )
-
-    def _check_inherited(self) -> None:
-        """Fields of `TrainingArguments` that it takes as they come: the run would fail later, or end in NaN."""
-        at_least_0 = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "num_train_epochs")
-        for name in (*at_least_0, "dataloader_num_workers"):
-            if name != "max_grad_norm" or self.max_grad_norm is not None:  # none: no clipping
-                self._check_range(name, 0)
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            self._check_range(name, 1)
-        self._check_range("seed", 0, LARGEST_SEED)
-        if self.data_seed is not None:
-            self._check_range("data_seed", 0, LARGEST_SEED)
+        check_range(self, "max_length", low=2)
+        check_range(self, "max_prompt_length", "budget_bytes", low=1)
 
     def unused_role(self) -> str | None:
         """The role whose responses weigh nothing in any step, so that the data can leave them out; None: no such."""
@@ -133,26 +112,6 @@ class FusedHeadConfig(TrainingArguments):
     def head_options(self) -> dict:
         """How the kernels are to run: keyword arguments of every `linear_...` op."""
         return {"budget_bytes": self.budget_bytes, "backend": self.kernel_backend}
-
-    def _check_at_least(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-
-    def _check_range(
-        self, name: str, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
-    ) -> None:
-        value = getattr(self, name)
-        # Compared, not converted: an integer may be too large for a float. NaN fails the comparison.
-        inside = isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
-        if not inside or value < low or value > high or (open_low and value == low):
-            bounds = [f" > {low:g}" if open_low else f" >= {low:g}"] if low > -math.inf else []
-            bounds += [f" <= {high if isinstance(high, int) else f'{high:g}'}"] if high < math.inf else []
-            raise ValueError(f"{name} must be a finite number{' and'.join(bounds)}, got {value}")
-
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        if getattr(self, name) not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
 
 
 @dataclass
@@ -281,23 +240,19 @@ class WRPOConfig(FusedHeadConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("alpha", "alpha_start", "alpha_warmup_ratio"):
-            self._check_range(name, 0.0, 1.0)
-        self._check_range("beta", 0.0, open_low=True)
-        self._check_range("gamma")
-        self._check_range("nll_weight", 0.0)
-        self._check_range("source_temperature", 0.0, open_low=True)
-        self._check_range("alpha_goal_accuracy", 0.5, 1.0, open_low=True)
-        self._check_choice("alpha_schedule", ALPHA_SCHEDULES)
-        self._check_choice("source_weighting", SOURCE_WEIGHTINGS)
-        self._check_choice("reference_fusion", ("none", *FUSIONS))
-        self._check_choice("loss_type", LOSS_TYPES)
-        self._check_choice("reference", REFERENCES)
-        self._check_choice("empty_response", EMPTY_RESPONSES)
-        if not 0 <= self.performance_decay < 1:
-            raise ValueError(f"performance_decay must be in [0, 1), got {self.performance_decay}")
-        if not 0 <= self.loss_label_smoothing < 0.5:
-            raise ValueError(f"loss_label_smoothing must be in [0, 0.5), got {self.loss_label_smoothing}")
+        check_numbers(self, "alpha", "alpha_start", "alpha_warmup_ratio", low=0, high=1)
+        check_numbers(self, "beta", "source_temperature", low=0, open_low=True)
+        check_numbers(self, "gamma")
+        check_numbers(self, "nll_weight", low=0)
+        check_numbers(self, "alpha_goal_accuracy", low=0.5, high=1, open_low=True)
+        check_numbers(self, "performance_decay", low=0, high=1, open_high=True)
+        check_numbers(self, "loss_label_smoothing", low=0, high=0.5, open_high=True)
+        check_choice(self, "alpha_schedule", ALPHA_SCHEDULES)
+        check_choice(self, "source_weighting", SOURCE_WEIGHTINGS)
+        check_choice(self, "reference_fusion", ("none", *FUSIONS))
+        check_choice(self, "loss_type", LOSS_TYPES)
+        check_choice(self, "reference", REFERENCES)
+        check_choice(self, "empty_response", EMPTY_RESPONSES)
         if self.loss_label_smoothing and self.loss_type in ("hinge", "ipo"):
             raise ValueError(f"loss_label_smoothing belongs to the sigmoid losses, got loss_type {self.loss_type!r}")
         if self.loss_type == "simpo" and self.reference not in ("auto", "none"):

@@ -38,7 +38,7 @@ from wrpo_kernels import PreferenceOutput, linear_preference_loss
 
 from .config import MEASURES, WRPOConfig
 from .head_trainer import HeadTrainer
-from .metrics import Measured, preference_metrics
+from .metrics import Measured, names_of_metrics, preference_metrics
 from .response_weights import response_weights, row_of, sum_by_row
 from .schedule import adaptive_alpha, alpha_at
 from .source_performance import RunningPerformance, source_models_of
@@ -156,20 +156,6 @@ class WRPOTrainer(HeadTrainer):
         if not is_spread and not (is_own and (self.place_model_on_device or self.is_model_parallel)):
             model.to(self.args.device)
 
-    def datasets(self) -> dict[str, Any]:
-        """All data sets by the name of their cache file."""
-        if isinstance(self.eval_dataset, dict):
-            return {"train": self.train_dataset, **{f"eval_{name}": data for name, data in self.eval_dataset.items()}}
-        return {"train": self.train_dataset, "eval": self.eval_dataset}
-
-    def filled_datasets(self) -> dict[str, Any]:
-        """Those that are given and not empty."""
-        return {
-            name: data
-            for name, data in self.datasets().items()
-            if data is not None and (not hasattr(data, "__len__") or len(data))
-        }
-
     def precompute(self, model: nn.Module) -> None:
         """Give every data set its column `ref_logp`. One that brings the column along keeps it."""
         args = self.args
@@ -232,6 +218,9 @@ class WRPOTrainer(HeadTrainer):
             f"loss       {args.loss_type}, beta {args.beta:g}" + ("" if args.unused_role() else f", alpha {alpha}"),
             f"reference  {self.reference_source}",
         ]
+
+    def metric_names(self, rows: Any) -> list[str]:
+        return [*super().metric_names(rows), *names_of_metrics(rows)]
 
     def item_weight(self, batch: Batch) -> Tensor:
         """1 for each row, 0 if one of its responses has no token to count."""

@@ -56,6 +56,14 @@ def refuse_beyond(rows: Any, model: nn.Module, tokenizer: Any = None, *, place: 
         )  # fmt: skip
 
 
+def refuse_unknown(sequences: list[list[int]], size: int, tokenizer: Any) -> None:
+    """Raises ValueError where one of the ids is `size` or above."""
+    largest = max(max(ids) for ids in sequences)
+    if largest >= size:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise ValueError(f"the token {token!r} has the id {largest}, and the model has rows for {size} tokens")
+
+
 def vocabulary_size(model: Any) -> int:
     """Token ids that the model has a row for, in its embedding and its head."""
     ends = (model.get_input_embeddings(), model.get_output_embeddings())

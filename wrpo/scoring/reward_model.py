@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from wrpo.data.model_limits import position_table, refuse_unknown, vocabulary_size
 from wrpo.pretrained import load_model, load_tokenizer
 from wrpo.sampling.halving import Refusal, halving
 from wrpo.settings import ModelSettings
@@ -55,13 +56,16 @@ class RewardModel:
         model = load_model(settings, "reward_model", auto=AutoModelForSequenceClassification)
         self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         config = self._model.config.get_text_config()
-        self._max_length = max_length or getattr(config, "max_position_embeddings", None) or 1 << 30
+        self._vocabulary = vocabulary_size(self._model)
+        table = position_table(self._model) or 1 << 30
+        self._max_length = min(max_length or getattr(config, "max_position_embeddings", None) or table, table)
         self._label = _label(self._model, label, path)
         self.name = named_with(path, str(self._label), str(self._tokenizer.chat_template))
-        self._pad = self._model.config.pad_token_id
+        pad = self._model.config.pad_token_id
+        self._pad = pad if pad is not None and 0 <= pad < self._vocabulary else None
         self._batch_size = batch_size
         if self._pad is None and batch_size > 1:
-            logger.warning("%s has no padding token, so answers are scored one at a time", path)
+            logger.warning("%s has no padding token (%s), so answers are scored one at a time", path, pad)
             self._batch_size = 1
 
     def score(self, candidates: Iterator[Candidate], rewards: Rewards) -> None:
@@ -90,6 +94,7 @@ class RewardModel:
         longest = len(batch[-1][0])
         if longest > self._max_length:
             raise ValueError(f"the conversation has more than {self._max_length} tokens")
+        refuse_unknown([tokens for tokens, _ in batch], self._vocabulary, self._tokenizer)
         ids = torch.full((len(batch), longest), self._pad or 0)
         mask = torch.zeros_like(ids)
         for row, (tokens, _) in enumerate(batch):

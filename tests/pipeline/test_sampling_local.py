@@ -118,6 +118,89 @@ def test_a_models_own_top_k_does_not_narrow_what_was_asked_for(sample, written, 
     assert len(tokenizer) > 300
 
 
+CARRIED = {
+    "repetition_penalty": {"repetition_penalty": 1.5},
+    "n-grams": {"no_repeat_ngram_size": 2},
+    "beams": {"num_beams": 3},
+    "cut-offs": {"min_p": 0.5, "typical_p": 0.5, "epsilon_cutoff": 0.1, "do_sample": True},
+    "forced": {"forced_eos_token_id": 3, "suppress_tokens": [40, 41, 42], "min_new_tokens": 5},
+    "a dictionary": {"return_dict_in_generate": True, "output_scores": True},
+    "stop strings": {"stop_strings": ["e"]},
+    "decay": {"exponential_decay_length_penalty": [1, 3.0]},
+    "temperature": {"temperature": 5.0, "top_k": 2, "do_sample": True},
+}
+
+
+@pytest.mark.parametrize("carried", CARRIED.values(), ids=CARRIED)
+def test_what_a_checkpoint_says_of_drawing_changes_no_answer(carried, sample, written, tmp_path):
+    model, tokenizer = save_model(tmp_path / "model")
+    runs = {"greedy": ["--temperature", "0", "--samples", "1"], "drawn": ["--temperature", "1", "--top_p", "1"]}
+    for name, flags in runs.items():
+        assert sample(PROMPTS, *flags, output=f"{name}.jsonl") == 0
+    own = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(own | carried))
+    for name, flags in runs.items():
+        assert sample(PROMPTS, *flags, output=f"{name} again.jsonl") == 0
+        assert written(f"{name} again.jsonl") == written(f"{name}.jsonl")
+    for number, prompt in enumerate(PROMPTS):
+        row = written("greedy again.jsonl")[str(number), 0]
+        assert (row["response"], row["finish_reason"]) == greedy(model, tokenizer, prompt, 8)
+
+
+def test_a_run_says_how_it_draws_and_what_it_does_not_take_over(sample, tmp_path, capsys):
+    save_model(tmp_path / "model")
+    assert sample(["two"], "--samples", "1", output="plain.jsonl") == 0
+    assert "which is not used here" not in capsys.readouterr().err
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"repetition_penalty": 1.5}))
+    assert sample(["two"], "--samples", "1", "--temperature", "0.7") == 0
+    shown = capsys.readouterr().err
+    place = "cuda:0" if torch.cuda.is_available() else "cpu"
+    assert f"target: float32 on {place}, temperature 0.7, top_p 0.95, at most 8 tokens, ending at '<|im_end|>'" in shown
+    assert "target: its generation_config holds more, which is not used here: repetition_penalty 1.5" in shown
+
+
+def test_an_answer_ends_at_the_end_of_turn_of_the_template_though_the_checkpoint_does_not_know_it(
+    sample, written, tmp_path
+):
+    model, tokenizer = save_model(tmp_path / "model")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": PROMPTS[0]}], add_generation_prompt=True)
+    with torch.no_grad():  # what the model would say first and the end of turn change places
+        first = model(input_ids=torch.tensor([asked["input_ids"]])).logits[0, -1].argmax().item()
+        model.lm_head.weight[torch.tensor([end, first])] = model.lm_head.weight[torch.tensor([first, end])]
+    model.generation_config.eos_token_id = tokenizer.bos_token_id
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.eos_token = "<bos>"
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert sample(PROMPTS[:1], "--temperature", "0", "--samples", "1") == 0
+    (row,) = written().values()
+    assert (row["response"], row["finish_reason"]) == ("", "stop")
+
+
+def test_padding_that_the_model_has_no_row_for_does_not_matter(sample, written, tmp_path):
+    model, tokenizer = save_model(tmp_path / "model")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert sample(PROMPTS, "--temperature", "0", "--samples", "1") == 0
+    for number, prompt in enumerate(PROMPTS):
+        assert written()[str(number), 0]["response"] == greedy(model, tokenizer, prompt, 8)[0]
+
+
+def test_a_lora_answers_as_its_model_with_it(sample, written, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    _, tokenizer = save_model(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), config).eval()
+    adapted.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert sample(PROMPTS, "--temperature", "0", "--samples", "1") == 0
+    for number, prompt in enumerate(PROMPTS):
+        row = written()[str(number), 0]
+        assert (row["response"], row["finish_reason"]) == greedy(adapted, tokenizer, prompt, 8)
+
+
 def test_a_stopped_run_goes_on(sample, written, tmp_path):
     save_model(tmp_path / "model")
     assert sample(PROMPTS[:2], "--samples", "2") == 0

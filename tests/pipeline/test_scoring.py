@@ -439,6 +439,39 @@ def test_any_number_of_conversations_that_are_too_long_do_not_end_the_scoring(sc
     assert len(rewards()) == 20
 
 
+def test_padding_that_is_no_token_of_the_model_changes_no_reward(score, rewards, tmp_path):
+    """Some configs have -1; in a batch the reward would be read off the padding."""
+    model, tokenizer = save_model(tmp_path / "rm", pad=False)
+    path = tmp_path / "rm" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": -1}))
+    assert score(ANSWERS, "--reward-model", str(tmp_path / "rm"), "--batch-size", "4") == 0
+    expected = alone(model, tokenizer, ANSWERS)
+    assert rewards() == {key: pytest.approx(value, **CLOSE) for key, value in expected.items()}
+
+
+def test_a_token_that_the_model_has_no_row_for_costs_its_answer_and_is_named(score, rewards, tmp_path, capsys):
+    _, tokenizer = save_model(tmp_path / "rm")
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(tmp_path / "rm")
+    assert score([row("a", "fine"), row("b", "a <new> word")], "--reward-model", str(tmp_path / "rm")) == 3
+    assert rewards().keys() == {("a", 0)}
+    assert f"the token '<new>' has the id {len(tokenizer) - 1}, and the model has rows for" in capsys.readouterr().out
+
+
+def test_a_lora_on_a_reward_model_gives_its_own_rewards(score, rewards, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    _, tokenizer = save_model(tmp_path / "base")
+    base = LlamaForSequenceClassification.from_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="SEQ_CLS")
+    model = get_peft_model(base, config).eval()
+    model.save_pretrained(tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    assert score(ANSWERS, "--reward-model", str(tmp_path / "rm")) == 0
+    expected = alone(model, tokenizer, ANSWERS)
+    assert rewards() == {key: pytest.approx(value, **CLOSE) for key, value in expected.items()}
+
+
 def test_a_model_whose_reward_head_was_never_trained_is_refused(score, tmp_path, capsys):
     from transformers import LlamaForCausalLM
 
@@ -447,7 +480,7 @@ def test_a_model_whose_reward_head_was_never_trained_is_refused(score, tmp_path,
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path / "lm")
     tokenizer.save_pretrained(tmp_path / "lm")
     assert score(ANSWERS, "--reward-model", str(tmp_path / "lm")) == 2
-    assert "no trained weights for score.weight: its rewards would be random" in capsys.readouterr().err
+    assert "no trained weights for score.weight (1 of 12 parameters): they would be random" in capsys.readouterr().err
 
 
 def test_a_model_without_a_chat_template_is_refused(score, tmp_path, capsys):

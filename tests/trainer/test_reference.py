@@ -177,12 +177,15 @@ def test_what_was_kept_is_used_again(tmp_path, passes, caplog):
 
 
 class Tokenizer:
-    """As much of one as a fingerprint reads."""
+    """As much of one as a fingerprint reads, and a run saves."""
 
     chat_template = "{{ messages }}"
 
     def get_vocab(self) -> dict[str, int]:
         return {"a": 0}
+
+    def save_pretrained(self, folder: str) -> None:
+        pass
 
 
 @pytest.mark.parametrize(

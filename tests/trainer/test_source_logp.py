@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wrpo import WRPOConfig, WRPOTrainer, cli
 from wrpo.data import load_examples, tokenize_examples
+from wrpo.reference import source_logp
 from wrpo.reference.source_logp import with_source_logp
 
 ROWS = [
@@ -128,7 +129,7 @@ def test_what_a_row_holds_besides_stays_in_it(models, tmp_path):
 
 
 def test_a_model_is_gone_before_the_next_one_is_loaded(models, tmp_path, monkeypatch):
-    loaded, load = [], AutoModelForCausalLM.from_pretrained
+    loaded, load = [], source_logp.load_model
 
     def watched(*args, **kwargs):
         assert not [model for model in loaded if model() is not None], "two models in memory"
@@ -136,7 +137,7 @@ def test_a_model_is_gone_before_the_next_one_is_loaded(models, tmp_path, monkeyp
         loaded.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    monkeypatch.setattr(source_logp, "load_model", watched)
     gc.disable()
     try:
         with_source_logp(load_examples(ROWS), models, tmp_path / "kept", progress=False)

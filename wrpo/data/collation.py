@@ -18,6 +18,7 @@ from torch import Tensor
 from wrpo.rows.errors import DataError, shown
 from wrpo.rows.softmax import softmax
 
+from .model_limits import vocabulary_size
 from .roles import Role, best_response, model_names
 from .tokenised_row import check_row, reference_logp, refuse_empty, source_logp
 
@@ -137,9 +138,10 @@ def pad_sequences(
 
 
 def pad_token(tokenizer: Any, model: Any) -> int:
-    """A token id for padding, which no label or attention ever sees."""
+    """A token id for padding, which no label or attention ever sees; one that the model has a row for."""
+    size = 1 << 62 if model is None else vocabulary_size(model)
     for owner in (tokenizer, getattr(model, "config", None)):
         value = getattr(owner, "pad_token_id", None)
-        if isinstance(value, int):
+        if isinstance(value, int) and 0 <= value < size:
             return value
     return 0

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from wrpo.data import PreferenceCollator, load_examples, tokenize_examples
 from wrpo.data.collation import pad_token
+from wrpo.data.model_limits import refuse_beyond
 from wrpo.data.roles import Role
 from wrpo.head.fused_head import install_fused_head
 from wrpo.pretrained import free_memory, load_model, load_tokenizer
@@ -114,6 +115,10 @@ def accuracy_of_models(options: TriplesSettings) -> dict[str, Accuracy]:
 
     def logps(name: str, title: str) -> list[Tensor]:
         model = load_model(settings(name), f"--{title}").to(device)
+        try:
+            refuse_beyond(rows, model, tokenizer, place=f"triples under --{title} {name!r}")
+        except ValueError as error:
+            raise UserError(str(error)) from error
         found = response_logps(model, rows, tokenizer, batch_size=options.batch_size, title=title)
         del model
         free_memory()  # before the other model is loaded

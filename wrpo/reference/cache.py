@@ -11,25 +11,23 @@ data's own order stays. Each rank takes its share of the batches.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-logger = logging.getLogger("wrpo.reference")
+from .fingerprint import refuse_unequal
 
-NOT_ARITHMETIC = ("_name_or_path", "transformers_version", "use_cache")  # config fields that change no number
-SAMPLES = 1024  # values of each parameter that enter its fingerprint; a fine-tuned model differs in nearly all
+logger = logging.getLogger("wrpo.reference")
 
 
 def with_reference(
@@ -47,17 +45,18 @@ def with_reference(
     Args:
         dataset: rows as `tokenize_examples` makes them; a `datasets.Dataset`, or anything with length and index.
         cache_file: where the log-probs are kept.
-        fingerprint: what they are made from besides the data, see `model_fingerprint`.
+        fingerprint: what they are made from besides the data, see `wrpo.reference.fingerprint`.
         logp_of: [S] float32 of the rows of one batch, row after row.
         batch_size: rows in a batch.
         accelerator: of the trainer; shares the work out and gathers it.
         progress: show a progress bar on the main process. Default: True.
 
     Raises:
-        ValueError: a log-prob is NaN or infinite; nothing is kept.
+        ValueError: a log-prob is NaN or infinite, or a process has other weights or data; nothing is kept.
     """
     lengths, counts, data = survey(dataset)
     fingerprint = {"data": data, **fingerprint}
+    refuse_unequal(gather_object([fingerprint]))
     values = load(cache_file, fingerprint) if accelerator.is_main_process else None
     (values,) = broadcast_object_list([values])
     if values is None:
@@ -132,26 +131,6 @@ def refuse_not_finite(values: np.ndarray, counts: np.ndarray) -> None:
             f"the reference log-probs of {len(bad)} responses are not finite, the first in row {row} (counted from 0): "
             f"{values[bad[0]]}. Check the weights of the reference model, and use bf16 or float32 where fp16 overflows"
         )
-
-
-def model_fingerprint(model: Any, tokenizer: Any, settings: dict[str, Any]) -> dict[str, str]:
-    """What the log-probs are made from besides the data: hashes under "model", "tokenizer" and "settings"."""
-    config = {name: value for name, value in model.config.to_dict().items() if name not in NOT_ARITHMETIC}
-    weights = hashlib.sha256(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
-    for name, value in sorted(model.state_dict().items()):
-        sample = value.detach().reshape(-1)[:: max(1, value.numel() // SAMPLES)][:SAMPLES]
-        weights.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        weights.update(sample.double().cpu().numpy().tobytes())
-    adapters = getattr(model, "active_adapters", None) if hasattr(model, "disable_adapter") else None
-    weights.update(str(adapters).encode())
-    words: Sequence = ()
-    if tokenizer is not None:
-        words = [tokenizer.chat_template, sorted(tokenizer.get_vocab().items())]
-    return {
-        "model": weights.hexdigest(),
-        "tokenizer": hashlib.sha256(json.dumps(words).encode()).hexdigest(),
-        "settings": json.dumps(settings, sort_keys=True),
-    }
 
 
 def load(cache_file: Path, fingerprint: dict[str, str]) -> np.ndarray | None:

@@ -18,15 +18,17 @@ from typing import Any
 import datasets
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from wrpo.data import PreferenceCollator, tokenize_examples
 from wrpo.data.collation import pad_token
+from wrpo.data.model_limits import refuse_beyond
 from wrpo.head.fused_head import install_fused_head
-from wrpo.pretrained import free_memory, load_tokenizer
+from wrpo.pretrained import free_memory, load_model, load_tokenizer
 from wrpo.settings import ModelSettings, SettingsError
+from wrpo.user_error import UserError
 
-from .cache import model_fingerprint, with_reference
+from .cache import with_reference
+from .fingerprint import model_fingerprint
 from .reference import sequence_logp
 
 logger = logging.getLogger("wrpo")
@@ -55,10 +57,12 @@ def mean_logp(
         progress: show a progress bar. Default: True.
 
     Raises:
-        DataError: a row that the model's chat template refuses.  ValueError: a log-prob that is not finite.
+        DataError: a row that the model's chat template refuses.  ValueError: a token id or a position that the model
+            does not have, or a log-prob that is not finite.
     """
     tokens = tokenize_examples(triples, tokenizer, max_length=max_length, max_prompt_length=None)
     tokens = tokens.remove_columns([name for name in ("ref_logp", "source_logp") if name in tokens.column_names])
+    refuse_beyond(tokens, model, tokenizer)
     accelerator = Accelerator()
     model = model.to(accelerator.device).eval()
     head = install_fused_head(model)
@@ -76,7 +80,7 @@ def mean_logp(
 
 
 def with_source_logp(
-    triples: datasets.Dataset, models: list[str], cache_dir: Path, *, torch_dtype: str = "auto", **options: Any
+    triples: datasets.Dataset, models: list[str], cache_dir: Path, *, torch_dtype: Any = "auto", **options: Any
 ) -> datasets.Dataset:
     """The triples with the column `source_logp` [R][M] of all these models, in their order.
 
@@ -93,13 +97,15 @@ def with_source_logp(
     by_model = []
     for number, name in enumerate(models):
         logger.info("%s: log-probs of %d rows", name, len(triples))
-        tokenizer = load_tokenizer(ModelSettings(model_name_or_path=name), "models")
-        try:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype)
-        except (OSError, ValueError) as error:
-            raise SettingsError(f"models {name!r}: {error}") from error
+        settings = ModelSettings(name, torch_dtype=torch_dtype)
+        tokenizer, model = load_tokenizer(settings, "models"), load_model(settings, "models")
         cache_file = cache_dir / f"{number}.safetensors"
-        by_model.append(mean_logp(triples, model, tokenizer, cache_file=cache_file, **options))
+        try:
+            by_model.append(mean_logp(triples, model, tokenizer, cache_file=cache_file, **options))
+        except UserError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise SettingsError(f"models {name!r}: {error}") from error
         del model
         free_memory()  # before the next model is loaded: one with a fused head is a cycle of references
     by_row = [[list(logp) for logp in zip(*of_models, strict=True)] for of_models in zip(*by_model, strict=True)]

@@ -7,15 +7,19 @@ alone. Whatever the model says is an answer, also nothing: at a temperature the 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from wrpo.data.continuation import continued_text
+from wrpo.data.model_limits import keep_padding_inside, position_table, refuse_unknown, vocabulary_size
 from wrpo.data.rendering import Renderer
 from wrpo.pretrained import free_memory, load_model, load_tokenizer
 from wrpo.settings import ModelSettings, SettingsError
+from wrpo.training.generation import end_tokens
 
 from .halving import halving
 from .prompt_ids import PromptIds
@@ -23,6 +27,11 @@ from .prompts import Reply, Request
 from .settings import Sampling
 from .sources import LocalSource
 
+logger = logging.getLogger("wrpo")
+
+# Fields of a generation_config that draw nothing, or are taken over, or are set by us.
+NOT_DRAWN = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_from_model_config", "do_sample",
+             "temperature", "top_p", "top_k", "max_length", "max_new_tokens", "use_cache"}  # fmt: skip
 BATCHES_PER_WINDOW = 16  # a window's: sorted by length, so that batches hold little padding
 Result = tuple[Request, "Reply | str", int]  # request, its reply or why there is none, the seed of its batch
 
@@ -46,7 +55,7 @@ class LocalModel:
             chat_template_file=source.chat_template_file,
             trust_remote_code=source.trust_remote_code,
         )
-        self._field = "path" if source.path else "model"
+        self._name, self._field = source.model, "path" if source.path else "model"
         self._tokenizer: Any = load_tokenizer(self._settings, self._field)
         if not self._tokenizer.chat_template:
             raise SettingsError(f"{source.model}: its tokenizer has no chat template; name one: chat_template_file")
@@ -55,7 +64,7 @@ class LocalModel:
 
     def answers(self, requests: list[Request], sampling: Sampling) -> Iterator[Result]:
         """Every request with its reply or the reason why there is none, in the order of their lengths."""
-        self._load()
+        self._load(sampling)
         rendered, refused = self._prompt_ids(requests)
         yield from ((request, reason, 0) for request, reason in refused)
         rendered.sort(key=lambda pair: len(pair[0]))
@@ -70,21 +79,39 @@ class LocalModel:
         self._model = None
         free_memory()
 
-    def _load(self) -> None:
+    def _load(self, sampling: Sampling) -> None:
         if self._model is None:
             model = load_model(self._settings, self._field).eval()
             self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-            config = model.config.get_text_config()
-            self._context = getattr(config, "max_position_embeddings", None) or 1 << 30
-            ends = model.generation_config.eos_token_id
-            ends = self._tokenizer.eos_token_id if ends is None else ends
-            self._end_ids = torch.tensor([ends] if isinstance(ends, int) else ends or [], device=self._model.device)
+            keep_padding_inside(self._tokenizer, model)
+            limits = (position_table(model), getattr(model.config.get_text_config(), "max_position_embeddings", None))
+            self._vocabulary = vocabulary_size(model)
+            self._context = min((limit for limit in limits if limit), default=1 << 30)
+            self._settle_generation(sampling)
+
+    def _settle_generation(self, sampling: Sampling) -> None:
+        """What the checkpoint brings along are its end tokens; the rest of its settings would act unseen."""
+        base = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
+        carried = base.generation_config
+        self._end_ids = sorted({*end_tokens(carried), *end_of_turn(self._tokenizer)})
+        base.generation_config = self._model.generation_config = GenerationConfig()
+        ends = ", ".join(map(repr, self._tokenizer.convert_ids_to_tokens(self._end_ids)))
+        logger.info(
+            "%s: %s on %s, temperature %g, top_p %g, at most %d tokens, ending at %s",
+            self._name, str(self._model.dtype).removeprefix("torch."), self._model.device, sampling.temperature,
+            sampling.top_p, sampling.max_tokens, ends or "nothing",
+        )  # fmt: skip
+        others = {name: value for name, value in carried.to_diff_dict().items() if name not in NOT_DRAWN and value}
+        if others:
+            named = ", ".join(f"{name} {value}" for name, value in others.items())
+            logger.warning("%s: its generation_config holds more, which is not used here: %s", self._name, named)
 
     def _answer_batch(self, batch: list[tuple[list[int], Request]], sampling: Sampling) -> list[tuple[Reply, int]]:
         seed = batch[0][1].seed(sampling.seed)
         longest = len(batch[-1][0])
         if longest >= self._context:
             raise ValueError(f"the prompt has {longest} tokens, and the model takes {self._context}")
+        refuse_unknown([ids for ids, _ in batch], self._vocabulary, self._tokenizer)
         return [(reply, seed) for reply in self._generate([ids for ids, _ in batch], sampling, seed)]
 
     @torch.inference_mode()
@@ -96,18 +123,34 @@ class LocalModel:
         out = self._model.generate(
             input_ids=padded["input_ids"],
             attention_mask=padded["attention_mask"],
-            max_new_tokens=min(sampling.max_tokens, self._context - width),
-            pad_token_id=self._tokenizer.pad_token_id,
-            **_generation_options(sampling),
+            generation_config=GenerationConfig(
+                max_new_tokens=min(sampling.max_tokens, self._context - width),
+                pad_token_id=self._tokenizer.pad_token_id,
+                eos_token_id=self._end_ids or None,
+                **_generation_options(sampling),
+            ),
         )
         new = out[:, width:]
-        finished = torch.isin(new, self._end_ids).any(1).tolist()
+        finished = torch.isin(new, torch.tensor(self._end_ids, device=device)).any(1).tolist()
         texts = [continued_text(self._tokenizer, *pair) for pair in zip(prompts, new.tolist(), strict=True)]
         return [Reply(text, "stop" if end else "length") for text, end in zip(texts, finished, strict=True)]
 
 
 def _generation_options(sampling: Sampling) -> dict[str, Any]:
-    """Temperature and top-p alone: a model's own settings often add a top-k, which the paper does not have."""
+    """Temperature and top-p alone; transformers adds a top-k of its own unless told not to."""
     if sampling.temperature == 0:
         return {"do_sample": False}
     return {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+
+
+def end_of_turn(tokenizer: Any) -> list[int]:
+    """The tokenizer's own end, and the special token behind an answer in its chat template, after which it has none."""
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    try:
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip()
+    except Exception:  # a template raises what it likes, of turns that are not to its liking too
+        return ends
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    last = tokenizer(text, add_special_tokens=False)["input_ids"][-1:]
+    return [*ends, *(token for token in last if token in special)]

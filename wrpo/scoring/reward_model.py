@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from wrpo.data.model_limits import position_table, refuse_unknown, vocabulary_size
 from wrpo.data.rendering import Renderer, log_remarks
-from wrpo.pretrained import load_tokenizer
+from wrpo.pretrained import load_model, load_tokenizer
 from wrpo.rows.errors import DataError
 from wrpo.sampling.halving import Refusal, halving
 from wrpo.settings import ModelSettings
@@ -57,15 +58,19 @@ class RewardModel:
         if not self._tokenizer.chat_template:
             raise UserError(f"{path}: its tokenizer has no chat template; name one with chat_template_file")
         self._renderer = Renderer(self._tokenizer)
-        self._model = _load(settings)
+        model = load_model(settings, "reward_model", auto=AutoModelForSequenceClassification)
+        self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
         config = self._model.config.get_text_config()
-        self._max_length = max_length or getattr(config, "max_position_embeddings", None) or 1 << 30
+        self._vocabulary = vocabulary_size(self._model)
+        table = position_table(self._model) or 1 << 30
+        self._max_length = min(max_length or getattr(config, "max_position_embeddings", None) or table, table)
         self._label = _label(self._model, label, path)
         self.name = named_with(path, str(self._label), str(self._tokenizer.chat_template))
-        self._pad = self._model.config.pad_token_id
+        pad = self._model.config.pad_token_id
+        self._pad = pad if pad is not None and 0 <= pad < self._vocabulary else None
         self._batch_size = batch_size
         if self._pad is None and batch_size > 1:
-            logger.warning("%s has no padding token, so answers are scored one at a time", path)
+            logger.warning("%s has no padding token (%s), so answers are scored one at a time", path, pad)
             self._batch_size = 1
 
     def score(self, candidates: Iterator[Candidate], rewards: Rewards) -> None:
@@ -97,6 +102,7 @@ class RewardModel:
         longest = len(batch[-1][0])
         if longest > self._max_length:
             raise ValueError(f"the conversation has more than {self._max_length} tokens")
+        refuse_unknown([tokens for tokens, _ in batch], self._vocabulary, self._tokenizer)
         ids = torch.full((len(batch), longest), self._pad or 0)
         mask = torch.zeros_like(ids)
         for row, (tokens, _) in enumerate(batch):
@@ -108,28 +114,6 @@ class RewardModel:
         if score is None:
             score = out.logits[:, self._label]
         return score.float().reshape(len(batch)).tolist()
-
-
-def _load(settings: ModelSettings) -> Any:
-    dtype = "auto" if settings.torch_dtype == "auto" else getattr(torch, settings.torch_dtype)
-    options = {} if settings.attn_implementation is None else {"attn_implementation": settings.attn_implementation}
-    try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            settings.model_name_or_path,
-            dtype=dtype,
-            trust_remote_code=settings.trust_remote_code,
-            output_loading_info=True,
-            **options,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"reward_model {settings.model_name_or_path!r}: {error}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise UserError(
-            f"reward_model {settings.model_name_or_path!r}: no trained weights for {', '.join(missing[:3])}: "
-            "its rewards would be random. Name a model that was trained to give rewards."
-        )
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _label(model: Any, label: int | None, name: str) -> int:

@@ -17,7 +17,12 @@ class ModelSettings:
         ValueError: a value out of range, settings that contradict each other, or LoRA without the package peft.
     """
 
-    model_name_or_path: str = knob(REQUIRED, "Folder or hub name of the target model and its tokenizer.", group="model")
+    model_name_or_path: str = knob(
+        REQUIRED,
+        "Folder or hub name of the target model and its tokenizer. Of a LoRA: training goes on with it (lora_r is its "
+        "rank), the reference is the model with it as it is, and what is saved is an adapter on the same model again.",
+        group="model",
+    )
     gguf_file: str | None = knob(None, "GGUF file in that folder to take weights and tokenizer from.", group="model")
     torch_dtype: Literal["float32", "bfloat16", "float16", "auto"] = knob(
         "float32",
@@ -39,12 +44,19 @@ class ModelSettings:
     )
     trust_remote_code: bool = knob(False, "Run code that a hub repository carries.", group="model")
     lora_r: int = knob(0, "Rank of LoRA adapters; 0: train all weights.", group="model")
-    lora_alpha: float = knob(
-        16.0, "LoRA scale: the adapter's output is multiplied by lora_alpha / lora_r.", group="model"
+    lora_alpha: float | None = knob(
+        None,
+        "LoRA scale: the adapter's output is multiplied by lora_alpha / lora_r. Default: 16, or that of the LoRA that "
+        "training goes on with.",
+        group="model",
     )
-    lora_dropout: float = knob(0.0, "Dropout before the adapters.", group="model")
+    lora_dropout: float | None = knob(
+        None, "Dropout before the adapters. Default: 0, or that of the LoRA that training goes on with.", group="model"
+    )
     lora_target_modules: list[str] | None = knob(
-        None, "Modules to adapt, by name. Default: every linear layer.", group="model"
+        None,
+        "Modules to adapt, by name. Default: every linear layer, or those of the LoRA that training goes on with.",
+        group="model",
     )
 
     def __post_init__(self) -> None:

@@ -10,12 +10,14 @@ from transformers import set_seed
 
 from wrpo.data import load_examples, tokenize_examples
 from wrpo.data.loading import load_hub
-from wrpo.pretrained import load_model, load_tokenizer, require_template, warn_of_coarse_weights
+from wrpo.pretrained import check_adapter, load_model, load_tokenizer, require_template, warn_of_coarse_weights
 from wrpo.settings import DataSettings, ModelSettings, parse_settings
 from wrpo.user_error import UserError
 
 from .config import DPOConfig, FusedHeadConfig, SFTConfig, WRPOConfig
+from .inherited_fields import describe
 from .resuming import find_checkpoint, train_from
+from .saving import has_weights
 from .sft_trainer import SFTTrainer
 from .wrpo_trainer import WRPOTrainer
 
@@ -61,13 +63,19 @@ def parse(
 ) -> tuple[ModelSettings, DataSettings, Any]:
     """The settings of one of the three commands; a word that is no settings file is the train file."""
     classes = (ModelSettings, DataSettings, config_class)
-    return parse_settings(classes, arguments, f"wrpo {command}", description, words=("train_file",))
+    epilog = describe()
+    return parse_settings(classes, arguments, f"wrpo {command}", description, words=("train_file",), epilog=epilog)
 
 
 def _fit(trainer_class: Any, model: ModelSettings, data: DataSettings, config: Any) -> None:
     """Train, save, and say where everything is. Data first: its errors are the cheapest to meet."""
     set_seed(config.seed)
     checkpoint = find_checkpoint(config)
+    if check_adapter(model) and getattr(config, "reference", None) == "adapter":
+        raise UserError(
+            "reference: adapter is the model without its adapter, which is not the model that training starts from: "
+            f"{model.model_name_or_path} is an adapter. Leave it out, or take precompute or copy"
+        )
     tokenizer = load_tokenizer(model)
     require_template(tokenizer, model)
     with config.main_process_first(desc="tokenising"):  # the others read what the first has put on disk
@@ -79,7 +87,7 @@ def _fit(trainer_class: Any, model: ModelSettings, data: DataSettings, config: A
     if eval_rows and config.eval_strategy == "no":
         config.eval_strategy = type(config.eval_strategy)("epoch")
     try:
-        policy = load_model(model)
+        policy = load_model(model, is_trained=True)
         warn_of_coarse_weights(policy)
         trainer = trainer_class(
             policy,
@@ -109,6 +117,11 @@ def _rows(source: Any, split: str, tokenizer: Any, config: Any, data: DataSettin
 
 
 def _print_paths(folder: Path) -> None:
+    if not has_weights(folder):
+        raise UserError(
+            f"training has ended, and no weights are in {folder}: saving writes none of a sharded state dict "
+            "(fsdp_state_dict_type: FULL_STATE_DICT does). Checkpoints beside it hold them"
+        )
     for what, name in OUTPUTS.items():
         if (folder / name).exists():
             print(f"{what:<8} {folder / name}")

@@ -1,7 +1,7 @@
 """The knobs of both stages: what each means, its unit, its default and where that comes from.
 
 `FusedHeadConfig` holds what SFT and WRPO share. Defaults of `transformers.TrainingArguments` that the paper sets
-otherwise are set here; every other field of it works as documented there.
+otherwise are set here; `inherited_fields` says what becomes of every other field of it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from wrpo.reference.fused import FUSIONS
 from wrpo.settings import check_choice, check_range, knob
 
+from .inherited_fields import check_inherited, check_numbers, settle_inherited
 from .schedule import SCHEDULES
 
 LOSS_TYPES = ("sigmoid", "hinge", "ipo", "simpo", "dpo")
@@ -22,7 +23,6 @@ MEASURES = ("margin", "accuracy")  # of a source model's performance
 SOURCE_WEIGHTINGS = ("rows", "reward", *MEASURES)
 REFERENCES = ("auto", "copy", "adapter", "precompute", "none")
 EMPTY_RESPONSES = ("raise", "zero")
-LARGEST_SEED = 2**32 - 1  # NumPy takes no larger one
 
 
 @dataclass
@@ -97,29 +97,13 @@ class FusedHeadConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and is_torch_bf16_gpu_available()
-        self._check_inherited()
+        check_inherited(self)
         super().__post_init__()
+        settle_inherited(self)
         if self.dataloader_pin_memory is None:
             self.dataloader_pin_memory = self.device.type != "cpu"
         check_range(self, "max_length", low=2)
         check_range(self, "max_prompt_length", "budget_bytes", low=1)
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns must be False: the collator reads columns that the model does not")
-        if self.label_smoothing_factor:
-            raise ValueError(
-                "label_smoothing_factor smooths the tokens of a cross-entropy, which no loss here has; set it to 0 "
-                "(the smoothing of preferences is WRPOConfig's loss_label_smoothing)"
-            )
-
-    def _check_inherited(self) -> None:
-        """Fields of `TrainingArguments` that it takes as they come: the run would fail later, or end in NaN."""
-        check_range(self, "learning_rate", "weight_decay", "warmup_steps", "num_train_epochs", low=0)
-        check_range(self, "dataloader_num_workers", low=0)
-        if self.max_grad_norm is not None:  # none: no clipping
-            check_range(self, "max_grad_norm", low=0)
-        check_range(self, "per_device_train_batch_size", "per_device_eval_batch_size", low=1)
-        check_range(self, "gradient_accumulation_steps", low=1)
-        check_range(self, "seed", "data_seed", low=0, high=LARGEST_SEED)
 
     def unused_role(self) -> str | None:
         """The role whose responses weigh nothing in any step, so that the data can leave them out; None: no such."""
@@ -256,13 +240,13 @@ class WRPOConfig(FusedHeadConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, "alpha", "alpha_start", "alpha_warmup_ratio", low=0, high=1)
-        check_range(self, "beta", "source_temperature", low=0, open_low=True)
-        check_range(self, "gamma")
-        check_range(self, "nll_weight", low=0)
-        check_range(self, "alpha_goal_accuracy", low=0.5, high=1, open_low=True)
-        check_range(self, "performance_decay", low=0, high=1, open_high=True)
-        check_range(self, "loss_label_smoothing", low=0, high=0.5, open_high=True)
+        check_numbers(self, "alpha", "alpha_start", "alpha_warmup_ratio", low=0, high=1)
+        check_numbers(self, "beta", "source_temperature", low=0, open_low=True)
+        check_numbers(self, "gamma")
+        check_numbers(self, "nll_weight", low=0)
+        check_numbers(self, "alpha_goal_accuracy", low=0.5, high=1, open_low=True)
+        check_numbers(self, "performance_decay", low=0, high=1, open_high=True)
+        check_numbers(self, "loss_label_smoothing", low=0, high=0.5, open_high=True)
         check_choice(self, "alpha_schedule", ALPHA_SCHEDULES)
         check_choice(self, "source_weighting", SOURCE_WEIGHTINGS)
         check_choice(self, "reference_fusion", ("none", *FUSIONS))

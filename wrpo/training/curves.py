@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,9 +67,17 @@ class TrainingCurves(TrainerCallback):
             return
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.json").write_text(json.dumps({"log_history": state.log_history}, indent=1))
+        log = {"log_history": [without_nan(line) for line in state.log_history]}
+        (folder / "metrics.json").write_text(json.dumps(log, indent=1, allow_nan=False))
         if self.draw:
             draw_curves(state.log_history, folder / "training_curves.png")
+
+
+def without_nan(line: dict[str, Any]) -> dict[str, Any]:
+    """The line with null for numbers that JSON does not have; lists and mappings in it are none of the trainers'."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()
+    }
 
 
 def draw_curves(log_history: list[dict[str, Any]], path: Path) -> bool:

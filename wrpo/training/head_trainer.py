@@ -16,25 +16,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from wrpo.data.collation import Batch, pad_token
+from wrpo.data.model_limits import keep_padding_inside
 from wrpo.head.fused_head import adapts_tied_weight, install_fused_head
 from wrpo.reference.reference import is_partitioned
 from wrpo.user_error import UserError
 from wrpo_kernels import token_logp
 from wrpo_kernels.__main__ import budget_on, kernel_on
 
+from .before_training import check_before_training, packages_named
 from .config import FusedHeadConfig
 from .curves import TrainingCurves
+from .generation import prepare_generation
+from .length_groups import LengthGroupingTrainer
 from .metrics import Measured, RunningMeans
 from .opening import open_eval_data, open_model, open_tokenizer, open_train_data
+from .saving import SavingTrainer
 from .start_report import StartReport, data_size
 
 logger = logging.getLogger("wrpo.head")
 
 
-class HeadTrainer(Trainer):
+class HeadTrainer(SavingTrainer, LengthGroupingTrainer):
     """Base of `SFTTrainer` and `WRPOTrainer`; `batch_loss` says what the loss is, `item_weight` what it counts."""
 
     loss_is_scaled_for_ga = True  # by the count of the whole step
@@ -75,15 +79,18 @@ class HeadTrainer(Trainer):
             )
         if args.kernel_backend is not None:
             check_backend(args.kernel_backend, args.device)
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            data_collator=data_collator or self.collator(args, train_dataset, pad_token(tokenizer, model)),
-            **options,
-        )
+        if model is not None:
+            keep_padding_inside(tokenizer, model)
+        with packages_named(f"report_to {args.report_to}"):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=tokenizer,
+                data_collator=data_collator or self.collator(args, train_dataset, pad_token(tokenizer, model)),
+                **options,
+            )
         self.model_accepts_loss_kwargs = True  # what transformers before `loss_is_scaled_for_ga` reads
         install_fused_head(self.model, check=args.check_head)
         if adapts_tied_weight(self.model):
@@ -93,6 +100,8 @@ class HeadTrainer(Trainer):
                 "of its own, before get_peft_model: head = model.get_output_embeddings(); head.weight = "
                 "torch.nn.Parameter(head.weight.detach().clone()); model.config.tie_word_embeddings = False"
             )
+        prepare_generation(self.model, self.train_dataset, tokenizer)
+        check_before_training(self)
         self.add_callback(StartReport(self.start_lines))
         self.add_callback(TrainingCurves(draw=args.draw_curves))
         self.train_means, self.eval_means = RunningMeans(), RunningMeans()
@@ -132,6 +141,24 @@ class HeadTrainer(Trainer):
             f"steps      {steps:,}, each of up to {rows} rows, learning rate {args.learning_rate:g} ({schedule})",
             f"kernel     {kernel} on {args.device.type}, logits in pieces of at most {budget / 2**20:.0f} MiB",
         ]
+
+    def datasets(self) -> dict[str, Any]:
+        """All data sets by their names in messages, metrics and caches."""
+        if isinstance(self.eval_dataset, dict):
+            return {"train": self.train_dataset, **{f"eval_{name}": data for name, data in self.eval_dataset.items()}}
+        return {"train": self.train_dataset, "eval": self.eval_dataset}
+
+    def filled_datasets(self) -> dict[str, Any]:
+        """Those that are given and not empty."""
+        return {
+            name: data
+            for name, data in self.datasets().items()
+            if data is not None and (not hasattr(data, "__len__") or len(data))
+        }
+
+    def metric_names(self, rows: Any) -> list[str]:
+        """Of the values that an evaluation on these rows gives."""
+        return ["loss"]
 
     def item_weight(self, batch: Batch) -> Tensor:
         """[B], what each row of the batch weighs in the mean that is the loss."""

@@ -24,9 +24,33 @@ import torch
 from torch import Tensor
 
 from wrpo.data.collation import Batch
+from wrpo.data.lengths import lengths_of
 from wrpo.data.roles import Role
 
 from .response_weights import has_role, response_weights, sum_by_row
+
+# Value: the role that a row must have for it. None: every row has it.
+NEEDS: dict[str, str | None] = {
+    "rewards/chosen": None,
+    "rewards/source_chosen": "source",
+    "rewards/target_chosen": "target",
+    "rewards/rejected": None,
+    "rewards/accuracies": None,
+    "rewards/source_accuracies": "source",
+    "rewards/pivot_accuracies": "target",
+    "rewards/margins": None,
+    "logps/source_chosen": "source",
+    "logps/target_chosen": "target",
+    "logps/rejected": None,
+}
+
+
+def names_of_metrics(rows: Any) -> list[str]:
+    """Of the values that these tokenised rows will give; of a stream, of all that there are."""
+    if not hasattr(rows, "__len__"):
+        return list(NEEDS)
+    roles = {role for _, _, of_row in lengths_of(rows) for role in of_row}
+    return [name for name, role in NEEDS.items() if role is None or role in roles]
 
 
 class Measured(NamedTuple):

@@ -38,14 +38,16 @@ def open_model(model: Any, peft_config: Any) -> nn.Module | None:
     """The model with its adapter.
 
     Args:
-        model: a folder or hub name, a causal language model of transformers, or None where `model_init` makes it.
+        model: a folder or hub name, of an adapter too, which is then trained on; a causal language model of
+            transformers, or None where `model_init` makes it.
         peft_config: a `peft.PeftConfig` whose adapter the model gets; None leaves it as it is.
 
     Raises:
         SettingsError: nothing to load under that name.  TypeError: an adapter of another kind.
+        ValueError: a peft_config, and a model that has an adapter.
     """
     if isinstance(model, (str, Path)):
-        model = load_model(ModelSettings(model_name_or_path=str(model)), "model")
+        model = load_model(ModelSettings(model_name_or_path=str(model)), "model", is_trained=True)
     if peft_config is None:
         return model
     from peft import PeftConfig, get_peft_model
@@ -53,6 +55,11 @@ def open_model(model: Any, peft_config: Any) -> nn.Module | None:
     if not isinstance(peft_config, PeftConfig):
         raise TypeError(
             f"peft_config must be a peft.PeftConfig, for example LoraConfig(r=16), got {shown(peft_config)}"
+        )
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            "peft_config would put a second adapter on the model and take the first one off. Leave it out to go on "
+            "with the one that is there, or give model.merge_and_unload()"
         )
     return get_peft_model(model, peft_config)
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from wrpo.data.lengths import lengths_of
+
 FEWEST_LINES = 10  # of the log, where the run has as many steps
-ROWS_AT_A_TIME = 1000
 
 
 class DataSize(NamedTuple):
@@ -36,28 +37,12 @@ def data_size(rows: Any) -> DataSize | None:
         return None
     kinds: Counter[str] = Counter()
     responses = prompt_tokens = response_tokens = 0
-    for prompt, lengths, roles in _lengths(rows):
+    for prompt, lengths, roles in lengths_of(rows):
         kinds[_kind(roles)] += 1
         responses += len(lengths)
         prompt_tokens += prompt * len(lengths)
         response_tokens += sum(lengths)
     return DataSize(kinds, responses, prompt_tokens, response_tokens)
-
-
-def _lengths(rows: Any) -> Iterator[tuple[int, list[int], list[str]]]:
-    """(tokens of the prompt, of each response, their roles); of a `datasets.Dataset` without reading its tokens."""
-    if not hasattr(rows, "select_columns"):
-        for row in (rows[index] for index in range(len(rows))):
-            yield len(row["prompt_ids"]), [len(ids) for ids in row["response_ids"]], row["role"]
-        return
-    import pyarrow.compute as pc
-
-    columns = rows.select_columns(["prompt_ids", "response_ids", "role"]).with_format("arrow")
-    for table in columns.iter(ROWS_AT_A_TIME):
-        prompts = pc.list_value_length(table["prompt_ids"]).to_pylist()
-        lengths = iter(pc.list_value_length(pc.list_flatten(table["response_ids"])).to_pylist())
-        for prompt, roles in zip(prompts, table["role"].to_pylist(), strict=True):
-            yield prompt, [next(lengths) for _ in roles], roles
 
 
 def _kind(roles: list[str]) -> str:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from wrpo.data import PreferenceCollator
 from wrpo.data.collation import IGNORE, Batch
 from wrpo.head.fused_head import install_fused_head, run_in_head
-from wrpo.reference.cache import model_fingerprint, with_reference
+from wrpo.reference.cache import with_reference
+from wrpo.reference.fingerprint import model_fingerprint
 from wrpo.reference.fused import FusedReference
 from wrpo.reference.reference import (
     AdaptersOff,
@@ -37,7 +38,7 @@ from wrpo_kernels import PreferenceOutput, linear_preference_loss
 
 from .config import MEASURES, WRPOConfig
 from .head_trainer import HeadTrainer
-from .metrics import Measured, preference_metrics
+from .metrics import Measured, names_of_metrics, preference_metrics
 from .opening import open_model
 from .response_weights import response_weights, row_of, sum_by_row
 from .schedule import adaptive_alpha, alpha_at
@@ -159,20 +160,6 @@ class WRPOTrainer(HeadTrainer):
         if not is_spread and not (is_own and (self.place_model_on_device or self.is_model_parallel)):
             model.to(self.args.device)
 
-    def datasets(self) -> dict[str, Any]:
-        """All data sets by the name of their cache file."""
-        if isinstance(self.eval_dataset, dict):
-            return {"train": self.train_dataset, **{f"eval_{name}": data for name, data in self.eval_dataset.items()}}
-        return {"train": self.train_dataset, "eval": self.eval_dataset}
-
-    def filled_datasets(self) -> dict[str, Any]:
-        """Those that are given and not empty."""
-        return {
-            name: data
-            for name, data in self.datasets().items()
-            if data is not None and (not hasattr(data, "__len__") or len(data))
-        }
-
     def precompute(self, model: nn.Module) -> None:
         """Give every data set its column `ref_logp`. One that brings the column along keeps it."""
         args = self.args
@@ -243,6 +230,9 @@ class WRPOTrainer(HeadTrainer):
         if args.alpha_schedule == "constant":
             return f"alpha {args.alpha:g}"
         return f"alpha {args.alpha_start:g} to {args.alpha:g} ({args.alpha_schedule})"
+
+    def metric_names(self, rows: Any) -> list[str]:
+        return [*super().metric_names(rows), *names_of_metrics(rows)]
 
     def item_weight(self, batch: Batch) -> Tensor:
         """1 for each row, 0 if one of its responses has no token to count."""

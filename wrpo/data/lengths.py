@@ -1,0 +1,49 @@
+"""How long tokenised rows are, and their largest token id; of a `datasets.Dataset` without making Python objects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+ROWS_AT_A_TIME = 1000
+
+
+def lengths_of(rows: Any) -> Iterator[tuple[int, list[int], list[str]]]:
+    """Of each row: tokens of its prompt, tokens of each response, and the responses' roles."""
+    if not hasattr(rows, "select_columns"):
+        for row in (rows[index] for index in range(len(rows))):
+            yield len(row["prompt_ids"]), [len(ids) for ids in row["response_ids"]], row["role"]
+        return
+    import pyarrow.compute as pc
+
+    for table in _tables(rows, ["prompt_ids", "response_ids", "role"]):
+        prompts = pc.list_value_length(table["prompt_ids"]).to_pylist()
+        lengths = iter(pc.list_value_length(pc.list_flatten(table["response_ids"])).to_pylist())
+        for prompt, roles in zip(prompts, table["role"].to_pylist(), strict=True):
+            yield prompt, [next(lengths) for _ in roles], roles
+
+
+def longest_sequences(rows: Any) -> list[int]:
+    """Of each row, the tokens of its prompt and its longest response."""
+    return [prompt + max(responses, default=0) for prompt, responses, _ in lengths_of(rows)]
+
+
+def largest_id(rows: Any) -> int:
+    """-1 where there is no token."""
+    if not hasattr(rows, "select_columns"):
+        sequences = (ids for i in range(len(rows)) for ids in (rows[i]["prompt_ids"], *rows[i]["response_ids"]))
+        return max((max(ids, default=-1) for ids in sequences), default=-1)
+    import pyarrow.compute as pc
+
+    largest = -1
+    for table in _tables(rows, ["prompt_ids", "response_ids"]):
+        for column, depth in (("prompt_ids", 1), ("response_ids", 2)):
+            ids = table[column]
+            for _ in range(depth):
+                ids = pc.list_flatten(ids)
+            largest = max(largest, pc.max(ids).as_py() if len(ids) else -1)
+    return largest
+
+
+def _tables(rows: Any, columns: list[str]) -> Iterator[Any]:
+    return rows.select_columns(columns).with_format("arrow").iter(ROWS_AT_A_TIME)

@@ -1,0 +1,157 @@
+"""Every field of `transformers.TrainingArguments`: it works, is refused here with its reason, or is of no use here.
+
+The trainers have no logits, no cross-entropy, and a loss in the model's head; a few fields are about those. A field
+that would be ignored in silence is refused, unless ignoring it changes nothing that anybody could miss (`OF_NO_USE`).
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from multiprocessing import get_all_start_methods
+from typing import Any
+
+from transformers.training_args import trainer_log_levels
+
+from wrpo.settings import check_choice, check_range
+
+LARGEST_SEED = 2**32 - 1  # NumPy takes no larger one
+AT_LEAST_0 = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "num_train_epochs", "eval_delay",
+              "dataloader_num_workers", "eval_steps", "save_total_limit", "neftune_noise_alpha")  # fmt: skip
+AT_LEAST_1 = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "ddp_timeout",
+              "eval_accumulation_steps", "dataloader_prefetch_factor")  # fmt: skip
+ABOVE_0 = ("logging_steps", "save_steps")
+OPTIONAL = ("max_grad_norm", "eval_steps", "save_total_limit", "neftune_noise_alpha", "eval_accumulation_steps",
+            "dataloader_prefetch_factor", "data_seed")  # fmt: skip
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),
+    "include_num_input_tokens_seen": ("all", "non_padding", "no"),
+    "dataloader_multiprocessing_context": tuple(get_all_start_methods()),
+    "log_level": tuple(trainer_log_levels),
+    "log_level_replica": tuple(trainer_log_levels),
+}
+
+# Field: (the one value that it can have, why).
+FIXED: dict[str, tuple[Any, str]] = {
+    "remove_unused_columns": (False, "the collator reads columns that the model does not"),
+    "label_smoothing_factor": (
+        0.0,
+        "it smooths the tokens of a cross-entropy, which no loss here has (the smoothing of preferences is "
+        "loss_label_smoothing)",
+    ),
+    "average_tokens_across_devices": (True, "the loss of a step is the mean over the items of all devices, always"),
+    "bf16_full_eval": (False, "it rounds the weights themselves, and so what is saved; bf16: true evaluates without"),
+    "fp16_full_eval": (False, "it rounds the weights themselves, and so what is saved; fp16: true evaluates without"),
+    "include_for_metrics": ([], "it is for compute_metrics, which needs logits, and they never exist here"),
+    "batch_eval_metrics": (False, "it is for compute_metrics, which needs logits, and they never exist here"),
+    "use_liger_kernel": (
+        False,
+        "it takes the model's forward, and with it the fused head, off the model. Its layers go with it: call Liger's "
+        "apply_liger_kernel_to_...(fused_linear_cross_entropy=False) before the model is loaded",
+    ),
+    "liger_kernel_config": (None, "it is for use_liger_kernel"),
+}
+
+# Field: why any value of it gives the same run.
+OF_NO_USE: dict[str, str] = {
+    "prediction_loss_only": "an evaluation makes the values of the log and nothing else",
+    "eval_do_concat_batches": "an evaluation gathers no predictions",
+    "eval_use_gather_object": "an evaluation gathers no predictions",
+    "eval_accumulation_steps": "an evaluation gathers no predictions",
+    "label_names": "the collator makes the labels",
+    "length_column_name": "lengths are counted in the tokens",
+    "do_train": "is for scripts of one's own",
+    "do_eval": "is for scripts of one's own",
+    "do_predict": "is for scripts of one's own",
+    "local_rank": "torchrun says it in the environment",
+}
+
+
+def check_inherited(args: Any) -> None:
+    """Before `TrainingArguments` looks at them. Raises ValueError: it takes most values as they come, and the run would
+    fail later, end in NaN, or go another way than was asked.
+    """
+    check_numbers(args, *_there(args, AT_LEAST_0), low=0)
+    check_numbers(args, *_there(args, AT_LEAST_1), low=1)
+    check_numbers(args, *_there(args, ABOVE_0), low=0, open_low=True)
+    check_numbers(args, "seed", "data_seed", low=0, high=LARGEST_SEED)
+    for name in _there(args, CHOICES):
+        if isinstance(getattr(args, name), str):
+            check_choice(args, name, CHOICES[name])
+    for name in _there(args, FIXED):
+        value, reason = FIXED[name]
+        if getattr(args, name) not in (value, None):
+            raise ValueError(f"{name} must be {value}: {reason}")
+    for words, holds in _contradictions(args).items():
+        if holds:
+            raise ValueError(words)
+
+
+def check_numbers(args: Any, *names: str, **bounds: Any) -> None:
+    """As `check_range`, which lets None pass: here only in fields that may be None.
+
+    Raises:
+        ValueError: with the field, what was expected and what came.
+    """
+    for name in names:
+        if getattr(args, name) is None and name not in OPTIONAL:
+            raise ValueError(f"{name}: expected a finite number, got none")
+    check_range(args, *names, **bounds)
+
+
+def _there(args: Any, names: Any) -> list[str]:
+    """Releases of transformers differ in their fields."""
+    return [name for name in names if hasattr(args, name)]
+
+
+def _contradictions(args: Any) -> dict[str, bool]:
+    workers, targets = args.dataloader_num_workers, args.optim_target_modules
+    kind = str(getattr(args.optim, "value", args.optim))
+    return {
+        "dataloader_persistent_workers needs dataloader_num_workers above 0": (
+            args.dataloader_persistent_workers and not workers
+        ),
+        "dataloader_multiprocessing_context needs dataloader_num_workers above 0": (
+            getattr(args, "dataloader_multiprocessing_context", None) is not None and not workers
+        ),
+        f"optim_target_modules is for the optimizers galore, apollo and their like, got optim {kind!r}": (
+            targets is not None and not kind.startswith(("galore", "apollo"))
+        ),
+        "ddp_backend is for several processes: start them with torchrun or accelerate launch": (
+            args.ddp_backend is not None and int(os.environ.get("WORLD_SIZE", "1")) == 1
+        ),
+        "parallelism_config: expected accelerate's ParallelismConfig, or the one of accelerate launch, got text": (
+            isinstance(getattr(args, "parallelism_config", None), str)
+        ),
+        f"deepspeed {args.deepspeed!r}: needs the package deepspeed: pip install deepspeed": (
+            bool(args.deepspeed) and find_spec("deepspeed") is None
+        ),
+    }
+
+
+def settle_inherited(args: Any) -> None:
+    """After `TrainingArguments` has read its fields: gradients are not clipped where `max_grad_norm` is None, and no
+    process deals out parts of another's batches.
+
+    accelerate does that with streams unless told otherwise, and cuts every tensor of a batch by rows; a batch here
+    holds as many sequences as its rows have responses.
+
+    Raises:
+        ValueError: `accelerator_config` asks for it.
+    """
+    if args.max_grad_norm is None:
+        args.max_grad_norm = 0.0
+    if args.accelerator_config.dispatch_batches:
+        raise ValueError(
+            "accelerator_config: dispatch_batches must be false: a batch of rows with several responses cannot be cut"
+        )
+    args.accelerator_config.dispatch_batches = False
+
+
+def describe() -> str:
+    """What is refused and what is of no use, for the end of a command's --help."""
+    lines = ["of transformers.TrainingArguments, refused:"]
+    lines += [f"  {name} other than {value}: {reason}" for name, (value, reason) in FIXED.items()]
+    lines += ["of transformers.TrainingArguments, of no use here:"]
+    lines += [f"  {name}: {reason}" for name, reason in OF_NO_USE.items()]
+    return "\n".join(lines)

@@ -75,7 +75,7 @@ def read_answers(
 def _checked(row: dict) -> Answer:
     prompt_id = checked_text(row, "prompt_id")
     is_scored = row.get("reward") is not None
-    prompt, cost, model, sample, response = checked_candidate(row if is_scored else row | {"reward": 0})
+    prompt, cost, model, sample, response, _ = checked_candidate(row if is_scored else row | {"reward": 0})
     others = {name: value for name, value in row.items() if name not in _KNOWN}
     return Answer(prompt_id, prompt, model, sample, response, -cost if is_scored else None, others)
 

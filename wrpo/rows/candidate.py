@@ -10,6 +10,12 @@ from .messages import Message, prompt_messages, utf8
 
 LARGEST_REWARD = 1e30  # sums, gaps and softmax stay finite far below the limits of float64
 
+# What servers say of a text that ended before the model had ended it: at a limit, by a filter, or in a fault.
+CUT = frozenset(
+    "length max_tokens max_length max_output_tokens model_length token_limit content_filter safety recitation "
+    "incomplete abort cancelled error".split()
+)
+
 
 class Answer(NamedTuple):
     """Ordered from best to worst: by reward, then by model, sample number and text."""
@@ -18,6 +24,7 @@ class Answer(NamedTuple):
     model: str
     sample: int
     response: str
+    cut: bool
     file: str
     row: int
 
@@ -26,8 +33,13 @@ class Answer(NamedTuple):
         return -self.cost
 
 
-def checked_candidate(row: dict) -> tuple[str | list[Message], float, str, int, str]:
-    """(prompt, minus the reward, model, sample, response) of a raw row.
+def is_cut(finish_reason: str | None) -> bool:
+    """Whether an answer that ended so is only the beginning of one; None: nobody said how it ended."""
+    return finish_reason is not None and finish_reason.lower() in CUT
+
+
+def checked_candidate(row: dict) -> tuple[str | list[Message], float, str, int, str, bool]:
+    """(prompt, minus the reward, model, sample, response, whether it is cut) of a raw row.
 
     A prompt that is one user message is its text. A row without `sample` has number 0. The response may be empty: a
     model can say nothing, and that is no fault of the row.
@@ -36,7 +48,8 @@ def checked_candidate(row: dict) -> tuple[str | list[Message], float, str, int, 
         DataError: with the field, without file and row.
     """
     model, response = checked_text(row, "model"), checked_text(row, "response", may_be_empty=True)
-    return _prompt(row), -_reward(row.get("reward")), model, _sample(row.get("sample", 0)), response
+    reward, sample, cut = _reward(row.get("reward")), _sample(row.get("sample", 0)), is_cut(_finish_reason(row))
+    return _prompt(row), -reward, model, sample, response, cut
 
 
 def checked_text(row: dict, name: str, may_be_empty: bool = False) -> str:
@@ -74,4 +87,11 @@ def _sample(value: Any) -> int:
         raise DataError(
             "a whole number from 0", shown(value), "Number a model's answers to one prompt.", field="sample"
         )
+    return value
+
+
+def _finish_reason(row: dict) -> str | None:
+    value = row.get("finish_reason")
+    if value is not None and not isinstance(value, str):
+        raise DataError("text", shown(value), "Write how the answer ended, or leave it out.", field="finish_reason")
     return value

@@ -4,6 +4,7 @@ settings.py       who is asked what, and how answers are drawn
 sources.py        which models answer, from a YAML file
 prompts.py        what they are asked: prompts, checked, and the requests made of them
 server.py         a model behind an OpenAI-compatible server: time-outs, retries, rate limits
+refusal.py        what such a server says in the place of an answer
 local_model.py    a model that transformers runs in this process; vllm_model.py: one that vLLM does
 asking.py         every request once, its answer appended at once
 halving.py        a batch that does not fit into memory, halved

@@ -76,6 +76,12 @@ class Renderer:
         """Whether a rendered conversation ends with a special token, at which generation can stop."""
         return text.endswith(self.special)
 
+    def without_end(self, text: str) -> str:
+        """A rendered conversation without what ends its last turn: special tokens, and the space before them."""
+        while end := next((token for token in self.special if text.endswith(token)), ""):
+            text = text.removesuffix(end).rstrip()
+        return text
+
     def _render(self, field: str, messages: list[Message], tools: list | None, options: dict) -> str:
         try:
             return self.tokenizer.apply_chat_template(

@@ -77,8 +77,9 @@ def tokenize_examples(
 
     Returns:
         Dataset of prompt_ids [P], response_ids R x [R_k], role, share, model, reward [R] and, where any row has them,
-        ref_logp [R] and source_logp [R][M]; responses end with the end-of-turn token unless they were cut. Kept on disk
-        in the `datasets` cache under a fingerprint of rows, tokenizer, options and of the code that decides the ids.
+        ref_logp [R] and source_logp [R][M]; responses end with the end-of-turn token unless they came cut or are cut
+        here. Kept on disk in the `datasets` cache under a fingerprint of rows, tokenizer, options and of the code that
+        decides the ids.
 
     Raises:
         DataError: the first bad row, or no good row at all.  ValueError: limits that cannot be met.
@@ -140,6 +141,10 @@ def _tokenize_batch(
             rendered.append(placed)
     if indices[0] == 0:
         _warn_of_endless_turns(rendered, renderer)
+    rendered = [
+        texts if isinstance(texts, DataError) else _without_ends_of_cut(row, texts, renderer)
+        for row, texts in zip(rows, rendered, strict=True)
+    ]
     good = [texts for texts in rendered if not isinstance(texts, DataError)]
     ids = iter(_token_ids(tokenizer, [text for start, whole in good for text in (start, *whole.values())]))
     out = [
@@ -155,6 +160,17 @@ def _rendered(row: dict, renderer: Renderer) -> tuple[str, dict[str, str]]:
     responses = dict(zip(names, map(json.loads, row["responses"]), strict=True))
     tools, options = (json.loads(row.get(name) or "null") for name in ("tools", "chat_template_kwargs"))
     return renderer(json.loads(row["prompt"]), responses, tools=tools, chat_template_kwargs=options)
+
+
+def _without_ends_of_cut(
+    row: dict, texts: tuple[str, dict[str, str]], renderer: Renderer
+) -> tuple[str, dict[str, str]]:
+    """A response that ends before its model had ended it teaches no end."""
+    start, whole = texts
+    cuts = row.get("cut") or [False] * len(whole)
+    return start, {
+        name: renderer.without_end(text) if cut else text for cut, (name, text) in zip(cuts, whole.items(), strict=True)
+    }
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wrpo.rows.candidate import checked_candidate, checked_text
+from wrpo.rows.candidate import checked_candidate, checked_text, scorer_of
 from wrpo.rows.errors import DataError, shown
 from wrpo.rows.messages import Message, prompt_messages
 from wrpo.rows.reading import read_rows
@@ -46,10 +46,11 @@ def read_answers(
 
     Raises:
         DataError: a row that is none, two answers under one model, prompt and sample number, two prompts under one id,
-            or no answer at all.
+            rewards of two scorers for one prompt, or no answer at all.
     """
     prompts: dict[str, str | list[Message]] = {}
     answers: dict[tuple[str, str, int], Answer] = {}
+    scorers: dict[str, str | None] = {}  # prompt id -> who gave the rewards
     for file, number, row in read_rows(list(paths)):
         try:
             if isinstance(row, DataError):
@@ -64,6 +65,10 @@ def read_answers(
             if prompts.setdefault(answer.prompt_id, answer.prompt) != answer.prompt:
                 todo = "Give different prompts different ids."
                 raise DataError(f"the prompt of {answer.prompt_id!r}", shown(answer.prompt), todo, field="prompt")
+            if answer.reward is not None and scorers.setdefault(answer.prompt_id, scorer_of(row)) != scorer_of(row):
+                todo = "Rewards of two scorers are no one scale: score all answers with one, here or by `wrpo score`."
+                expected = f"rewards of one scorer, {shown(scorers[answer.prompt_id])}, for {answer.prompt_id!r}"
+                raise DataError(expected, shown(scorer_of(row)), todo, field="scorer")
             answers[key] = answer
         except DataError as error:
             raise error.at(file, number) from None

@@ -38,6 +38,15 @@ def is_cut(finish_reason: str | None) -> bool:
     return finish_reason is not None and finish_reason.lower() in CUT
 
 
+def scorer_of(row: dict) -> str | None:
+    """Who gave a row its reward, as `wrpo score` names it; None: the row does not say.
+
+    Raises:
+        DataError: with the field, without file and row.
+    """
+    return _text_or_none(row, "scorer", "Write who gave the reward, or leave it out.")
+
+
 def checked_candidate(row: dict) -> tuple[str | list[Message], float, str, int, str, bool]:
     """(prompt, minus the reward, model, sample, response, whether it is cut) of a raw row.
 
@@ -48,8 +57,9 @@ def checked_candidate(row: dict) -> tuple[str | list[Message], float, str, int, 
         DataError: with the field, without file and row.
     """
     model, response = checked_text(row, "model"), checked_text(row, "response", may_be_empty=True)
-    reward, sample, cut = _reward(row.get("reward")), _sample(row.get("sample", 0)), is_cut(_finish_reason(row))
-    return _prompt(row), -reward, model, sample, response, cut
+    finish_reason = _text_or_none(row, "finish_reason", "Write how the answer ended, or leave it out.")
+    reward, sample = _reward(row.get("reward")), _sample(row.get("sample", 0))
+    return _prompt(row), -reward, model, sample, response, is_cut(finish_reason)
 
 
 def checked_text(row: dict, name: str, may_be_empty: bool = False) -> str:
@@ -90,8 +100,8 @@ def _sample(value: Any) -> int:
     return value
 
 
-def _finish_reason(row: dict) -> str | None:
-    value = row.get("finish_reason")
+def _text_or_none(row: dict, name: str, todo: str) -> str | None:
+    value = row.get(name)
     if value is not None and not isinstance(value, str):
-        raise DataError("text", shown(value), "Write how the answer ended, or leave it out.", field="finish_reason")
+        raise DataError("text", shown(value), todo, field=name)
     return value

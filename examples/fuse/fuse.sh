@@ -44,7 +44,7 @@ run wrpo sample "$here/target.yaml" $out/sft_split/prompts.jsonl -o $out/target.
 run wrpo score $out/target.jsonl -o $out/target_scored.jsonl --verifier wrpo.demo.verifier:verify
 
 step "Triples: the best expert's answer, the target's best and its worst"
-unless $out/triples/report.json wrpo build $out/sources.jsonl $out/target_scored.jsonl -o $out/triples
+unless $out/triples/report.json wrpo build $out/sources.jsonl $out/target_scored.jsonl -o $out/triples --cut_answers keep
 unless $out/wrpo/training_args.bin wrpo train "$here/wrpo.yaml"
 
 step "Before and after, on prompts about words that training never mentioned"

@@ -111,6 +111,28 @@ def test_a_template_that_ends_no_turn_is_warned_of(caplog):
     assert "the model cannot learn where to stop" in caplog.text
 
 
+# As Llama 2: a space before the end; as Phi 3: an end of the turn, and one of the conversation.
+SPACED = (
+    "{% for m in messages %}{{ m.role }} {{ m.content | trim }} <|im_end|>{% endfor %}"
+    "{{ 'assistant ' if add_generation_prompt }}"
+)
+TWICE = CHATML.replace("{% endfor %}", "{% endfor %}{{ '<bos>' if not add_generation_prompt }}")
+
+
+@pytest.mark.parametrize("template", [CHATML, HEADERS, MERGED_SYSTEM, SPACED, TWICE])
+def test_a_response_that_came_cut_has_no_end_and_the_others_have(template):
+    tokenizer = tiny_tokenizer(template)
+    whole, cut = tokenized(tokenizer, EXPLICIT, EXPLICIT | {"cut": [True, False, True]})
+    assert [tokenizer.decode(ids) for ids in cut["response_ids"]][::2] == ["five", "6"]
+    assert cut["response_ids"][1] == whole["response_ids"][1]
+    assert all(ids[-1] in tokenizer.all_special_ids for ids in whole["response_ids"])
+
+
+def test_a_cut_response_in_the_first_row_is_no_reason_to_doubt_the_template(caplog):
+    tokenized(tiny_tokenizer(), EXPLICIT | {"cut": [True, True, True]})
+    assert "cannot learn where to stop" not in caplog.text
+
+
 def test_a_prompt_the_template_refuses_is_named_or_skipped(caplog):
     rows = [EXPLICIT, EXPLICIT | {"prompt": [SYSTEM, USER]}]
     with pytest.raises(DataError, match=r"rows, row 2, field 'prompt'.*no system turns"):

@@ -31,6 +31,7 @@ EXAMPLE = {
     "reward": [None, None, None],
     "ref_logp": None,
     "source_logp": None,
+    "cut": None,
     "tools": None,
     "chat_template_kwargs": None,
 }
@@ -105,6 +106,12 @@ def test_trls_reference_log_probs_are_read():
     assert example_of(PAIR | {"ref_chosen_logps": -3.5, "ref_rejected_logps": -7})["ref_logp"] == [-3.5, -7.0]
     with pytest.raises(DataError, match="'ref_logp': expected one for every response, got none for rejected"):
         example_of(PAIR | {"ref_chosen_logps": -3.5})
+
+
+def test_responses_that_are_cut_are_marked_in_the_order_of_the_row():
+    assert example_of(EXPLICIT | {"cut": [True, False, True]})["cut"] == [True, False, True]
+    assert example_of(RELEASED | {"cut": [True, False, True]}, stage="sft")["cut"] == [True]
+    assert example_of({"prompt": "2 + 3?", "response": "fi", "cut": True}, stage="sft")["cut"] == [True]
 
 
 def test_an_examples_columns_are_put_in_the_order_of_its_roles():
@@ -229,6 +236,8 @@ BAD = {
     "model that is no text": (EXPLICIT | {"source_model": ["\ud800"]}, "source_model", "half a surrogate pair"),
     "role that is no text": (EXPLICIT | {"prompt": [{"role": "\ud800", "content": "hi"}]}, "prompt.role", "half a"),
     "log-prob beyond any float": (EXPLICIT | {"source_logp": [[-(10**400)]] * 3}, "source_logp", "finite mean"),
+    "cut of sources alone": (EXPLICIT | {"cut": [True]}, "cut", "expected 3 truth values"),
+    "cut as numbers": (EXPLICIT | {"cut": [1, 0, 0]}, "cut", "expected 3 truth values"),
     "log-probs of sources alone": (EXPLICIT | {"source_logp": [[-1.0]]}, "source_logp", "3 lists"),
     "log-probs of other models": (EXPLICIT | {"source_logp": [[-1.0], [-1.0, -2.0], [-1.0]]}, "source_logp", "3 lists"),
     "log-probs of no model": (EXPLICIT | {"source_logp": [[], [], []]}, "source_logp", "3 lists"),

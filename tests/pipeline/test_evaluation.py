@@ -353,6 +353,16 @@ def test_a_reward_model_named_here_decides_the_wins(unscored, capsys):
     capsys.readouterr()
 
 
+def test_rewards_of_two_scorers_for_one_prompt_are_not_compared(unscored, capsys):
+    rows = [json.loads(line) for path in unscored for line in Path(path).read_bytes().splitlines()]
+    for path, scorers in (("two.jsonl", {"short": "rm", "longer": "judge"}), ("one.jsonl", {})):
+        scored = [row | {"reward": 1.0, "scorer": scorers.get(row["model"], "rm")} for row in rows]
+        Path(path).write_text("".join(json.dumps(row) + "\n" for row in scored))
+    assert cli.main(["eval", "two.jsonl", "-o", "out"]) == 2
+    assert "field 'scorer': expected rewards of one scorer, 'rm', for 'a', got 'judge'" in capsys.readouterr().err
+    assert cli.main(["eval", "one.jsonl", "-o", "out"]) == 0
+
+
 MISTAKES = {
     "nothing": (["-o", "out"], "nothing to evaluate"),
     "no output": (["a.jsonl"], "output: expected a value, got none"),

@@ -84,6 +84,69 @@ def test_a_request_that_the_server_refuses_is_asked_once(sample, written, capsys
     assert "400: " in capsys.readouterr().out
 
 
+WORDS = {
+    "200 with a code": (200, {"error": {"code": 400, "message": "no such field"}}, "400: no such field"),
+    "200 with a code in digits": (200, {"error": {"code": "400", "message": "no such field"}}, "400: no such field"),
+    "200 without a code": (200, {"error": {"message": "on fire"}}, "an error inside the reply: on fire (2 tries)"),
+    "200 with a word": (200, {"error": "on fire"}, "an error inside the reply: on fire (2 tries)"),
+    "200 with a detail": (200, {"detail": "loading"}, "is not the JSON of a chat completion: loading (2 tries)"),
+    "200 with a text": (200, "loading", "is not the JSON of a chat completion: loading (2 tries)"),
+    "200 beside half an answer": (
+        200,
+        {"choices": [{**completion("half", "error")["choices"][0], "error": {"code": 502, "message": "lost"}}]},
+        "502: lost (2 tries)",
+    ),
+    "FastAPI": (
+        422,
+        {"detail": [{"loc": ["body", "seed"], "msg": "not permitted"}, {"loc": ["body", 0], "msg": "odd"}]},
+        "422: body.seed: not permitted; body.0: odd",
+    ),
+    "FastAPI, one word": (422, {"detail": "not permitted"}, "422: not permitted"),
+    "a message": (400, {"object": "error", "message": "too\nlong"}, "400: too long"),
+    "a word": (400, {"error": "too long"}, "400: too long"),
+    "several": (400, {"errors": [{"message": "too long"}, "too wide"]}, "400: too long; too wide"),
+    "a page": (400, "<p>no</p>", "400: <p>no</p>"),
+    "nothing known": (400, {"reason_id": 17}, '400: {"reason_id": 17}'),
+    "nothing": (400, "", "400: Error code: 400"),
+}
+
+
+@pytest.mark.parametrize(("status", "reply", "words"), WORDS.values(), ids=WORDS)
+def test_the_servers_own_words_are_repeated(status, reply, words, sample, capsys):
+    with serving(lambda body, attempt: (status, reply)) as server:
+        assert sample([{"model": "a", "base_url": server.url, "samples": 1, "retries": 1}], ["p"]) == 3
+    assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ["message", "detail"])
+def test_no_words_of_a_server_hold_the_key_or_more_than_a_line(where, sample, capsys, monkeypatch):
+    monkeypatch.setenv("A_KEY", "sk-very-secret-0123456789")
+    said = "bad key sk-very-secret-0123456789 " + 50 * "word "
+    with serving(lambda body, attempt: (400, {"error": {where: said}})) as server:
+        source = {"model": "a", "base_url": server.url, "api_key_env": "A_KEY", "samples": 1}
+        assert sample([source], ["p"]) == 3
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("failed 1")]
+    assert "400: bad key *** word" in line
+    assert len(line) < 300
+
+
+NO_MONEY = {
+    "402": (402, {"error": {"message": "pay first"}}),
+    "402 inside 200": (200, {"error": {"code": 402, "message": "pay first"}}),
+    "429 for a quota": (429, {"error": {"code": "insufficient_quota", "message": "pay first"}}),
+}
+
+
+@pytest.mark.parametrize(("status", "reply"), NO_MONEY.values(), ids=NO_MONEY)
+def test_an_account_with_nothing_left_ends_asking(status, reply, sample, capsys):
+    with serving(lambda body, attempt: (status, reply)) as server:
+        source = {"model": "a", "base_url": server.url, "samples": 1, "concurrency": 1}
+        assert sample([source], ["p", "q", "r"]) == 3
+        assert len(server.bodies) == 1
+    assert "not asked 2: a: 4" in (shown := capsys.readouterr().out)
+    assert "pay first" in shown
+
+
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_wrong_settings_end_asking_that_model_and_no_other(status, sample, written, capsys):
     with serving(lambda body, attempt: (status, {"error": {"message": "no"}})) as bad, serving() as good:

@@ -252,10 +252,11 @@ READINGS = {
     "Score: [[5.5]]": 5.5,
     " 9 ": 9,
     "SCORE = 1": 1,
+    "<think>Score: 1 is useless, so more than that.</think>Score (1-10): 8": 8,
 }
 
 
-def test_the_judges_last_score_is_the_reward(score, judge, rewards):
+def test_the_judges_score_is_the_reward(score, judge, rewards):
     with serving(lambda body, attempt: completion(said(body).split("|")[1])) as server:
         flags = judge(base_url=server.url, template="|{response}|")
         assert score([row(f"{n}", text) for n, text in enumerate(READINGS)], *flags) == 0
@@ -271,7 +272,7 @@ def test_the_judge_is_shown_prompt_and_answer_and_nothing_is_filled_in_twice(sco
     assert body["temperature"] == 0
 
 
-UNREADABLE = ["I would rather not.", "Score: eleven", "Score: 11", "Score: -1", "10 reasons"]
+UNREADABLE = ["I would rather not.", "Score: eleven", "Score: 11", "Score: -1", "10 reasons", "Score: 4/5", "7 or 8"]
 
 
 def test_a_reply_without_a_score_is_asked_for_again_and_then_costs_its_row(score, judge, rewards, capsys):
@@ -282,16 +283,27 @@ def test_a_reply_without_a_score_is_asked_for_again_and_then_costs_its_row(score
     with serving(script) as server:
         flags = judge(base_url=server.url, template="|{response}|")
         assert score([row(f"{n}", text) for n, text in enumerate(UNREADABLE)], *flags) == 3
-        assert len(server.bodies) == 3 + 2 * 4
+        assert len(server.bodies) == 3 + 2 * 6
         assert len({body["seed"] for body in server.bodies}) == len(server.bodies)
-    assert rewards() == {(f"{n}", 0): 4 for n in range(1, 5)}
+    assert rewards() == {(f"{n}", 0): 4 for n in range(1, 7)}
     shown = capsys.readouterr().out
     assert ": the judge's reply holds no score (3 tries); first: " in shown
     assert "row 1" in shown
 
 
+@pytest.mark.parametrize("finish_reason", ["length", "MAX_TOKENS", "content_filter"])
+def test_a_judge_who_was_cut_has_not_judged(finish_reason, score, judge, rewards, capsys):
+    cut = completion("Score: 1 is useless.\nScore: 1", finish_reason)
+    with serving(lambda body, attempt: completion("Score: 8") if body["temperature"] else cut) as server:
+        assert score(FINE, *judge(base_url=server.url)) == 0
+    assert rewards() == {("a", 0): 8}
+    with serving(lambda body, attempt: cut) as server:
+        assert score(FINE, *judge(base_url=server.url), output="other.jsonl") == 3
+    assert f"the judge's reply was cut (finish_reason {finish_reason!r}): if it is too long" in capsys.readouterr().out
+
+
 def test_the_judges_pattern_and_scale_may_be_ones_own(score, judge, rewards):
-    with serving(lambda body, attempt: completion("rating 3, rating 0.25")) as server:
+    with serving(lambda body, attempt: completion("style 3, rating 0.25")) as server:
         flags = judge(base_url=server.url, pattern="rating ([0-9.]+)", lowest=0, highest=1)
         assert score(FINE, *flags) == 0
     assert rewards() == {("a", 0): 0.25}

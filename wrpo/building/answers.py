@@ -54,7 +54,7 @@ def _without_contradictions(prompt_id: str, answers: list[Answer], bad: BadRows,
         earlier = first.setdefault(key, answer)
         if earlier is answer:
             continue
-        if earlier[:4] == answer[:4]:
+        if earlier[:5] == answer[:5]:
             dropped[REPEATED] += 1
         else:
             contradicted.setdefault(key, [earlier]).append(answer)
@@ -86,7 +86,13 @@ def _shown(record: Record) -> str:
 def _two_answers(prompt_id: str, one: Answer, other: Answer) -> DataError:
     return DataError(
         f"one answer of {one.model!r} with sample {one.sample} to {prompt_id!r}",
-        f"another {'reward' if one.response == other.response else 'text'} than in {one.file}, row {one.row}",
+        f"another {_difference(one, other)} than in {one.file}, row {one.row}",
         "Number a model's answers to one prompt from 0.",
         field="sample", file=other.file, row=other.row,
     )  # fmt: skip
+
+
+def _difference(one: Answer, other: Answer) -> str:
+    if one.response != other.response:
+        return "text"
+    return "reward" if one.cost != other.cost else "finish_reason"

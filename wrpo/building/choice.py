@@ -39,6 +39,10 @@ def choose_sources(sources: list[Answer], settings: BuildSettings) -> list[Answe
 
 def sft_row(prompt: Prompt, chosen: list[Answer], settings: BuildSettings) -> dict[str, Any]:
     """What `wrpo sft` reads: the prompt and the source answers, best first."""
+    return _source_columns(prompt, chosen, settings) | _cut(chosen)
+
+
+def _source_columns(prompt: Prompt, chosen: list[Answer], settings: BuildSettings) -> dict[str, Any]:
     rewards = [answer.reward for answer in chosen]
     return {
         **prompt.fields,
@@ -76,8 +80,7 @@ def _triple(
     _refuse_target_gap(best, rejected, settings)
     if not _is_good(best, settings):
         raise Unusable(f"reward of target_chosen below {settings.min_chosen_reward:g}")
-    row = _row_against(rejected, prompt, chosen, settings)
-    return row | {"target_chosen": best.response, "target_reward": best.reward}
+    return _row_against(rejected, prompt, chosen, best, settings)
 
 
 def _source_row(prompt: Prompt, chosen: list[Answer], targets: list[Answer], settings: BuildSettings) -> dict[str, Any]:
@@ -90,18 +93,30 @@ def _source_row(prompt: Prompt, chosen: list[Answer], targets: list[Answer], set
     better = [answer for answer in chosen if answer.reward - best.reward >= settings.ties_margin]
     if not better:
         raise Unusable(f"answers of {settings.target!r} tie and no source is better by {settings.ties_margin:g}")
-    return _row_against(rejected, prompt, better, settings)
+    return _row_against(rejected, prompt, better, None, settings)
 
 
-def _row_against(rejected: Answer, prompt: Prompt, chosen: list[Answer], settings: BuildSettings) -> dict[str, Any]:
+def _row_against(
+    rejected: Answer, prompt: Prompt, chosen: list[Answer], best: Answer | None, settings: BuildSettings
+) -> dict[str, Any]:
     most = settings.max_rejected_reward
     if most is not None and rejected.reward > most:
         raise Unusable(f"reward of rejected above {most:g}")
-    return sft_row(prompt, _preferred(chosen, rejected, settings), settings) | {
+    preferred = _preferred(chosen, rejected, settings)
+    row = _source_columns(prompt, preferred, settings) | {
         "rejected": rejected.response,
         "rejected_reward": rejected.reward,
         "rejected_model": rejected.model,
     }
+    if best is None:
+        return row | _cut([*preferred, rejected])
+    return row | {"target_chosen": best.response, "target_reward": best.reward} | _cut([*preferred, best, rejected])
+
+
+def _cut(answers: list[Answer]) -> dict[str, list[bool]]:
+    """Which responses of a row, sources first, then target, then rejected, are cut; nothing where none is."""
+    cut = [answer.cut for answer in answers]
+    return {"cut": cut} if any(cut) else {}
 
 
 def _tie(targets: list[Answer], settings: BuildSettings) -> bool:

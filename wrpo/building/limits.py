@@ -1,4 +1,4 @@
-"""Which prompts and answers are too long, too short, or say what a better answer has said."""
+"""Which prompts and answers are too long, too short, cut, or say what a better answer has said."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from wrpo.rows.messages import Asked, message_text
 from wrpo.user_error import UserError
 
 from .settings import BuildSettings
+
+CUT = "cut before the model had ended it"
 
 
 class Limits:
@@ -39,7 +41,7 @@ class Limits:
         """The answers within the limits, in their order; the others are counted with their reason."""
         kept = []
         for answer in answers:
-            reason = self._refuse_chars(answer.response)
+            reason = self._refuse_cut(answer) or self._refuse_chars(answer.response)
             if reason:
                 dropped[reason] += 1
             else:
@@ -50,6 +52,9 @@ class Limits:
         counts = self._count_tokens([answer.response for answer in kept])
         dropped[f"longer than {most} tokens"] += sum(count > most for count in counts)
         return [answer for answer, count in zip(kept, counts, strict=True) if count <= most]
+
+    def _refuse_cut(self, answer: Answer) -> str | None:
+        return CUT if answer.cut and self._settings.cut_answers == "drop" else None
 
     def _refuse_chars(self, text: str) -> str | None:
         length = len(text.strip())

@@ -23,6 +23,7 @@ from .grouping import PARTITION_BYTES, PromptGroups, Record
 from .limits import Limits, distinct
 from .picture import draw_rewards
 from .report import BuildReport
+from .scorers import OF_ANOTHER, Scorers
 from .settings import BuildFiles, BuildSettings
 from .writing import Output
 
@@ -113,7 +114,7 @@ def chosen_rows(
     limits = Limits(settings)
     bad = BadRows(settings.skip_bad_rows)
     with PromptGroups(temp_dir, partition_bytes) as groups:
-        for record in _records(candidates, settings, bad):
+        for record in _records(candidates, settings, bad, report):
             groups.add(record)
             report.candidates += 1
         with _progress("choosing", total=report.candidates) as bar:
@@ -128,17 +129,20 @@ def chosen_rows(
         _refuse_empty(settings, report)
 
 
-def _records(candidates: Any, settings: BuildSettings, bad: BadRows) -> Iterator[Record]:
-    """Every good row of the shard: order, prompt id, what was asked, and the fields of its `Answer`."""
-    shard = Shard.parse(settings.shard)
+def _records(candidates: Any, settings: BuildSettings, bad: BadRows, report: BuildReport) -> Iterator[Record]:
+    """Every good row of the shard and the scorer: order, prompt id, what was asked, and the fields of its `Answer`."""
+    shard, scorers = Shard.parse(settings.shard), Scorers(settings.scorer)
     for file, number, row in _progress("reading", read_rows(candidates)):
         try:
             if isinstance(row, DataError):
                 raise row
             prompt_id = checked_text(row, "prompt_id")
             order, _ = place(prompt_id, settings.seed)
-            if shard.holds(order):
+            taken = scorers.takes(row, file, number)  # in all shards, so that all refuse a second scorer
+            if shard.holds(order) and taken:
                 yield order, prompt_id, *checked_candidate(row), file, number
+            elif shard.holds(order):
+                report.dropped_answers[OF_ANOTHER] += 1
         except DataError as error:
             bad.add(error.at(file, number))
 

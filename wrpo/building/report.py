@@ -30,8 +30,10 @@ class BuildReport:
     """`str()` of it is what `wrpo build` prints; `as_json()` is report.json.
 
     Attributes:
-        candidates: good rows read.  bad_rows: a clause about the others.  prompts: different prompts among the rows.
+        candidates: good rows read, of the scorer.  bad_rows: a clause about the others.
+        prompts: different prompts among the rows.
         sft, triples: rows built.  ties: rows of a source and a rejected answer alone, where the target's answers tie.
+        cut: responses in the rows built that are cut, with `cut_answers` keep.
         unanswered: prompts handed to the target, in the stage before it has answered.
         dropped_answers, dropped_prompts: reason -> count.
         won: model -> prompts on which its answer is the best of all source answers, of the prompts that have any.
@@ -44,6 +46,7 @@ class BuildReport:
     sft: int = 0
     triples: int = 0
     ties: int = 0
+    cut: int = 0
     unanswered: int = 0
     bad_rows: str = "no bad rows"
     dropped_answers: Counter[str] = field(default_factory=Counter)
@@ -57,6 +60,7 @@ class BuildReport:
         if kind == "prompts":
             self.unanswered += 1
             return
+        self.cut += sum(row.get("cut", ()))
         source = row["source_reward"][0], row["source_chosen"][0]
         if kind == "sft":
             self.sft += 1
@@ -82,9 +86,9 @@ class BuildReport:
         return self.triples + self.ties
 
     def summary(self) -> str:
-        """One line: what came in and out, and what became of the other prompts."""
-        lost = [f"{reason} {count:,}" for reason, count in sorted(self.dropped_prompts.items(), key=_by_count)]
-        return self._first_line() + (f"; prompts left out: {', '.join(lost)}" if lost else "")
+        """One line: what came in and out, and what became of the other prompts and answers."""
+        lost = _in_line("prompts left out", self.dropped_prompts) + _in_line("answers left out", self.dropped_answers)
+        return self._first_line() + lost
 
     def _first_line(self) -> str:
         built = [f"{self.sft:,} SFT rows"] if self.sft else []
@@ -95,6 +99,7 @@ class BuildReport:
 
     def __str__(self) -> str:
         lines = [self._first_line()]
+        lines += [f"{self.cut:,} responses in them are cut, and train without an end"] if self.cut else []
         lines += _counted("answers left out", self.dropped_answers)
         lines += _counted("prompts left out", self.dropped_prompts)
         if self.won:
@@ -117,6 +122,11 @@ def _counted(title: str, reasons: Counter[str]) -> list[str]:
     if not reasons.total():
         return []
     return [title] + [f"  {count:>9,}  {reason}" for reason, count in sorted(reasons.items(), key=_by_count) if count]
+
+
+def _in_line(title: str, reasons: Counter[str]) -> str:
+    counts = [f"{reason} {count:,}" for reason, count in sorted(reasons.items(), key=_by_count) if count]
+    return f"; {title}: {', '.join(counts)}" if counts else ""
 
 
 def _by_count(item: tuple[str, int]) -> tuple[int, str]:

@@ -65,6 +65,18 @@ class BuildSettings:
         "less for a reward model whose rewards differ by hundredths.",
         group="choice",
     )
+    cut_answers: Literal["drop", "keep"] = knob(
+        "drop",
+        "What becomes of an answer that a limit of length or a filter has cut, as its finish_reason says. drop: it is "
+        "left out, and counted. keep: it is an answer like others, and trains without the end-of-turn token.",
+        group="choice",
+    )
+    scorer: str | None = knob(
+        None,
+        "Take only rewards of this scorer, as `scorer` in the rows names it. any: take those of all, whose scales you "
+        "know to be one. Default: the rows have one scorer.",
+        group="choice",
+    )
     min_source_gap: float | None = knob(
         None, "Least reward(source_chosen) - reward(rejected). Default: any.", group="limits"
     )

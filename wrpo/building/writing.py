@@ -48,6 +48,7 @@ _SFT = [
     ("source_model", pa.list_(pa.string())),
     ("source_weight", pa.list_(pa.float64())),
     ("source_reward", pa.list_(pa.float64())),
+    ("cut", pa.list_(pa.bool_())),
 ]
 _TRIPLE = [
     *_SFT,

@@ -37,8 +37,8 @@ def example_of(row: dict, *, stage: str = "preference", from_scores: bool = Fals
         {"prompt": list of messages, "responses": list of R assistant messages, "role": list of R "source" | "target" |
         "rejected", in this order, "share": list of R float > 0 that sum to 1 in each role, "model": list of R (str |
         None), "reward": list of R (float | None), "ref_logp": list of R float, nats, or None, "source_logp": list of R
-        lists of M float, nats a token, or None, "tools": list or None, "chat_template_kwargs": dict or None}.
-        Messages, tools and options are as they came.
+        lists of M float, nats a token, or None, "cut": list of R bool, or None, "tools": list or None,
+        "chat_template_kwargs": dict or None}. Messages, tools and options are as they came.
 
     Raises:
         DataError: with the field, without file and row.  ValueError: another stage.
@@ -58,6 +58,7 @@ def example_of(row: dict, *, stage: str = "preference", from_scores: bool = Fals
         "reward": [response.reward for response in responses],
         "ref_logp": _of_all(responses, "ref_logp"),
         "source_logp": _of_all(responses, "source_logp"),
+        "cut": _of_all(responses, "cut"),
         "tools": tools_of(row),
         "chat_template_kwargs": options_of(row),
     }

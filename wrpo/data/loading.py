@@ -32,6 +32,7 @@ FEATURES = Features(
         "reward": [Value("float64")],
         "ref_logp": [Value("float64")],
         "source_logp": [[Value("float64")]],
+        "cut": [Value("bool")],
         "tools": Value("string"),
         "chat_template_kwargs": Value("string"),
         "file": Value("string"),

@@ -127,6 +127,13 @@ class Renderer:
         """Whether a rendered conversation ends with a special token, at which generation can stop."""
         return text.endswith(self._control.all)
 
+    def without_end(self, text: str) -> str:
+        """A rendered conversation without what ends its last turn: special tokens or marks, and the space before."""
+        ends = (*self._control.all, *self._template.ends)
+        while end := next((token for token in ends if text.endswith(token)), ""):
+            text = text.removesuffix(end).rstrip()
+        return text
+
     def _refuse_ignored(self, text: str, messages: list[Message], tools: list | None, options: dict) -> None:
         """Raises DataError where the text would be the same without the tools, or with other calls of them."""
         refuse_unwritten_tools(tools or [], text)

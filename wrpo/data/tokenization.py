@@ -80,10 +80,10 @@ def tokenize_examples(
 
     Returns:
         Dataset of prompt_ids [P], response_ids R x [R_k], role, share, model, reward [R] and, where any row has them,
-        ref_logp [R] and source_logp [R][M]; responses end with the end-of-turn token unless they were cut. Kept on disk
-        in the `datasets` cache under a fingerprint of rows, tokenizer, options and of the code that decides the ids.
-        What was cut and changed on the way is counted in the log: ends of turns in answers, control tokens, whitespace,
-        thoughts (`wrpo.data.rendering`, `wrpo.data.left_out`).
+        ref_logp [R] and source_logp [R][M]; responses end with the end-of-turn token unless they came cut or are cut
+        here. Kept on disk in the `datasets` cache under a fingerprint of rows, tokenizer, options and of the code that
+        decides the ids. What was cut and changed on the way is counted in the log: ends of turns in answers, control
+        tokens, whitespace, thoughts (`wrpo.data.rendering`, `wrpo.data.left_out`).
 
     Raises:
         DataError: the first bad row, or no good row at all.  ValueError: limits that cannot be met.
@@ -142,6 +142,11 @@ def _tokenize_batch(
     good = [one for one in rendered if isinstance(one, Rendering)]
     if indices[0] == 0:
         _warn_of_endless_turns(good, renderer)
+    rendered = [
+        one if isinstance(one, DataError) else _without_ends_of_cut(row, one, renderer)
+        for row, one in zip(rows, rendered, strict=True)
+    ]
+    good = [one for one in rendered if isinstance(one, Rendering)]
     ids = iter(token_ids(tokenizer, [text for one in good for text in (one.prompt, *one.whole.values())]))
     out = []
     for row, place, one in zip(rows, places, rendered, strict=True):
@@ -171,6 +176,16 @@ def _rendered(row: dict, renderer: Renderer) -> Rendering:
     responses = dict(zip(names, map(json.loads, row["responses"]), strict=True))
     tools, options = (json.loads(row.get(name) or "null") for name in ("tools", "chat_template_kwargs"))
     return renderer(json.loads(row["prompt"]), responses, tools=tools, chat_template_kwargs=options)
+
+
+def _without_ends_of_cut(row: dict, rendering: Rendering, renderer: Renderer) -> Rendering:
+    """A response that ends before its model had ended it teaches no end."""
+    cuts = row.get("cut") or [False] * len(rendering.whole)
+    whole = {
+        field: renderer.without_end(text) if cut else text
+        for cut, (field, text) in zip(cuts, rendering.whole.items(), strict=True)
+    }
+    return rendering._replace(whole=whole)
 
 
 def _tokens(row: dict, text: Rendering, ids: list[list[int]], tokenizer: PreTrainedTokenizerBase, limits: dict) -> dict:

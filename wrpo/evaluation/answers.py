@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wrpo.rows.candidate import checked_candidate, checked_text
+from wrpo.rows.candidate import checked_candidate, checked_text, scorer_of
 from wrpo.rows.errors import DataError, shown
 from wrpo.rows.messages import Asked, Message
 from wrpo.rows.reading import read_rows
@@ -46,10 +46,11 @@ def read_answers(
 
     Raises:
         DataError: a row that is none, two answers under one model, prompt and sample number, two prompts under one id,
-            or no answer at all.
+            rewards of two scorers for one prompt, or no answer at all.
     """
     prompts: dict[str, Asked] = {}
     answers: dict[tuple[str, str, int], Answer] = {}
+    scorers: dict[str, str | None] = {}  # prompt id -> who gave the rewards
     for file, number, row in read_rows(list(paths)):
         try:
             if isinstance(row, DataError):
@@ -64,6 +65,10 @@ def read_answers(
             if prompts.setdefault(answer.prompt_id, answer.asked) != answer.asked:
                 todo = "Give different prompts different ids."
                 raise DataError(f"the prompt of {answer.prompt_id!r}", shown(answer.prompt), todo, field="prompt")
+            if answer.reward is not None and scorers.setdefault(answer.prompt_id, scorer_of(row)) != scorer_of(row):
+                todo = "Rewards of two scorers are no one scale: score all answers with one, here or by `wrpo score`."
+                expected = f"rewards of one scorer, {shown(scorers[answer.prompt_id])}, for {answer.prompt_id!r}"
+                raise DataError(expected, shown(scorer_of(row)), todo, field="scorer")
             answers[key] = answer
         except DataError as error:
             raise error.at(file, number) from None
@@ -75,7 +80,7 @@ def read_answers(
 def _checked(row: dict) -> Answer:
     prompt_id = checked_text(row, "prompt_id")
     is_scored = row.get("reward") is not None
-    asked, cost, model, sample, response = checked_candidate(row if is_scored else row | {"reward": 0})
+    asked, cost, model, sample, response, _ = checked_candidate(row if is_scored else row | {"reward": 0})
     others = {name: value for name, value in row.items() if name not in _KNOWN}
     return Answer(prompt_id, asked, model, sample, response, -cost if is_scored else None, others)
 

@@ -10,6 +10,12 @@ from .messages import Asked, asked, utf8
 
 LARGEST_REWARD = 1e30  # sums, gaps and softmax stay finite far below the limits of float64
 
+# What servers say of a text that ended before the model had ended it: at a limit, by a filter, or in a fault.
+CUT = frozenset(
+    "length max_tokens max_length max_output_tokens model_length token_limit content_filter safety recitation "
+    "incomplete abort cancelled error".split()
+)
+
 
 class Answer(NamedTuple):
     """Ordered from best to worst: by reward, then by model, sample number and text."""
@@ -18,6 +24,7 @@ class Answer(NamedTuple):
     model: str
     sample: int
     response: str
+    cut: bool
     file: str
     row: int
 
@@ -26,8 +33,22 @@ class Answer(NamedTuple):
         return -self.cost
 
 
-def checked_candidate(row: dict) -> tuple[Asked, float, str, int, str]:
-    """(what was asked, minus the reward, model, sample, response) of a raw row.
+def is_cut(finish_reason: str | None) -> bool:
+    """Whether an answer that ended so is only the beginning of one; None: nobody said how it ended."""
+    return finish_reason is not None and finish_reason.lower() in CUT
+
+
+def scorer_of(row: dict) -> str | None:
+    """Who gave a row its reward, as `wrpo score` names it; None: the row does not say.
+
+    Raises:
+        DataError: with the field, without file and row.
+    """
+    return _text_or_none(row, "scorer", "Write who gave the reward, or leave it out.")
+
+
+def checked_candidate(row: dict) -> tuple[Asked, float, str, int, str, bool]:
+    """(what was asked, minus the reward, model, sample, response, whether it is cut) of a raw row.
 
     A row without `sample` has number 0. The response may be empty: a model can say nothing, and that is no fault of
     the row.
@@ -36,7 +57,9 @@ def checked_candidate(row: dict) -> tuple[Asked, float, str, int, str]:
         DataError: with the field, without file and row.
     """
     model, response = checked_text(row, "model"), checked_text(row, "response", may_be_empty=True)
-    return asked(row), -_reward(row.get("reward")), model, _sample(row.get("sample", 0)), response
+    finish_reason = _text_or_none(row, "finish_reason", "Write how the answer ended, or leave it out.")
+    reward, sample = _reward(row.get("reward")), _sample(row.get("sample", 0))
+    return asked(row), -reward, model, sample, response, is_cut(finish_reason)
 
 
 def checked_text(row: dict, name: str, may_be_empty: bool = False) -> str:
@@ -64,4 +87,11 @@ def _sample(value: Any) -> int:
         raise DataError(
             "a whole number from 0", shown(value), "Number a model's answers to one prompt.", field="sample"
         )
+    return value
+
+
+def _text_or_none(row: dict, name: str, todo: str) -> str | None:
+    value = row.get(name)
+    if value is not None and not isinstance(value, str):
+        raise DataError("text", shown(value), todo, field=name)
     return value

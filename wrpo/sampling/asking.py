@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from wrpo.rows.appending import AppendedRows, KeySet
+from wrpo.rows.candidate import is_cut
 from wrpo.rows.errors import DataError, shown
 
 from .halving import Refusal
@@ -87,7 +88,7 @@ class _Run:
                 **request.prompt.fields,
             }
         )
-        self.tally.add(request.model, cut=finish_reason == "length")
+        self.tally.add(request.model, cut=is_cut(finish_reason))
 
 
 def _answered(rows: AppendedRows, settings: dict[str, Sampling], prompts: Prompts) -> tuple[KeySet, int]:

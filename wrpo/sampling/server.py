@@ -1,10 +1,11 @@
 """One model behind an OpenAI-compatible server, asked with time-outs, retries and a rate limit.
 
 What fails is tried again when trying again can help: time-outs, lost connections, 408, 409, 429 and 5xx, and replies
-that cannot be used. Wait number k is drawn from [1/2, 1] * min(longest_retry_wait, retry_wait * 2^k), or is what the
-server's Retry-After asks for, up to five minutes. Other 4xx cost their request; 401, 403 and 404 mean the settings, and
-end asking this model. So do `give_up_after` requests in a row that the server left unanswered; a request that it
-refuses or answers badly says nothing about the next one, and is met again first when a run is continued.
+that cannot be used. An error inside a reply of status 200 has the status that it names. Wait number k is drawn from
+[1/2, 1] * min(longest_retry_wait, retry_wait * 2^k), or is what the server's Retry-After asks for, up to five minutes.
+Other 4xx cost their request; 401, 402, 403 and 404 mean the settings or the account, and end asking this model. So do
+`give_up_after` requests in a row that the server left unanswered; a request that it refuses or answers badly says
+nothing about the next one, and is met again first when a run is continued.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import openai
 from wrpo.rows.messages import Message
 
 from .prompts import Reply
+from .refusal import Refusal, words_of
 from .served_messages import served_messages
 from .sources import ServerSource
 
@@ -30,7 +32,7 @@ Fault = Literal["server", "request", "reply"]
 LONGEST_RETRY_AFTER = 300.0  # s
 LONGEST_REASON = 200  # characters of a server's message that are repeated
 SHORTEST_KEY = 8  # characters; servers that want none are sent a placeholder
-WRONG_SETTINGS = (401, 403, 404)
+ENDS_ASKING = (401, 402, 403, 404)
 TEMPORARY = (408, 409, 429)
 
 
@@ -130,12 +132,14 @@ class Server:
                 unusable += 1
             except (asyncio.TimeoutError, openai.APITimeoutError):
                 reason = f"no answer within {self.source.timeout:g} s"
-            except openai.APIStatusError as error:
-                reason = self._masked_message(error)
-                self._raise_if_permanent(error, reason)
-                wait = _retry_after(error)
+            except Refusal as refusal:
+                reason = self._masked_message(str(refusal), f"{refusal.status or 'an error inside the reply'}: ")
+                self._raise_if_permanent(refusal, reason)
+                wait = refusal.retry_after
             except openai.APIConnectionError as error:
-                reason = self._masked_message(error.__cause__ or error, f"no connection to {self.source.base_url}: ")
+                cause = error.__cause__ or error
+                words = str(getattr(cause, "message", "")) or str(cause) or type(cause).__name__
+                reason = self._masked_message(words, f"no connection to {self.source.base_url}: ")
             if attempt < self.source.retries and self.given_up is None:
                 self._on_retry()
                 await asyncio.sleep(self._seconds_to_wait(attempt) if wait is None else wait)
@@ -156,28 +160,29 @@ class Server:
                 ),
                 self.source.timeout,
             )
-        except (ValueError, RecursionError, openai.APIResponseValidationError):
+        except openai.APIStatusError as error:
+            raise Refusal(error.body or str(error), error.status_code, _retry_after(error)) from None
+        except (ValueError, RecursionError, openai.APIResponseValidationError) as error:
             # No JSON, brackets in thousands of brackets, or a number of thousands of digits.
-            raise UnusableReply("the reply is not the JSON of a chat completion") from None
+            raise _no_completion(getattr(error, "doc", None)) from None
         reply = _reply(completion)
         return Reply(self._masked(reply.text), reply.finish_reason and self._masked(reply.finish_reason))
 
-    def _raise_if_permanent(self, error: openai.APIStatusError, reason: str) -> None:
+    def _raise_if_permanent(self, refusal: Refusal, reason: str) -> None:
         """Raises where trying again cannot help."""
-        if error.status_code in WRONG_SETTINGS:
+        if refusal.is_final or refusal.status in ENDS_ASKING:
             self.given_up = self.given_up or reason
-        if error.status_code < 500 and error.status_code not in TEMPORARY:
+            raise Failed(reason, "request") from None
+        if refusal.status is not None and refusal.status < 500 and refusal.status not in TEMPORARY:
             raise Failed(reason, "request") from None
 
     def _seconds_to_wait(self, attempt: int) -> float:
         longest = min(self.source.longest_retry_wait, self.source.retry_wait * 2.0 ** min(attempt, 60))
         return longest * random.uniform(0.5, 1.0)
 
-    def _masked_message(self, error: BaseException, prefix: str = "") -> str:
+    def _masked_message(self, words: str, prefix: str) -> str:
         """One line of the server's words; some servers repeat the key that they were sent."""
-        if isinstance(error, openai.APIStatusError):
-            prefix = f"{error.status_code}: "
-        words = " ".join((str(getattr(error, "message", "")) or str(error) or type(error).__name__).split())
+        words = " ".join(words.split())
         if self._key:
             words = words.replace(self._key, "***")
         return prefix + self._masked(words)[:LONGEST_REASON]
@@ -212,12 +217,15 @@ class Pace:
 
 
 def _reply(completion: Any) -> Reply:
-    """Servers differ: every step to the text may be missing."""
+    """Servers differ: every step to the text may be missing, and words of the server may stand there instead."""
     choices = getattr(completion, "choices", None)
     choice = choices[0] if isinstance(choices, list) and choices else None
+    for part in (completion, choice):
+        if getattr(part, "error", None):
+            raise Refusal(_json(part))
     message = getattr(choice, "message", None)
     if message is None:
-        raise UnusableReply("the reply is not the JSON of a chat completion")
+        raise _no_completion(_json(completion))
     if calls := getattr(message, "tool_calls", None):
         raise UnusableReply(f"the answer calls {_called(calls)}, and a row holds an answer in text alone")
     text, finish_reason = getattr(message, "content", None), getattr(choice, "finish_reason", None)
@@ -232,6 +240,16 @@ def _reply(completion: Any) -> Reply:
 def _called(calls: Any) -> str:
     functions = [getattr(call, "function", None) for call in calls] if isinstance(calls, list) else []
     return ", ".join(repr(getattr(function, "name", None)) for function in functions) or "a tool"
+
+
+def _no_completion(body: Any) -> UnusableReply:
+    said = words_of(body)
+    return UnusableReply("the reply is not the JSON of a chat completion" + (f": {said}" if said else ""))
+
+
+def _json(part: Any) -> Any:
+    """What the client made an object of; a reply that was no object it hands on as it came."""
+    return part.to_dict() if isinstance(part, openai.BaseModel) else part
 
 
 def _retry_after(error: openai.APIStatusError) -> float | None:

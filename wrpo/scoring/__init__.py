@@ -3,7 +3,8 @@
 settings.py      which answers, by which scorer
 candidates.py    answers to be scored, read as a stream
 reward_model.py  a sequence classification model      judge.py  a language model that is asked for a number
-verifier.py      a Python function                    scoring.py  every answer once, its reward appended
+verdict.py       the number in what it replies        verifier.py  a Python function
+scoring.py       every answer once, its reward appended
 command.py       `wrpo score`
 """
 

@@ -115,7 +115,7 @@ def checked(row: dict) -> dict:
         DataError: with the field, without file and row.
     """
     checked_text(row, "prompt_id")
-    *_, sample, _ = checked_candidate(row | {"reward": 0})
+    _, _, _, sample, _, _ = checked_candidate(row | {"reward": 0})
     return row | {"sample": sample}
 
 

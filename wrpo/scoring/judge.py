@@ -6,11 +6,12 @@ The judge's YAML file is one entry of kind `server` of `wrpo.sampling.sources`, 
     base_url: http://localhost:8000/v1
     template: |                  # {prompt} and {response} stand for them, {lowest} and {highest} for the scale
       ...
-    pattern: 'rating: (\\d+)'     # its last match in the reply holds the number; default: "Score: 7", or a bare number
+    pattern: 'rating: (\\d+)'     # where the number stands in the reply; default: as `verdict` says
     lowest: 1
     highest: 10
 
-A reply without a number on the scale is asked for again with another seed, at a temperature of 0.5 at least.
+A reply that was cut, or that holds no number on the scale or several (`verdict`), is asked for again with another seed,
+at a temperature of 0.5 at least.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from wrpo.rows.appending import hash_of
+from wrpo.rows.candidate import is_cut
 from wrpo.sampling.prompts import Reply
 from wrpo.sampling.settings import Sampling
 from wrpo.sampling.sources import ServerSource, check_ready, source_from
@@ -31,6 +33,7 @@ from wrpo.settings.yaml_file import read_mapping
 
 from .candidates import Candidate, prompt_text
 from .scoring import Rewards, named_with
+from .verdict import verdict
 
 TEMPLATE = """\
 Rate how good the answer below is: correct, helpful, and in the form that was asked for.
@@ -44,8 +47,6 @@ Rate how good the answer below is: correct, helpful, and in the form that was as
 
 [End of the answer]
 Give one short reason. Then end with a line "Score: N", N from {lowest} to {highest}."""
-PATTERN = r"(?i)score\s*[:=]?[\s*\[(]*(-?\d+(?:\.\d+)?)"
-BARE = re.compile(r"-?\d+(?:\.\d+)?")
 OTHER_TEMPERATURE = 0.5  # at 0 the same words would come again
 
 
@@ -54,7 +55,11 @@ class JudgeSource(ServerSource):
     """The server, and what it is asked."""
 
     template: str = knob(TEMPLATE, "The message that is sent, with {prompt} and {response}.")
-    pattern: str = knob(PATTERN, "Regular expression with one group, the number; its last match counts.")
+    pattern: str | None = knob(
+        None,
+        "Regular expression with one group, the number; all that it finds must be the same. Default: a line or "
+        "sentence such as 'Score: 7', 'Rating (1-10): 7' or '**Score:** 7/10', or the number alone.",
+    )
     lowest: float = knob(1.0, "Least score.")
     highest: float = knob(10.0, "Largest score.")
 
@@ -65,12 +70,17 @@ class JudgeSource(ServerSource):
             raise ValueError("template: expected {response} in it, where the answer goes.")
         if not self.lowest < self.highest:
             raise ValueError(f"highest: expected more than lowest, {self.lowest:g}, got {self.highest:g}.")
-        try:
-            groups = re.compile(self.pattern).groups
-        except re.error as error:
-            raise ValueError(f"pattern: not a regular expression: {error}.") from error
-        if groups != 1:
-            raise ValueError(f"pattern: expected one group, the number, got {groups}.")
+        if self.pattern is not None:
+            _check_pattern(self.pattern)
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"pattern: not a regular expression: {error}.") from error
+    if groups != 1:
+        raise ValueError(f"pattern: expected one group, the number, got {groups}.")
 
 
 def read_judge(path: str | Path) -> JudgeSource:
@@ -91,7 +101,7 @@ class Judge:
         self._source = source
         self._sampling = source.sampling(Sampling(max_tokens=1024))
         scale = (source.lowest, source.highest, self._sampling.temperature)
-        self.name = named_with(f"judge:{source.model}", source.template, source.pattern, *map(repr, scale))
+        self.name = named_with(f"judge:{source.model}", source.template, repr(source.pattern), *map(repr, scale))
 
     def score(self, candidates: Iterator[Candidate], rewards: Rewards) -> None:
         asyncio.run(self._score(candidates, rewards))
@@ -133,22 +143,19 @@ class Judge:
         """The number in the reply.
 
         Raises:
-            UnusableReply: none, or one that is not on the scale.
+            UnusableReply: none, several, one that is not on the scale, or a reply that was cut.
         """
         from wrpo.sampling.server import UnusableReply
 
-        found = re.findall(self._source.pattern, reply.text)
-        if not found and BARE.fullmatch(reply.text.strip()):
-            found = [reply.text]
-        if not found:
-            raise UnusableReply("the judge's reply holds no score")
+        if is_cut(reply.finish_reason):
+            raise UnusableReply(
+                f"the judge's reply was cut (finish_reason {reply.finish_reason!r}): if it is too long, give the judge "
+                "more max_tokens"
+            )
         try:
-            value = float(found[-1])
-        except ValueError:
-            raise UnusableReply("the judge's score is not a number") from None
-        if not self._source.lowest <= value <= self._source.highest:
-            raise UnusableReply("the judge's score is not on its scale")
-        return value
+            return verdict(reply.text, self._source.lowest, self._source.highest, self._source.pattern)
+        except ValueError as error:
+            raise UnusableReply(str(error)) from None
 
     def _options(self, unusable: int, key: tuple) -> dict[str, Any]:
         sampling = self._sampling

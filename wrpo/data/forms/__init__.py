@@ -22,8 +22,8 @@ before the prompt of every form.
 Columns beside them, a number or name for each response that they speak of: `source_weight`, `rejected_weight` (shares
 that sum to 1; default: equal ones), `source_model`, `rejected_model`, `source_reward`, `target_reward`,
 `rejected_reward`, `score_chosen`, `score_rejected`, `ref_chosen_logps`, `ref_rejected_logps` (nats, sums over the
-response); and for all responses of the row `ref_logp` and `source_logp`, the mean log-prob a token under each of M
-models.
+response); and for all responses of the row `ref_logp`, `source_logp`, the mean log-prob a token under each of M models,
+and `cut`, whether a response ends before its model had ended it: it is trained without an end.
 
 A row with scores of all its answers and also `chosen` and `rejected`, as SimPO's data sets have it, is read as the pair
 that they are, or with `from_scores` by its scores alone.

@@ -73,6 +73,14 @@ def logp_by_model(value: Any, count: int, field: str) -> list[list[float]]:
     return [[float(logp) for logp in row] for row in rows]
 
 
+def truth_values(value: Any, count: int, field: str) -> list[bool]:
+    values = _listed(value, count)
+    if len(values) != count or not all(isinstance(part, bool) for part in values):
+        todo = f"Give one for each response, sources first, then target, then rejected, {_OMIT}"
+        raise DataError(f"{count} truth value{'s' * (count > 1)}", shown(value), todo, field=field)
+    return values
+
+
 def _listed(value: Any, count: int) -> list:
     return value if isinstance(value, list) else [value] * (count if value is None else 1)
 
@@ -102,6 +110,7 @@ COLUMNS: Columns = (
     ("ref_rejected_logps", (REJECTED,), "ref_logp", sequence_logp),
     ("ref_logp", ROLES, "ref_logp", sequence_logp),
     ("source_logp", ROLES, "source_logp", logp_by_model),
+    ("cut", ROLES, "cut", truth_values),
 )
 OF_EXAMPLES: Columns = (
     ("share", ROLES, "share", numbers),

@@ -25,6 +25,7 @@ class Response(NamedTuple):
     reward: float | None = None
     ref_logp: float | None = None
     source_logp: list[float] | None = None
+    cut: bool | None = None
 
 
 Reading = tuple[Any, list[Response]]  # the prompt, not yet checked (None: it is only in the responses); the responses

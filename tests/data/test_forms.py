@@ -306,6 +306,47 @@ BAD = {
         "history",
         r"pairs \[question, answer\]",
     ),
+    "two texts beside a null prompt": (
+        {"prompt": None, "chosen": "I think 5", "rejected": "I think 6"},
+        "prompt",
+        "none",
+    ),
+    "two texts beside a question": (
+        {"question": "2 + 3?", "chosen": "I think 5", "rejected": "I think 6"},
+        "question",
+        "Rename 'question' to 'prompt'",
+    ),
+    "two texts beside an input": (
+        {"input": "2 + 3?", "chosen": "I think 5", "rejected": "I think 6"},
+        "input",
+        "Rename",
+    ),
+    "a pair with a source's answer": (
+        ASKED | {"chosen": "5", "rejected": "6", "source_chosen": "five"},
+        "chosen",
+        "nothing beside 'rejected' and 'source_chosen', as which the row is read, got '5'",
+    ),
+    "a pair with a target's answer": (
+        ASKED | {"chosen": "V", "rejected": "6", "target_chosen": "5"},
+        "chosen",
+        "one form",
+    ),
+    "an example with a pair": (
+        ASKED | {"responses": ["5", "6"], "role": ["target", "rejected"], "rejected": "7"},
+        "rejected",
+        "nothing beside 'responses'",
+    ),
+    "a pair with another rejected one": (
+        {"messages": [USER, said("5")], "rejected_response": "6", "rejected_messages": [USER, said("7")]},
+        "rejected_messages",
+        "one form",
+    ),
+    "a pair of one text": (ASKED | {"chosen": "5", "rejected": "5"}, "rejected", "one text for all 2, '5'"),
+    "a triple of one text": (
+        {"prompt": [USER], "chosen": [said("5"), [USER, said("5")]], "rejected": ["5"]},
+        "rejected",
+        "one text for all 3",
+    ),
     "texts that begin with nothing alike": ({"chosen": "5", "rejected": "6"}, "prompt", "a value"),
     "a text that is all prompt": ({"chosen": "2 + 3? 5", "rejected": "2 + 3?"}, "rejected", "not empty"),
 }

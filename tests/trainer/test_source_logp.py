@@ -97,6 +97,39 @@ def test_the_command_writes_triples_that_train_with_a_fused_reference(models, tm
     assert output.read_text() == first
 
 
+# A row, and where its responses stand in its column: those of its texts, None for one that weighs nothing.
+ORDERS = {
+    "the worse one first": (
+        {"prompt": "hello", "responses": ["2", "hello world"], "role": ["rejected", "target"]},
+        ["2", "hello world"],
+        [],
+    ),
+    "a source without a share": (
+        {**ROWS[0], "source_weight": [0, 1]},
+        [None, "5", "5.", "what is the"],
+        [],
+    ),
+    "scores of all": (
+        {"prompt": "hello", "all_generated_responses": ["2", "world", "5"], "all_rm_scores": [1, 3, 0]},
+        ["world", "2", "5"],
+        ["--from_scores"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("row", "texts", "flags"), ORDERS.values(), ids=ORDERS)
+def test_the_command_writes_the_column_in_the_order_in_which_it_is_read(row, texts, flags, models, tmp_path):
+    source, output = tmp_path / "rows.jsonl", tmp_path / "scored.jsonl"
+    source.write_text(json.dumps(row) + "\n")
+    assert cli.main(["logp", str(source), "-o", str(output), "--models", models[0], *flags]) == 0
+    truth = {text: own_mean_logp(models[0], row["prompt"], text) for text in texts if text}
+    written = json.loads(output.read_text())["source_logp"]
+    assert written == [pytest.approx([truth[text]], rel=1e-5) if text else None for text in texts]
+    (example,) = load_examples(str(output), from_scores=bool(flags))
+    for response, logp in zip(example["responses"], example["source_logp"], strict=True):
+        assert logp == pytest.approx([truth[json.loads(response)["content"]]], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

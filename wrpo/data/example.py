@@ -49,6 +49,7 @@ def example_of(row: dict, *, stage: str = "preference", from_scores: bool = Fals
     prompt, responses = read_form(row, stage, from_scores)
     responses = [_best(responses)] if stage == "sft" else _with_preference(responses)
     split = {response.field: _split(response.value, response.field) for response in responses}
+    _refuse_one_text([answer for _, answer in split.values()])
     return {
         "prompt": _prompt(prompt, {field: repeated for field, (repeated, _) in split.items()}, row.get("system")),
         "responses": [answer for _, answer in split.values()],
@@ -64,12 +65,27 @@ def example_of(row: dict, *, stage: str = "preference", from_scores: bool = Fals
     }
 
 
+def in_order_of_row(row: dict, values: list, *, from_scores: bool = False) -> list:
+    """Values of an example's responses, for a column of its row: None for a response that has no share.
+
+    Args:
+        row: the raw row that `example_of` makes a preference of.
+        values: one for each response of that example, in the example's order.
+        from_scores: as for `example_of`.
+    """
+    _, responses = read_form(row, "preference", from_scores)
+    of_row: list = [None] * len(responses)
+    for place, value in zip(_in_order_of_roles(responses), values, strict=True):
+        of_row[place] = value
+    return of_row
+
+
 # -- responses --------------------------------------------------------------------------------------------------------
 
 
 def _with_preference(responses: list[Response]) -> list[Response]:
     """Those with a share, in the order of their roles."""
-    kept = sorted((r for r in responses if r.share), key=lambda response: ROLES.index(response.role))
+    kept = [responses[place] for place in _in_order_of_roles(responses)]
     roles = {response.role for response in kept}
     if REJECTED not in roles:
         got = "responses that are all worth the same: no preference"
@@ -78,6 +94,19 @@ def _with_preference(responses: list[Response]) -> list[Response]:
         todo = "Add the better one, or drop the row."
         raise DataError("a response of a source or the target", "rejected ones alone", todo, field="role")
     return kept
+
+
+def _in_order_of_roles(responses: list[Response]) -> list[int]:
+    """Places of the responses with a share."""
+    places = [place for place, response in enumerate(responses) if response.share]
+    return sorted(places, key=lambda place: ROLES.index(responses[place].role))
+
+
+def _refuse_one_text(answers: list[Message]) -> None:
+    """Raises DataError where all responses are the same: every gradient is zero."""
+    if len(answers) > 1 and all(answer == answers[0] for answer in answers):
+        got = f"one text for all {len(answers)}, {shown(answers[0].get('content'))}"
+        raise DataError("responses that differ", got, "Drop the row.", field="rejected")
 
 
 def _best(responses: list[Response]) -> Response:

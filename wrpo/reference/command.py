@@ -2,6 +2,7 @@
 
     source_logp[response][model] = (sum of the log-probs of the response's tokens) / (their number)      nats, <= 0
 
+with the responses in the order in which the row holds them, and null for one that weighs nothing.
 Each model scores every response of the triples after its prompt, rendered and tokenised its own way. One model is in
 memory at a time, and what it gave is kept beside the output: a run that was stopped goes on with the model it was at.
 """
@@ -10,12 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 from accelerate import PartialState
 
 from wrpo.data import load_examples
+from wrpo.data.example import in_order_of_row
 from wrpo.rows.json_lines import write_json_lines
 from wrpo.rows.reading import read_rows
 from wrpo.settings import REQUIRED, check_range, knob, parse_settings
@@ -41,6 +43,11 @@ class LogpSettings:
     )
     batch_size: int = knob(8, "Rows in a batch.", group="speed")
     max_length: int | None = knob(None, "Most tokens in prompt + response. Default: no limit.", group="data")
+    from_scores: bool = knob(
+        False,
+        "Rows that score all their answers give all of them, not the best and the worst. As in training.",
+        group="data",
+    )
 
     def __post_init__(self) -> None:
         check_range(self, "batch_size", "max_length", low=1)
@@ -56,7 +63,7 @@ def run(arguments: list[str]) -> None:
     settings = parse(arguments)
     output = Path(settings.output)
     _refuse_output(output, settings.overwrite)
-    triples = load_examples(settings.triples)
+    triples = load_examples(settings.triples, from_scores=settings.from_scores)
     _refuse_input(output, triples.unique("file"))
     scored = with_source_logp(
         triples,
@@ -67,7 +74,7 @@ def run(arguments: list[str]) -> None:
         max_length=settings.max_length,
     )
     if PartialState().is_main_process:  # under torchrun all have the same numbers
-        _write(output, settings.triples, scored)
+        _write(output, settings, scored)
         print(f"triples  {output}")
 
 
@@ -84,7 +91,13 @@ def _refuse_input(output: Path, inputs: list[str]) -> None:
         raise UserError(f"output: {output} is one of the triples that are read. Name another file")
 
 
-def _write(output: Path, sources: list[str], scored: datasets.Dataset) -> None:
+def _write(output: Path, settings: LogpSettings, scored: datasets.Dataset) -> None:
     """The rows as they were read, fields that no triple has among them, with the column."""
-    rows = zip(read_rows(sources), scored["source_logp"], strict=True)
-    write_json_lines(output, ({**row, "source_logp": logp} for (_, _, row), logp in rows))  # type: ignore[dict-item]
+    rows: Any = (row for _, _, row in read_rows(settings.triples))
+    write_json_lines(
+        output,
+        (
+            {**row, "source_logp": in_order_of_row(row, logp, from_scores=settings.from_scores)}
+            for row, logp in zip(rows, scored["source_logp"], strict=True)
+        ),
+    )

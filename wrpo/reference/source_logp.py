@@ -4,9 +4,9 @@ Each model scores every response of the triples after its prompt, rendered and t
 
     source_logp[response][model] = (sum of the log-probs of the response's tokens) / (their number)      nats, <= 0
 
-with the responses in the order of the row: sources, target, rejected. The numbers are made by the same head and kernels
-as in training. One model is in memory at a time, and what it gave is kept beside the output: a run that was stopped
-goes on with the model it was at. Source: InfiFPO, arXiv:2505.13878, eq. 10.
+with the responses in the order of the example: sources, target, rejected. The numbers are made by the same head and
+kernels as in training. One model is in memory at a time, and what it gave is kept beside the output: a run that was
+stopped goes on with the model it was at. Source: InfiFPO, arXiv:2505.13878, eq. 10.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ and for supervised fine-tuning the best answer of these, and
 
 Each field of responses holds one or several. A prompt is text (a user's turn), a message or a list of messages. A
 response is text, an assistant's message, or messages that end with one and repeat the prompt before it; where there is
-no prompt beside it, that is the prompt. Messages may be JSON text. The text of a column `system` is a system message
-before the prompt of every form.
+no prompt beside it, that is the prompt. So is what two texts begin with, in a row without a column `prompt`. Messages
+may be JSON text. The text of a column `system` is a system message before the prompt of every form.
 
 Columns beside them, a number or name for each response that they speak of: `source_weight`, `rejected_weight` (shares
 that sum to 1; default: equal ones), `source_model`, `rejected_model`, `source_reward`, `target_reward`,
@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
-from wrpo.rows.errors import DataError
+from wrpo.rows.errors import DataError, shown
 
 from . import answer, chosen, scored
 from .columns import with_columns, with_shares
@@ -71,6 +71,9 @@ _ANSWERS = (
 )
 
 
+# Fields that say of their responses which are better: a row that is read by some of them has no others.
+_LABELLED = ("source_chosen", "target_chosen", "chosen", "rejected", "rejected_response", "rejected_messages")
+
 _SCORED = (
     (("all_generated_responses", "all_rm_scores"), scored.generated),
     (("completions",), scored.ranked),
@@ -84,7 +87,8 @@ def read_form(row: dict, stage: str, from_scores: bool) -> Reading:
     """The prompt and the responses of a row, with shares and everything that its columns say of them.
 
     Raises:
-        DataError: a row in none of the forms, naming the nearest; a field that its form cannot be read from.
+        DataError: a row in none of the forms, naming the nearest, or in two of them; a field that its form cannot be
+            read from.
     """
     forms = _ALL_BY_SCORE + _BY_NAME if from_scores else _BY_NAME + _BEST_AND_WORST
     forms += _ANSWERS if stage == "sft" else ()
@@ -92,7 +96,18 @@ def read_form(row: dict, stage: str, from_scores: bool) -> Reading:
     if form is None:
         raise _unknown(row, forms, USUAL[stage])
     prompt, responses = form.read(row)
+    _refuse_second_form(row, {response.field.partition("[")[0] for response in responses})
     return prompt, with_shares(with_columns(row, responses))
+
+
+def _refuse_second_form(row: dict, read: set[str]) -> None:
+    """Raises DataError where responses would vanish: those of a field that is not of the form that was read."""
+    if read.isdisjoint((*_LABELLED, "responses")):
+        return
+    for name in _LABELLED:
+        if row.get(name) and name not in read:
+            expected = f"nothing beside {' and '.join(map(repr, sorted(read)))}, as which the row is read"
+            raise DataError(expected, shown(row[name]), "Write the row in one form; leave the other out.", field=name)
 
 
 def _unknown(row: dict, forms: Iterable[Form], usual: Form) -> DataError:

@@ -9,6 +9,8 @@ from .columns import OF_EXAMPLES, with_columns
 from .conversation import as_message, prompt_of, turns
 from .response import Reading, Response, responses_in
 
+_OTHER_NAMES = ("question", "query", "problem", "input", "context")  # of a prompt, that no form here reads
+
 
 def example(row: dict) -> Reading:
     """The form that all others become: `responses`, and for each its `role`."""
@@ -38,17 +40,29 @@ def chosen(row: dict) -> Reading:
     last = sum(response.role == SOURCE for response in responses) - 1
     responses[last] = responses[last]._replace(role=TARGET)
     prompt = prompt_of(row)
-    return _split(responses) if prompt is None else (prompt, responses)
+    return _split(row, responses) if prompt is None else (prompt, responses)
 
 
-def _split(responses: list[Response]) -> Reading:
+def _split(row: dict, responses: list[Response]) -> Reading:
     """Two texts without a prompt, as TRL reads them: what both begin with is the prompt, but for a last space."""
     texts = [response.value for response in responses]
     if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
         return None, responses
+    _refuse_lost_prompt(row)
     length = next((k for k, (one, other) in enumerate(zip(*texts, strict=False)) if one != other), min(map(len, texts)))
     shared = texts[0][:length].removesuffix(" ")
     return shared or None, [response._replace(value=response.value[len(shared) :]) for response in responses]
+
+
+def _refuse_lost_prompt(row: dict) -> None:
+    """Raises DataError where a prompt was meant, and what the answers begin with by chance would take its place."""
+    if "prompt" in row:
+        todo = "Add it, or drop the row. Where both texts begin with the prompt, leave the column out."
+        raise DataError("a value", "none", todo, field="prompt")
+    for name in _OTHER_NAMES:
+        if row.get(name):
+            todo = f"Rename {name!r} to 'prompt'. Where both texts begin with the prompt, leave it out."
+            raise DataError("a prompt under the name of prompt", shown(row[name]), todo, field=name)
 
 
 def rejected_beside(row: dict) -> Reading:

@@ -60,23 +60,24 @@ def sequence_logp(value: Any, count: int, field: str) -> list[float]:
     return logp
 
 
-def logp_by_model(value: Any, count: int, field: str) -> list[list[float]]:
-    """For each response its mean log-prob a token under each of M models, nats."""
-    rows = value if isinstance(value, list) and all(isinstance(row, list) and row for row in value) else []
-    models = len(rows[0]) if rows else 0
-    if len(rows) != count or any(len(row) != models for row in rows):
-        todo = f"Give one list for each response, sources first, then target, then rejected, {_OMIT}"
+def logp_by_model(value: Any, count: int, field: str) -> list[list[float] | None]:
+    """For each response its mean log-prob a token under each of M models, nats; None: not known."""
+    of_all = value if isinstance(value, list) else []
+    rows = [row for row in of_all if row is not None]
+    lengths = {len(row) if isinstance(row, list) else 0 for row in rows}
+    if len(of_all) != count or len(lengths) != 1 or 0 in lengths:
+        todo = f"Give one list for each response, in the order of the row, {_OMIT}"
         raise DataError(f"{count} lists with one number for each model", shown(value), todo, field=field)
     if not all(_is_number(logp) and -LARGEST_NUMBER <= logp <= LARGEST_LOGP for row in rows for logp in row):
         todo = "Divide the sum over the response's tokens by their number."
         raise DataError("finite mean log-probs, at most 0", shown(value), todo, field=field)
-    return [[float(logp) for logp in row] for row in rows]
+    return [None if row is None else [float(logp) for logp in row] for row in of_all]
 
 
 def truth_values(value: Any, count: int, field: str) -> list[bool]:
     values = _listed(value, count)
     if len(values) != count or not all(isinstance(part, bool) for part in values):
-        todo = f"Give one for each response, sources first, then target, then rejected, {_OMIT}"
+        todo = f"Give one for each response, in the order of the row, {_OMIT}"
         raise DataError(f"{count} truth value{'s' * (count > 1)}", shown(value), todo, field=field)
     return values
 

@@ -88,15 +88,16 @@ def check_inherited(args: Any) -> None:
 
 
 def check_numbers(args: Any, *names: str, **bounds: Any) -> None:
-    """As `check_range`, which lets None pass: here only in fields that may be None.
+    """As `check_range`, but None passes in `OPTIONAL` alone, whatever the fields' types say.
 
     Raises:
         ValueError: with the field, what was expected and what came.
     """
     for name in names:
-        if getattr(args, name) is None and name not in OPTIONAL:
+        if getattr(args, name) is not None:
+            check_range(args, name, **bounds)
+        elif name not in OPTIONAL:
             raise ValueError(f"{name}: expected a finite number, got none")
-    check_range(args, *names, **bounds)
 
 
 def _there(args: Any, names: Any) -> list[str]:

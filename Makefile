@@ -17,13 +17,15 @@ NATIVE := setup.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/
 
 .DEFAULT_GOAL := menu
 .DELETE_ON_ERROR:
-.PHONY: menu demo fuse experiment test bench lint format docs wheel test-gpu sanitize bench-gpu clean
+.PHONY: menu demo fuse experiment test fuzz sanitize-cpu bench lint format docs wheel test-gpu sanitize bench-gpu clean
 
 menu:
 	@echo "make demo        fine-tune a real language model on this machine: answers before and after, a curve, a saved model"
 	@echo "make fuse        from candidates to a fused model, each public command shown as it runs, into fuse-output/"
 	@echo "make experiment  does fusion work? tiny specialists fused, every arm of the paper, into docs/fusion.md"
 	@echo "make test        every test that needs no GPU"
+	@echo "make fuzz        ten minutes of random calls of every op against float64 formulas"
+	@echo "make sanitize-cpu  random calls and tests of the CPU kernels under AddressSanitizer and UBSan, 5 minutes"
 	@echo "make bench       the fused loss beside every rival: time, memory, errors; a table and pictures, under 5 minutes"
 	@echo "make lint        formatting, types and the rules in .pre-commit-config.yaml"
 	@echo "make format      apply the formatting"
@@ -45,6 +47,17 @@ experiment: $(VENV)/installed-demo
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m "not gpu" $(WORKERS) $(ARGS)
+
+fuzz: $(VENV)/installed-test
+	$(BIN)/python tests/kernels/fuzz.py --seconds 600 $(ARGS)
+
+# Python itself is not built with the sanitizer, so its runtime comes first; libstdc++ beside it, or a throw finds none.
+RUNTIMES = $(foreach library,asan stdc++,$(shell $(CXX) -print-file-name=lib$(library).so))
+
+sanitize-cpu: $(VENV)/installed-test
+	WRPO_BUILD=cpu WRPO_SANITIZE=address,undefined \
+		$(BIN)/python setup.py --quiet build_ext --build-lib build/sanitized --build-temp build/sanitized
+	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 $(BIN)/python tests/kernels/sanitize_cpu.py build/sanitized $(ARGS)
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python -m benchmarks.run $(ARGS)

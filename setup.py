@@ -5,6 +5,7 @@
     WRPO_BUILD=cuda   wrpo_kernels._cpu and wrpo_kernels._cuda, or an error that says why not
     not set           each of them where the compiler or nvcc can build it; one line says which
     WRPO_CUDA_ARCHS   devices to compile for, and PTX of the last one; default 80;90;100;120 where nvcc knows them
+    WRPO_SANITIZE     what the compiler's -fsanitize= takes, for wrpo_kernels._cpu (`make sanitize-cpu`)
 
 Torch is neither imported nor linked: one build serves every release of it. ninja runs the compilers, and from its log
 of the last build it knows which objects are still good.
@@ -69,6 +70,9 @@ FLAGS = [
     "-fno-trapping-math",
     "-ffp-contract=off",
 ]
+
+# Lines in the reports, and an end at the first of them.
+SANITIZED = ["-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
 
 # Products are fused only where the source says so, as on the CPU.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-cudart=static", "-Xfatbin=-compress-all", "--threads=0"]
@@ -177,7 +181,7 @@ class BuildNative(build_ext):
             self.said.append(f"built {ext.name}: {summary}")
 
     def build_cpu(self, ext: Extension) -> str:
-        self.link(ext, self.compile(ext, list(self.cpu_units())))
+        self.link(ext, self.compile(ext, list(self.cpu_units())), self.sanitizer())
         return f"{', '.join(self.levels())}, threads: {'OpenMP' if self.openmp() else 'none'}"
 
     def build_cuda(self, ext: Extension) -> str:
@@ -193,12 +197,13 @@ class BuildNative(build_ext):
     def cpu_units(self) -> Iterator[Unit]:
         levels = self.levels()
         threads = self.openmp() or (["-fopenmp-simd"] if self.accepts(["-fopenmp-simd"]) else [])
+        flags_of_all = [*threads, *self.sanitizer()]
         built = [f"-DWRPO_BUILT_{level.upper()}=1" for level in levels]
         for source in CPU_SOURCES:
-            yield Unit(source, f"{Path(source).stem}.o", self.cxx(*built, *threads))
+            yield Unit(source, f"{Path(source).stem}.o", self.cxx(*built, *flags_of_all))
         for source in LEVEL_SOURCES:
             for level, flags in levels.items():
-                compiler = self.cxx(f"-DWRPO_LEVEL={level}", *threads, *flags)
+                compiler = self.cxx(f"-DWRPO_LEVEL={level}", *flags_of_all, *flags)
                 yield Unit(source, f"{Path(source).stem}.{level}.o", compiler)
 
     def cxx(self, *flags: str) -> list[str]:
@@ -229,10 +234,15 @@ class BuildNative(build_ext):
     def link(self, ext: Extension, objects: list[str], libraries: Sequence[str] = ()) -> None:
         # OpenMP is not linked: the GOMP_* symbols bind to the libgomp that torch has loaded. A second copy means a
         # second pool of threads on the same cores, and parallel regions up to 500 times slower.
-        strip = ["-Wl,-s"] if sys.platform == "linux" else []
+        strip = ["-Wl,-s"] if sys.platform == "linux" and not self.sanitizer() else []
         path = self.get_ext_fullpath(ext.name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         self.compiler.link_shared_object(objects, path, extra_postargs=[*libraries, *strip], target_lang="c++")
+
+    @staticmethod
+    def sanitizer() -> list[str]:
+        kinds = os.environ.get("WRPO_SANITIZE")
+        return [*SANITIZED, f"-fsanitize={kinds}"] if kinds else []
 
     def levels(self) -> dict[str, list[str]]:
         if platform.machine() not in ("x86_64", "AMD64"):

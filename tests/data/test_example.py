@@ -114,6 +114,12 @@ def test_responses_that_are_cut_are_marked_in_the_order_of_the_row():
     assert example_of({"prompt": "2 + 3?", "response": "fi", "cut": True}, stage="sft")["cut"] == [True]
 
 
+def test_a_sampled_answer_is_cut_where_it_says_so():
+    row = {"prompt": "2 + 3?", "response": "fi"}
+    for reason, cut in (("length", [True]), ("stop", [False]), (None, None)):
+        assert example_of(row | {"finish_reason": reason}, stage="sft")["cut"] == cut
+
+
 def test_an_examples_columns_are_put_in_the_order_of_its_roles():
     example = example_of(
         {

@@ -20,7 +20,7 @@ from wrpo.user_error import UserError
 from .answers import Prompt, one_prompt
 from .choice import Unusable, choose_sources, preference_row, sft_row
 from .grouping import PARTITION_BYTES, PromptGroups, Record
-from .limits import Limits, distinct
+from .limits import CUT, Limits, distinct
 from .picture import draw_rewards
 from .report import BuildReport
 from .scorers import OF_ANOTHER, Scorers
@@ -185,9 +185,10 @@ def _row(prompt: Prompt, settings: BuildSettings, limits: Limits, report: BuildR
 
 
 def _refuse_empty(settings: BuildSettings, report: BuildReport) -> None:
+    cut = "Give wrpo sample more max_tokens, or say --cut_answers keep. " if report.dropped_answers[CUT] else ""
     if not report.sft + report.preferences + report.unanswered:
-        todo = "Check the model names, or loosen the limits."
+        todo = f"{cut}Check the model names, or loosen the limits."
         raise DataError("at least one SFT row or triple", report.summary(), todo)
     if settings.stage == "all" and not report.preferences and report.dropped_prompts:
-        todo = f"Check the name {settings.target!r}, or loosen the limits; before the target has answered: --stage sft."
-        raise DataError("at least one triple", report.summary(), todo)
+        todo = f"{cut}Check the name {settings.target!r}, or loosen the limits; before the target has answered: "
+        raise DataError("at least one triple", report.summary(), f"{todo}--stage sft.")

@@ -29,7 +29,9 @@ from benchmarks.suite.results import Figure, ResultFile, Row, file_name, make_ro
 from benchmarks.suite.rivals import missing
 from benchmarks.suite.scenarios import Scenario
 
-OP_TESTS = ("tests/kernels/test_linear_preference_loss.py",)  # of what is timed
+OP_TESTS = tuple(
+    f"tests/kernels/test_linear_preference_{subject}.py" for subject in ("loss", "layout", "graph")
+)  # of what is timed
 TYPICAL_ROWS = {"cpu": (512, 256), "cuda": (16384, 8192)}  # N of a typical point: full, quick
 
 

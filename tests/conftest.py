@@ -32,6 +32,7 @@ import interpreter
 
 from wrpo_kernels import token_logp
 from wrpo_kernels.dispatch import triton_backend
+from wrpo_kernels.dispatch.backends import load_extension
 
 # Backend and the device it is tested on. The same test files run on all of them.
 PLACES = (
@@ -175,3 +176,13 @@ def drawn(monkeypatch) -> list:
 
     monkeypatch.setattr(Figure, "savefig", save)
     return figures
+
+
+@pytest.fixture(autouse=True)
+def chosen_instruction_set():
+    """Every test starts and ends at the instruction set that the native module chose."""
+    module, _ = load_extension("_cpu")
+    chosen = module and module.features()["simd"]
+    yield
+    if module:
+        module.set_simd(chosen)

@@ -12,7 +12,7 @@ import torch
 from wrpo_kernels.dispatch import cuda_launch
 from wrpo_kernels.dispatch.backends import load_extension, why_not
 from wrpo_kernels.lm_head.budget import DEFAULT_BUDGET, DEFAULT_BUDGET_OF_ACCELERATOR
-from wrpo_kernels.lm_head.products import multiplies, prefers_transposed
+from wrpo_kernels.lm_head.products import multiplies_fast, prefers_transposed
 from wrpo_kernels.preference_loss import contract as preference_contract
 from wrpo_kernels.token_logp import contract as token_contract
 from wrpo_kernels.version import __version__
@@ -41,7 +41,7 @@ def _native() -> list[str]:
         return [f"native        no: {reason}"]
     features = ", ".join(f"{name} {value}" for name, value in module.features().items())
     form = "delta^T h with delta transposed first" if prefers_transposed() else "as they stand"
-    if not multiplies(torch.bfloat16):
+    if not multiplies_fast(torch.bfloat16):
         form = "widened to float32 in stripes, since this CPU has no such products"
     return [f"native        {features}", f"products      bfloat16 on the CPU: {form}"]
 

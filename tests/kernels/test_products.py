@@ -17,7 +17,7 @@ half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str
 @pytest.fixture(autouse=True)
 def widened(monkeypatch):
     """As on a CPU without 16-bit products, in stripes of 64 columns."""
-    monkeypatch.setattr(products, "multiplies", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(products, "multiplies_fast", lambda dtype: dtype == torch.float32)
     monkeypatch.setattr(products, "STRIPE_BYTES", 1)
 
 
@@ -71,7 +71,7 @@ def test_log_probs_and_gradients_are_those_of_the_products_as_they_stand(dtype, 
         return [logp.detach(), *torch.autograd.grad(logp, leaves, cotangent)]
 
     wide = run()
-    monkeypatch.setattr(products, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(products, "multiplies_fast", lambda dtype: True)
     for name, got, plain in zip(("logp", "grad_hidden", "grad_weight"), wide, run(), strict=True):
         size = float(plain.double().square().mean().sqrt())
         difference = float((got.double() - plain.double()).square().mean().sqrt())
@@ -80,7 +80,7 @@ def test_log_probs_and_gradients_are_those_of_the_products_as_they_stand(dtype, 
 
 def test_no_type_that_the_cpu_multiplies_is_widened(monkeypatch):
     monkeypatch.undo()
-    assert products.multiplies(torch.float32) and products.multiplies(torch.float64)
+    assert products.multiplies_fast(torch.float32) and products.multiplies_fast(torch.float64)
     assert not products.is_widened(torch.zeros(1, dtype=torch.float32))
     assert not products.is_widened(torch.zeros(1, dtype=torch.bfloat16, device="meta"))
 

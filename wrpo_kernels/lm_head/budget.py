@@ -12,7 +12,7 @@ from torch import Tensor
 # 1.16 (H200, 2026-11-26, see docs/log.md).
 DEFAULT_BUDGET = 512 << 20
 DEFAULT_BUDGET_OF_ACCELERATOR = 1 << 30
-MOST = (1 << 63) - 1  # what the ops' int64 holds
+LARGEST_BUDGET = (1 << 63) - 1  # what the ops' int64 holds
 
 
 class Plan(NamedTuple):
@@ -56,4 +56,4 @@ def check_budget(budget_bytes: int | None, device: torch.device) -> int:
         raise TypeError(f"budget_bytes must be an int, got {type(budget_bytes).__name__}")
     if budget_bytes <= 0:
         raise ValueError(f"budget_bytes must be > 0, got {budget_bytes}")
-    return min(budget_bytes, MOST)
+    return min(budget_bytes, LARGEST_BUDGET)

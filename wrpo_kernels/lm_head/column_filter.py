@@ -18,7 +18,7 @@ from torch import Tensor
 
 from wrpo_kernels.lm_head import products
 
-MOST = 0.5  # share of the columns above which gathering them saves nothing
+LARGEST_SHARE = 0.5  # share of the columns above which gathering them saves nothing
 
 
 def columns_that_count(delta: Tensor, target: Tensor, eps: float) -> Tensor | None:
@@ -29,7 +29,7 @@ def columns_that_count(delta: Tensor, target: Tensor, eps: float) -> Tensor | No
     counts = ~((delta.amin(0) > -eps) & (delta.amax(0) < eps))  # NaN counts
     counts[target.clamp(0, delta.shape[1] - 1)] = True
     columns = counts.nonzero()[:, 0]
-    return columns if columns.shape[0] <= MOST * delta.shape[1] else None
+    return columns if columns.shape[0] <= LARGEST_SHARE * delta.shape[1] else None
 
 
 def grad_hidden_into(out: Tensor, delta: Tensor, weight: Tensor, columns: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ STRIPE_BYTES = 8 << 20  # scratch of one stripe of the vocabulary; 2..32 MiB mea
 
 
 @cache
-def multiplies(dtype: torch.dtype) -> bool:
+def multiplies_fast(dtype: torch.dtype) -> bool:
     """Whether the CPU products of torch in this type are at least as fast as those in float32.
 
     Without AVX-512 they are not: on 2 cores with AVX2 h W^T runs at 9 GFLOP/s a core in bfloat16, dh = delta W at 1,
@@ -33,7 +33,7 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 
 def is_widened(operand: Tensor) -> bool:
-    return operand.dtype.itemsize == 2 and operand.device.type == "cpu" and not multiplies(operand.dtype)
+    return operand.dtype.itemsize == 2 and operand.device.type == "cpu" and not multiplies_fast(operand.dtype)
 
 
 def _wide_stripes(vocabulary: int, *widths: int) -> Iterator[slice]:

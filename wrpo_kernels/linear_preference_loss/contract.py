@@ -57,7 +57,7 @@ def _fake(
     hidden, weight, _, *rest = tensors
     wide, (_, chunks) = logp_dtype(hidden.dtype), _chunks(tensors, options)
     dw, dup = (None if x is None else total_dtype(hidden.dtype, x.dtype, chunks) for x in (weight, tensors.up))
-    logp = hidden.new_empty(len(sequences.seq_weight), dtype=wide)
+    logp = hidden.new_empty(sequences.seq_weight.shape[0], dtype=wide)
     kinds = HeadGradients(hidden.dtype, dw, wide, hidden.dtype, dup)
     each = zip(options.asked, (hidden, weight, *rest), kinds, strict=True)
     grads = [hidden.new_empty(x.shape, dtype=kind) if asked else hidden.new_empty(0) for asked, x, kind in each]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from scored_answers import answers, write_lines
 from tiny_models import plain_logp, preference_batch, tiny_model, tiny_rows
 from tiny_runs import ONE_GRADIENT, SETTINGS, training_lines, weights, wrpo_trainer
+from tiny_tokenizer import tiny_tokenizer
 
-from wrpo import DPOConfig, WRPOTrainer
+from wrpo import DPOConfig, WRPOTrainer, cli
+from wrpo.data import load_examples, tokenize_examples
 from wrpo.training.response_weights import response_weights
 
 # name: (number of sources, of targets, of rejected), and what each weighs with alpha 0.3
@@ -152,3 +155,33 @@ def test_a_resumed_run_of_mixed_rows_is_bit_equal_to_the_uninterrupted_one(tmp_p
     expected = weights(whole)
     assert all(torch.equal(value, expected[name]) for name, value in weights(resumed).items())
     assert training_lines(resumed) == training_lines(whole)
+
+
+def test_ties_that_wrpo_build_wrote_train_with_the_whole_weight_on_their_sources_from_the_first_step(tmp_path):
+    """Two sources for each prompt; alpha is 0 for the triple at step 0, and 1 for the ties."""
+    candidates = [row for name in "abc" for row in answers(name, big=[1.0], small=[0.75], target=[0.0, 0.0])]
+    candidates += answers("triple", big=[1.0], small=[0.75], target=[0.5, 0.0])
+    path = write_lines(candidates, tmp_path / "candidates.jsonl")
+    flags = ["--ties", "source", "--num_sources", "2", "--sft_share", "0"]
+    assert cli.main(["build", str(path), "-o", str(tmp_path), *flags]) == 0
+    tokenizer, beta = tiny_tokenizer(), 0.5
+    rows = list(tokenize_examples(load_examples(tmp_path / "triples.jsonl"), tokenizer))
+    weight = {4: [0.0, 0.0, 1.0, -1.0], 3: [0.5, 0.5, -1.0]}  # by the number of responses
+    assert sorted(len(row["response_ids"]) for row in rows) == [3, 3, 3, 4]
+    policy, reference = (tiny_model(seed=s, vocab_size=len(tokenizer), max_position_embeddings=128) for s in (0, 1))
+    losses = []
+    for row in rows:
+        batch = preference_batch([row])
+        with torch.no_grad():
+            ratio = plain_logp(policy, batch) - plain_logp(reference, batch)
+        of_row = torch.tensor(weight[len(row["response_ids"])], dtype=torch.float64)
+        losses.append(-F.logsigmoid(beta * (of_row * ratio).sum()))
+    trainer = wrpo_trainer(
+        tmp_path, policy, rows, ref_model=reference, processing_class=tokenizer,
+        per_device_train_batch_size=4, max_steps=8, learning_rate=1e-2, alpha=0.5, beta=beta,
+    )  # fmt: skip
+    trainer.train()
+    lines = training_lines(trainer)
+    assert lines[0]["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+    assert lines[-1]["loss"] < 0.1 < lines[0]["loss"]
+    assert lines[-1]["rewards/accuracies"] == 1.0

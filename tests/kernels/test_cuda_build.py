@@ -54,10 +54,11 @@ def short(mangled: str) -> str:
 def resources() -> dict[str, dict[str, list[int]]]:
     """kernel -> "sm_90" -> [registers, bytes of static shared memory, of stack, of spills]"""
     jobs = [(source, arch) for source in SOURCES for arch in ARCHS]
+    shipped = flags()  # once, before the threads: ast.parse of two threads at a time fails on Python 3.11
 
     def report(job: tuple[str, str]) -> str:
         source, arch = job
-        command = ["nvcc", *flags(), f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin", source, "-o", "/dev/null"]
+        command = ["nvcc", *shipped, f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin", source, "-o", "/dev/null"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stderr

@@ -25,6 +25,7 @@ from wrpo_kernels.lm_head.budget import even_chunk
 from wrpo_kernels.lm_head.gradients import Gradients
 from wrpo_kernels.lm_head.head import Head
 from wrpo_kernels.lm_head.rows import Rows, slice_rows
+from wrpo_kernels.preference_loss.contract import check_group_numbers
 from wrpo_kernels.preference_loss.family import LossArguments
 
 
@@ -62,11 +63,10 @@ def run(
         return _values_and_gradients(head, rows, loss, divisor, buffer, gradients, kernel)
     sequences, num_groups, family = loss
     logp = torch.zeros(len(sequences.seq_weight), dtype=head.logp_dtype, device=buffer.device)
-    # A group that no sequence belongs to has the margin -gamma, whichever way it is computed.
-    value, _, margin, _ = kernel.forward(logp[:0], loss._replace(sequences=sequences.none()))
-    reward = torch.zeros_like(logp)
+    value, margin, reward = logp.new_empty(num_groups), logp.new_empty(num_groups), torch.zeros_like(logp)
     # The one place that waits for an accelerator: which rows share a pass depends on the lengths.
     length, group = torch.stack([sequences.length, sequences.group]).tolist()
+    check_group_numbers(group, num_groups)
     of_sequence = rows.positions().split(length)
     for members in passes_of_groups(length, group, num_groups, fit):
         some = rows.at(torch.cat([of_sequence[s] for s in members]))

@@ -14,11 +14,12 @@ from wrpo.pretrained import check_adapter, load_model, load_tokenizer, require_t
 from wrpo.settings import DataSettings, ModelSettings, parse_settings
 from wrpo.user_error import UserError
 
-from .config import DPOConfig, FusedHeadConfig, SFTConfig, WRPOConfig
+from .config import FusedHeadConfig, SFTConfig
 from .inherited_fields import describe
 from .resuming import find_checkpoint, train_from
 from .saving import has_weights
 from .sft_trainer import SFTTrainer
+from .wrpo_config import DPOConfig, WRPOConfig
 from .wrpo_trainer import WRPOTrainer
 
 OUTPUTS = {"model": "", "metrics": "metrics.json", "curves": "training_curves.png"}  # in output_dir

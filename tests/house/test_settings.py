@@ -103,6 +103,12 @@ MISTAKES = {
         [],
         "expected one of the two, got 't.jsonl' and 'd'",
     ),
+    "evaluation rows from two places": (
+        "dataset_test_split: test\neval_file: e.jsonl",
+        [],
+        "^dataset_test_split, eval_file: expected one of the two, got 'test' and 'e.jsonl'",
+    ),
+    "a split of nothing": ("dataset_test_split: test", [], "dataset_test_split needs dataset_name"),
     "a configuration of nothing": ("dataset_config: c", [], "dataset_config needs dataset_name"),
     "a template that is not in a file": ("chat_template: chatml", [], "chat_template: expected none, got 'chatml'"),
     "two templates": (

@@ -100,8 +100,7 @@ def linear_preference_loss(
     tensors = checked_tensors(hidden, weight, labels, bias, adapter, "labels")
     check_sequences(labels, cu_seqlens)
     check_int("ignore_index", ignore_index)
-    packed = cu_seqlens is not None
-    length = per_sequence(labels != ignore_index, cu_seqlens) if packed else count_labels(labels, ignore_index)
+    length = lengths(labels, cu_seqlens, ignore_index)
     rows = count_rows(length, labels.numel(), num_rows)
     transform = (logit_scale, softcap, temperature)
     options = checked_options(tensors, *transform, ignore_index, rows, budget_bytes, grad_filter, backend)
@@ -125,9 +124,7 @@ def linear_preference_loss(
     if reduction != "none" and takes_one_pass(tensors, options):
         outputs = in_one_pass(tensors, options, loss, counted, reduction, normalizer)
         return PreferenceOutput(*[nan_unless_counted(x, length, num_rows) for x in outputs])
-    with nullcontext() if torch.compiler.is_compiling() else LabelsByPosition("labels", tensors, ignore_index):
-        token_logp, _, _ = token_contract.linear_token_logp(tensors, options)
-    logp = nan_unless_counted(per_sequence(token_logp, cu_seqlens), length, num_rows)
+    logp = nan_unless_counted(sequence_logp(tensors, options, cu_seqlens), length, num_rows)
     return loss_of_sequences(logp, loss, counted, reduction, normalizer, backend)
 
 
@@ -166,6 +163,21 @@ def in_one_pass(
     )
     value = total if averages else reduce_loss(total, reduction, normalizer, counted)
     return PreferenceOutput(value, logp, reward, margin)
+
+
+def sequence_logp(tensors: HeadTensors, options: HeadOptions, cu_seqlens: Tensor | None) -> Tensor:
+    """[S] float32 summed log-probs, with their own derivative."""
+    is_compiling = torch.compiler.is_compiling()
+    with nullcontext() if is_compiling else LabelsByPosition("labels", tensors, options.ignore_index):
+        token_logp, _, _ = token_contract.linear_token_logp(tensors, options)
+    return per_sequence(token_logp, cu_seqlens)
+
+
+def lengths(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
+    """[S] int64, how many labels of each sequence count."""
+    if cu_seqlens is None:
+        return count_labels(labels, ignore_index)
+    return per_sequence(labels != ignore_index, cu_seqlens)
 
 
 def check_sequences(labels: Tensor, cu_seqlens: Tensor | None) -> None:

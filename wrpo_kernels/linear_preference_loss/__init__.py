@@ -95,8 +95,7 @@ def linear_preference_loss(
     tensors = checked_tensors(hidden, weight, labels, bias, adapter, "labels")
     check_sequences(labels, cu_seqlens)
     check_int("ignore_index", ignore_index)
-    packed = cu_seqlens is not None
-    length = per_sequence(labels != ignore_index, cu_seqlens) if packed else count_labels(labels, ignore_index)
+    length = lengths(labels, cu_seqlens, ignore_index)
     rows = count_rows(length, labels.numel(), num_rows)
     transform = (logit_scale, softcap, temperature)
     options = checked_options(tensors, *transform, ignore_index, rows, budget_bytes, grad_filter, backend)
@@ -120,9 +119,7 @@ def linear_preference_loss(
     if reduction != "none" and takes_one_pass(tensors, options):
         value, *detached = in_one_pass(tensors, options, loss, counted, reduction, normalizer)
         return PreferenceOutput(nan_unless_counted(value, length, num_rows), *detached)
-    with nullcontext() if torch.compiler.is_compiling() else LabelsByPosition("labels", tensors, ignore_index):
-        token_logp, _, _ = token_contract.linear_token_logp(tensors, options)
-    logp = nan_unless_counted(per_sequence(token_logp, cu_seqlens), length, num_rows)
+    logp = nan_unless_counted(sequence_logp(tensors, options, cu_seqlens), length, num_rows)
     return loss_of_sequences(logp, loss, counted, reduction, normalizer, backend)
 
 
@@ -161,6 +158,21 @@ def in_one_pass(
     )
     value = total if averages else reduce_loss(total, reduction, normalizer, counted)
     return PreferenceOutput(value, logp, reward, margin)
+
+
+def sequence_logp(tensors: HeadTensors, options: HeadOptions, cu_seqlens: Tensor | None) -> Tensor:
+    """[S] float32 summed log-probs, with their own derivative."""
+    is_compiling = torch.compiler.is_compiling()
+    with nullcontext() if is_compiling else LabelsByPosition("labels", tensors, options.ignore_index):
+        token_logp, _, _ = token_contract.linear_token_logp(tensors, options)
+    return per_sequence(token_logp, cu_seqlens)
+
+
+def lengths(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
+    """[S] int64, how many labels of each sequence count."""
+    if cu_seqlens is None:
+        return count_labels(labels, ignore_index)
+    return per_sequence(labels != ignore_index, cu_seqlens)
 
 
 def check_sequences(labels: Tensor, cu_seqlens: Tensor | None) -> None:

@@ -89,7 +89,8 @@ def linear_preference_loss(
         backward has rounded it, and a second one while a second group that does not fit by itself is added.
     Cost: forward alone 2NDV flops, frozen head 4NDV, trained head 6NDV, whatever the length and the budget; an adapter
         of rank r on a frozen head 4NDV and 6NrV. N counts only the labels that count. 2DV more for each row beyond the
-        budget of a group with a margin and a likelihood term (`nll_weight`), and where that is cheaper than a second dW.
+        budget of a group with both a margin and a likelihood term (`nll_weight`), or where that costs less than adding
+        a second dW.
     Source: WRPO, arXiv:2412.03187.
     """
     tensors = checked_tensors(hidden, weight, labels, bias, adapter, "labels")

@@ -64,7 +64,7 @@ def _fake(
     kinds = HeadGradients(hidden.dtype, dw, wide, hidden.dtype, dup)
     each = zip(options.asked, (hidden, weight, *rest), kinds, strict=True)
     grads = [hidden.new_empty(x.shape, dtype=kind) if asked else hidden.new_empty(0) for asked, x, kind in each]
-    factor = logp.new_empty(() if chunks > 1 else 0)
+    factor = logp.new_empty(()) if chunks > 1 else hidden.new_empty(0)
     return logp.new_empty(()), logp, torch.empty_like(logp), logp.new_empty(num_groups), factor, *grads
 
 

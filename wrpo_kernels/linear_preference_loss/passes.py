@@ -10,9 +10,9 @@ So rows that the budget cannot hold together seldom have to be computed twice:
     all v = 0      `scaled`  the pieces leave gradients made with u; the one number phi'(m_g) multiplies their sum
     neither        `twice`   log-probs first; the rows of all pieces but the last are computed again (2DV flops a row)
 
-A `scaled` sum needs totals of its own: those of the call while nothing else is in them, so such a group comes first; any
-further one takes a second dW [V, D], whose adding reads and writes 12VD bytes. A row computed again costs 2DV flops, so a
-group with fewer than 6 flops/bytes rows beyond the budget, at the speeds of the device, is walked `twice` instead.
+A `scaled` sum needs totals of its own: those of the call while nothing else is in them, so such a group comes first;
+any further one takes a second dW [V, D], whose adding reads and writes 12VD bytes. A row computed again costs 2DV
+flops, so a group with fewer rows beyond the budget than 6 flops/bytes, at the speeds of the device, is walked `twice`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ from wrpo.user_error import UserError
 from .config import FusedHeadConfig, SFTConfig
 from .inherited_fields import describe
 from .resuming import find_checkpoint, train_from
-from .saving import has_weights
 from .sft_trainer import SFTTrainer
 from .wrpo_config import DPOConfig, WRPOConfig
 from .wrpo_trainer import WRPOTrainer
@@ -125,11 +124,6 @@ def _tokenised(source: Any, split: str, tokenizer: Any, config: Any, data: DataS
 
 
 def _print_paths(folder: Path) -> None:
-    if not has_weights(folder):
-        raise UserError(
-            f"training has ended, and no weights are in {folder}: saving writes none of a sharded state dict "
-            "(fsdp_state_dict_type: FULL_STATE_DICT does). Checkpoints beside it hold them"
-        )
     for what, name in OUTPUTS.items():
         if (folder / name).exists():
             print(f"{what:<8} {folder / name}")

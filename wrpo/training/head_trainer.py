@@ -3,7 +3,8 @@
 Exact normalisation. The Trainer hands over all micro-batches of an optimizer step at once. Their items (examples or
 tokens) are counted together and over all ranks, and each micro-batch's loss is its sum divided by that count. So the
 gradient of a step is that of the mean over all its items, however they are dealt out to micro-batches and ranks: DDP,
-FSDP and ZeRO average over ranks, and the loss is multiplied by the number of ranks to undo it.
+FSDP and ZeRO average over ranks, and the count is divided by the number of ranks to undo it. Rows that are repeated
+because the data does not divide by the ranks weigh nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from wrpo.data.collation import Batch, pad_token
 from wrpo.data.model_limits import keep_padding_inside
+from wrpo.data.ranks import rows_that_count
 from wrpo.head.fused_head import install_fused_head
 from wrpo.user_error import UserError
 from wrpo_kernels.environment import default_backend, default_budget
@@ -138,7 +140,7 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer):
         raise NotImplementedError
 
     def batch_loss(self, model: nn.Module, batch: Batch, count: Tensor | None) -> tuple[Tensor, dict[str, Measured]]:
-        """The batch's share of the loss, its sum divided by `count`; and the values to log.
+        """The batch's share of the loss, its sum over rows that are no repeats divided by `count`; and values to log.
 
         With `count` None (evaluation) the values hold "loss", and the first result is not used.
         """
@@ -149,8 +151,23 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer):
     ) -> tuple[list[Batch], Tensor]:
         """The micro-batches of one optimizer step, and the weight of their rows together, over all ranks."""
         batches = list(islice(epoch_iterator, num_batches))
-        count = sum((self.item_weight(batch).sum() for batch in batches), torch.zeros(())).to(device)
+        if batches:
+            batches[-1] = self.with_repeats_marked(batches[-1])
+        count = sum((self.counted_weight(batch).sum() for batch in batches), torch.zeros(())).to(device)
         return batches, self.accelerator.reduce(count, "sum").clamp(min=1)
+
+    def with_repeats_marked(self, batch: Batch) -> Batch:
+        """The batch that the data loader gave last; `is_counted` [B] where some of its rows are repeats."""
+        rows = len(weight := self.item_weight(batch))
+        counted = rows_that_count(self.accelerator, rows)
+        if counted == rows:
+            return batch
+        return {**batch, "is_counted": torch.arange(rows, device=weight.device) < counted}
+
+    def counted_weight(self, batch: Batch) -> Tensor:
+        """[B], `item_weight`, and 0 of a repeat."""
+        weight = self.item_weight(batch)
+        return weight * batch["is_counted"] if "is_counted" in batch else weight
 
     def compute_loss(
         self,
@@ -159,13 +176,14 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        weight = self.item_weight(inputs)
-        count = weight.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        weight = self.counted_weight(inputs)
+        if num_items_in_batch is None:
+            count = weight.sum().clamp(min=1)  # the loss is this rank's own mean
+        else:  # over all ranks
+            count = num_items_in_batch / self.accelerator.num_processes
         loss, values = self.batch_loss(model, inputs, count)
         if values:
             self.train_means.add(values, weight)
-        if num_items_in_batch is not None:  # that count is over all ranks; without it the loss is this rank's own mean
-            loss = loss * self.accelerator.num_processes
         return (loss, values) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -184,20 +202,11 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
-        inputs = self._prepare_inputs(inputs)
+        inputs = self.with_repeats_marked(self._prepare_inputs(inputs))
         with torch.no_grad():
             _, values = self.batch_loss(model, inputs, None)
-        weight = self.item_weight(inputs)
-        weight[self.rows_of_the_data(len(weight)) :] = 0
-        self.eval_means.add(values, weight)
+        self.eval_means.add(values, self.counted_weight(inputs))
         return values["loss"].value.mean(), None, None
-
-    def rows_of_the_data(self, rows: int) -> int:
-        """How many rows of this batch are not repeats that make the last batches of all ranks equally large."""
-        state = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return rows
-        return min(rows, max(0, state.remainder - rows * self.accelerator.process_index))
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The Trainer's own loop; its loss is replaced by the exact mean over the data, and the other means join it."""

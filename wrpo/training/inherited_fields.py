@@ -83,9 +83,26 @@ def check_inherited(args: Any) -> None:
         only, reason = FIXED[name]
         if getattr(args, name) not in (only, None):
             raise ValueError(f"{name} must be {only}: {reason}")
+    refuse_cut_sequences(args)
     for words, holds in _contradictions(args).items():
         if holds:
             raise ValueError(words)
+
+
+def refuse_cut_sequences(args: Any) -> None:
+    """Raises ValueError: each process would make the loss of a part of a response against the reference of all of it.
+
+    accelerate launch says its settings in the environment.
+    """
+    launched = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true"
+    for name, kind in (("cp_size", "context"), ("sp_size", "sequence")):
+        of_launch = os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}") if launched else None
+        size = int(getattr(getattr(args, "parallelism_config", None), name, None) or of_launch or 1)
+        if size > 1:
+            raise ValueError(
+                f"parallelism_config: {name} must be 1, got {size}: {kind} parallelism cuts the responses whose "
+                "log-probs are summed here. Long rows want gradient_checkpointing and FSDP2"
+            )
 
 
 def check_numbers(args: Any, *names: str, **bounds: Any) -> None:

@@ -257,7 +257,7 @@ class WRPOTrainer(HeadTrainer):
             return out.loss.sum(), {"loss": loss, **values}
         self.last_alpha = alpha
         if self.args.follows_performance():
-            self.performance.add(out.reward, batch, self.item_weight(batch))
+            self.performance.add(out.reward, batch, self.counted_weight(batch))
         return out.loss, values
 
     def forward_loss(
@@ -266,6 +266,9 @@ class WRPOTrainer(HeadTrainer):
         """The loss of a batch divided by `count`, or without it the loss of each row [B]."""
         labels, weights = batch["labels"], response_weights(batch, alpha)  # [S, T], [S]
         ref_logp = self.reference(model, batch)
+        counted, preferred = batch.get("is_counted"), weights.clamp(min=0.0)  # [B], None: all rows; [S]
+        if counted is not None:
+            preferred = preferred * counted[row_of(batch)]
         options = {
             **self.args.loss_options(),
             **self.args.head_options(),
@@ -273,7 +276,8 @@ class WRPOTrainer(HeadTrainer):
             "group": row_of(batch),
             "num_groups": len(batch["num_responses"]),
             # -log pi of the preferred responses, each by its weight in the chosen reward.
-            "nll_weight": self.args.nll_weight and self.args.nll_weight * weights.clamp(min=0.0),
+            "nll_weight": self.args.nll_weight and self.args.nll_weight * preferred,
+            "group_weight": None if counted is None else counted.float(),
             "normalizer": count,
             "reduction": "none" if count is None else "mean",
         }

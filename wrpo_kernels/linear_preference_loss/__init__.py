@@ -87,10 +87,11 @@ def linear_preference_loss(
 
     Numerics: as linear_token_logp and preference_loss.
     Memory: `budget_bytes`. A 16-bit trained head whose rows do not fit at once keeps its dW in float32 until the
-        backward has rounded it.
-    Cost: forward alone 2NDV flops, frozen head 4NDV whatever the length, trained head 6NDV while the rows of one group
-        fit the budget; 2DV more for each row that does not. An adapter of rank r on a frozen head: 4NDV while those
-        rows fit, and 6NrV. N counts only the labels that count.
+        backward has rounded it, and a second one while a second group that does not fit by itself is added.
+    Cost: forward alone 2NDV flops, frozen head 4NDV, trained head 6NDV, whatever the length and the budget; an adapter
+        of rank r on a frozen head 4NDV and 6NrV. N counts only the labels that count. 2DV more for each row beyond the
+        budget of a group with both a margin and a likelihood term (`nll_weight`), or where that costs less than adding
+        a second dW.
     Source: WRPO, arXiv:2412.03187.
     """
     tensors = checked_tensors(hidden, weight, labels, bias, adapter, "labels")

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from wrpo.rows.errors import DataError, shown
 from wrpo.rows.softmax import softmax
+from wrpo.settings import check_choices, check_range
 
 from .model_limits import vocabulary_size
 from .roles import Role, best_response, model_names
@@ -51,6 +52,7 @@ class PreferenceCollator:
         source_logp [S, M] float32, if with_source_logp: each response under M models, nats a token of theirs.
 
     Raises:
+        ValueError: an argument out of range, when it is made.
         DataError: a row that is no prompt with its responses, see `wrpo.data.tokenised_row`; a response without a token
             to count, not one `ref_logp` for each response, or a column that was asked for and is missing. The row is
             named by its place in the batch.
@@ -58,10 +60,16 @@ class PreferenceCollator:
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
-    empty_response: str = "raise"
+    empty_response: Literal["raise", "zero"] = "raise"
     reward_temperature: float | None = None
     source_models: Sequence[str] | None = None
     with_source_logp: bool = False
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_range(self, "pad_token_id", low=0)
+        check_range(self, "pad_to_multiple_of", low=1)
+        check_range(self, "reward_temperature", low=0, open_low=True)
 
     def __call__(self, rows: list[dict]) -> Batch:
         for number, row in enumerate(rows, 1):
@@ -113,6 +121,10 @@ class SFTCollator:
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
+
+    def __post_init__(self) -> None:
+        check_range(self, "pad_token_id", low=0)
+        check_range(self, "pad_to_multiple_of", low=1)
 
     def __call__(self, rows: list[dict]) -> Batch:
         pairs = [(row["prompt_ids"], row["response_ids"][best_response(row["role"], row["share"])]) for row in rows]

@@ -56,6 +56,11 @@ class FusedHeadConfig(TrainingArguments):
         "Batches in pinned memory, for copies to an accelerator. Default: yes where training runs on one.",
         group="speed",
     )
+    resume_from_checkpoint: str | None = knob(
+        None,
+        "Go on from a checkpoint: true for the newest in output_dir, or its folder. Default: none, a new run.",
+        group="training",
+    )
     remove_unused_columns: bool = knob(
         False, "Default: False, and it must stay so: the collator reads columns that the model does not.", group="data"
     )

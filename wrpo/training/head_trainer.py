@@ -22,7 +22,7 @@ from wrpo.data.model_limits import keep_padding_inside
 from wrpo.data.ranks import rows_that_count
 from wrpo.head.fused_head import install_fused_head
 from wrpo.user_error import UserError
-from wrpo_kernels.__main__ import budget_on, kernel_on
+from wrpo_kernels.environment import default_backend, default_budget
 
 from .before_training import check_arguments, check_before_training, check_model, packages_named
 from .config import FusedHeadConfig
@@ -108,8 +108,8 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer):
         args = self.args
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-        kernel = args.kernel_backend or kernel_on(args.device, torch.bfloat16 if args.bf16 else torch.float32)
-        budget = budget_on(args.device) if args.budget_bytes is None else args.budget_bytes
+        kernel = args.kernel_backend or default_backend(args.device, torch.bfloat16 if args.bf16 else torch.float32)
+        budget = default_budget(args.device) if args.budget_bytes is None else args.budget_bytes
         size = data_size(self.train_dataset)
         return [
             f"data       {'a stream' if size is None else size}",

@@ -223,7 +223,7 @@ class WRPOTrainer(HeadTrainer):
         args = self.args
         return [
             *super().start_lines(steps),
-            f"loss       {args.loss_type}, beta {args.beta:g}, {self.alpha_line()}",
+            f"loss       {args.loss_type}, beta {args.beta:g}, gamma {args.gamma:g}, {self.alpha_line()}",
             f"reference  {self.reference_source}",
         ]
 

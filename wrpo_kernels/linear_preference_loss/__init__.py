@@ -58,12 +58,13 @@ def linear_preference_loss(
         logp[s] = sum_t log softmax(z[s, t])[labels[s, t]]            over the labels that count; z as linear_token_logp
         loss    = preference_loss(logp, ref_logp, ...)                formula and remaining arguments: see there
 
+    Labels are NOT shifted here: labels[s, t] is predicted from hidden[s, t]. With a batch of Hugging Face pass
+    hidden[:, :-1] and labels[:, 1:].
+
     Args:
         hidden: [S, T, D] float32 | bfloat16 | float16, or packed [N, D] with `cu_seqlens`.
         weight: [V, D] head.
-        labels: [S, T] int64 (or [N]). They are not shifted here: labels[s, t] is predicted from hidden[s, t], so a
-            Hugging Face batch needs `labels[:, 1:]` with `hidden[:, :-1]`. `ignore_index` marks prompt and padding,
-            which never reach the head.
+        labels: [S, T] int64 (or [N]); `ignore_index` marks prompt and padding, which never reach the head.
         ref_logp: [S] float32, summed reference log-prob of each response; None is reference-free.
         seq_weight, group, beta, gamma, loss_type, label_smoothing, length_normalize, nll_weight, group_weight,
             num_groups, reduction, normalizer, empty: as preference_loss; lengths are counted from `labels`.

@@ -9,7 +9,6 @@ because the data does not divide by the ranks weigh nothing.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator
 from itertools import islice
@@ -21,13 +20,12 @@ from torch import Tensor, nn
 from wrpo.data.collation import Batch, pad_token
 from wrpo.data.model_limits import keep_padding_inside
 from wrpo.data.ranks import rows_that_count
-from wrpo.head.fused_head import adapts_tied_weight, check_fused_head, install_fused_head
+from wrpo.head.fused_head import check_fused_head, install_fused_head
 from wrpo.head.wrapping import is_partitioned, takes_weights_of_first_process
 from wrpo.user_error import UserError
-from wrpo_kernels import token_logp
 from wrpo_kernels.__main__ import budget_on, kernel_on
 
-from .before_training import check_before_training, packages_named
+from .before_training import check_arguments, check_before_training, packages_named
 from .config import FusedHeadConfig
 from .curves import TrainingCurves
 from .generation import prepare_generation
@@ -36,8 +34,6 @@ from .metrics import Measured, RunningMeans
 from .opening import open_eval_data, open_model, open_tokenizer, open_train_data
 from .saving import SavingTrainer
 from .start_report import StartReport, data_size
-
-logger = logging.getLogger("wrpo.head")
 
 
 class HeadTrainer(SavingTrainer, LengthGroupingTrainer):
@@ -60,22 +56,11 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer):
         **options: Any,
     ):
         args = self.config_class() if args is None else args
-        if not isinstance(args, self.config_class):
-            raise TypeError(f"args must be {self.config_class.__name__}, got {type(args).__name__}")
-        for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
-            if options.get(name) is not None:
-                raise ValueError(f"{name} needs logits, which never exist here; the metrics are in the log instead")
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs in one process (DataParallel) are not supported: start one process a GPU with "
-                f"`torchrun --nproc_per_node {args.n_gpu} ...`, or show this process one GPU with CUDA_VISIBLE_DEVICES"
-            )
+        check_arguments(args, self.config_class, options)
         tokenizer = open_tokenizer(processing_class, model)
         train_dataset = open_train_data(train_dataset, tokenizer, args, self.stage)
         eval_dataset = open_eval_data(eval_dataset, tokenizer, args, self.stage)
         model = open_model(model, peft_config)
-        if args.kernel_backend is not None:
-            check_backend(args.kernel_backend, args.device)
         if model is not None:
             keep_padding_inside(tokenizer, model)
         with packages_named(f"report_to {args.report_to}"):
@@ -92,13 +77,6 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer):
         is_there = not (is_partitioned(self.model) or takes_weights_of_first_process(self.accelerator))
         install_fused_head(self.model, check=args.check_head and is_there)
         self.unchecked = self.model if args.check_head and not is_there else None  # until it runs wrapped
-        if adapts_tied_weight(self.model):
-            logger.warning(
-                "An adapter is on the output head or the embedding, which share one weight: merge_and_unload() would "
-                "change both, and give another model than was trained. Keep the adapter unmerged, or start from a head "
-                "of its own, before get_peft_model: head = model.get_output_embeddings(); head.weight = "
-                "torch.nn.Parameter(head.weight.detach().clone()); model.config.tie_word_embeddings = False"
-            )
         prepare_generation(self.model, self.train_dataset, tokenizer)
         check_before_training(self)
         self.add_callback(StartReport(self.start_lines))
@@ -253,11 +231,3 @@ def is_finite(parameter: Tensor) -> bool:
     """Of a parameter that FSDP has sharded: this rank's share."""
     own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
     return not own.is_floating_point() or own.is_meta or bool(own.detach().isfinite().all())
-
-
-def check_backend(name: str | None, device: torch.device) -> None:
-    """Raises ValueError if the backend that was named cannot run there; now rather than in the first step."""
-    try:
-        token_logp(torch.zeros(1, 1, device=device), torch.zeros(1, dtype=torch.int64, device=device), backend=name)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"kernel_backend={name!r}: {error}. Leave it out for the best that runs here") from error

@@ -74,14 +74,15 @@ def check_inherited(args: Any) -> None:
     check_numbers(args, *_there(args, AT_LEAST_0), low=0)
     check_numbers(args, *_there(args, AT_LEAST_1), low=1)
     check_numbers(args, *_there(args, ABOVE_0), low=0, open_low=True)
+    check_numbers(args, "max_steps", low=-1)
     check_numbers(args, "seed", "data_seed", low=0, high=LARGEST_SEED)
     for name in _there(args, CHOICES):
-        if isinstance(getattr(args, name), str):
-            check_choice(args, name, CHOICES[name])
+        if isinstance(value := getattr(args, name), str):
+            check_choice(name, value, CHOICES[name])
     for name in _there(args, FIXED):
-        value, reason = FIXED[name]
-        if getattr(args, name) not in (value, None):
-            raise ValueError(f"{name} must be {value}: {reason}")
+        only, reason = FIXED[name]
+        if getattr(args, name) not in (only, None):
+            raise ValueError(f"{name} must be {only}: {reason}")
     refuse_cut_sequences(args)
     for words, holds in _contradictions(args).items():
         if holds:

@@ -44,38 +44,45 @@ class ReferenceTrainer(HeadTrainer):
 
     def open_reference(self, ref_model: nn.Module | None) -> Reference:
         """What gives the reference log-probs of a batch; goes through the data here if they are precomputed."""
-        args, options = self.args, self.args.head_options()
-        datasets = self.filled_datasets()
-        has_length = all(hasattr(data, "__len__") for data in datasets.values())
-        brought = [name for name, data in datasets.items() if brings_reference(data)]
-        has_reference = has_length and bool(datasets) and len(brought) == len(datasets)
-        wanted = "copy" if ref_model is not None and args.reference == "auto" else args.reference
-        source = choose_reference(
-            wanted, self.model, args.loss_type, has_length=has_length, has_reference=has_reference
-        )
-        (source,) = broadcast_object_list([source])  # where the first process alone has loaded the weights, it decides
-        self.reference_source = "of the data" if has_reference else source
-        if ref_model is not None and source in ("adapter", "none"):
-            raise ValueError(f"ref_model is given but reference={source!r} does not use it; use copy or precompute")
-        if brought and source != "precompute":
-            raise ValueError(
-                f"{', '.join(brought)} of the data sets {', '.join(datasets)}: the column ref_logp would not be used "
-                f"by reference={source!r}; use precompute, or remove the column"
-            )
-        if brought and not has_reference:
-            logger.warning(
-                "Only %s of the data sets %s bring the column ref_logp: the reference model computes it for the others",
-                ", ".join(brought), ", ".join(datasets),
-            )  # fmt: skip
+        options = self.args.head_options()
+        source, is_brought = self.find_reference(ref_model)
+        self.reference_source = "of the data" if is_brought else source
         if source == "adapter":
             return AdaptersOff(self.model, **options)
         if source == "none":
             return no_reference
-        if has_reference:
+        if is_brought:
             return from_batch
         if source == "copy":
             return self.copy_reference(ref_model)
         return self.precompute(ref_model)
+
+    def find_reference(self, ref_model: nn.Module | None) -> tuple[str, bool]:
+        """(copy, adapter, precompute or none; whether every data set brings its log-probs along).
+
+        Raises:
+            ValueError: `ref_model` or a column `ref_logp` that would not be used; else as `choose_reference`.
+        """
+        args, datasets = self.args, self.filled_datasets()
+        has_length = all(hasattr(data, "__len__") for data in datasets.values())
+        bringing = [name for name, data in datasets.items() if brings_reference(data)]
+        is_brought = has_length and bool(datasets) and len(bringing) == len(datasets)
+        wanted = "copy" if ref_model is not None and args.reference == "auto" else args.reference
+        source = choose_reference(wanted, self.model, args.loss_type, has_length=has_length, has_reference=is_brought)
+        (source,) = broadcast_object_list([source])  # where the first process alone has loaded the weights, it decides
+        if ref_model is not None and source in ("adapter", "none"):
+            raise ValueError(f"ref_model is given but reference={source!r} does not use it; use copy or precompute")
+        if bringing and source != "precompute":
+            raise ValueError(
+                f"{', '.join(bringing)} of the data sets {', '.join(datasets)}: the column ref_logp would not be used "
+                f"by reference={source!r}; use precompute, or remove the column"
+            )
+        if bringing and not is_brought:
+            logger.warning(
+                "Only %s of the data sets %s bring the column ref_logp: the reference model computes it for the others",
+                ", ".join(bringing), ", ".join(datasets),
+            )  # fmt: skip
+        return source, is_brought
 
     def copy_reference(self, ref_model: nn.Module | None) -> FrozenCopy:
         """Of the policy, or the other model; sharded as the policy will be, and run in the same arithmetic."""

@@ -20,14 +20,14 @@ from wrpo.head.fused_head import run_in_head
 from wrpo.reference.fused import FusedReference
 from wrpo_kernels import PreferenceOutput, linear_preference_loss
 
-from .config import MEASURES, WRPOConfig
 from .metrics import Measured, names_of_metrics, preference_metrics
 from .opening import open_model
 from .reference_trainer import ReferenceTrainer
 from .response_weights import response_weights, row_of, sum_by_row
 from .schedule import adaptive_alpha, alpha_at
-from .source_performance import RunningPerformance, source_models_of
+from .source_performance import MEASURES, Measure, RunningPerformance, source_models_of
 from .start_report import data_size
+from .wrpo_config import WRPOConfig
 
 
 class WRPOTrainer(ReferenceTrainer):
@@ -69,7 +69,7 @@ class WRPOTrainer(ReferenceTrainer):
             raise ValueError("source_weighting='reward' is the work of PreferenceCollator: give it reward_temperature")
         if args.follows_performance():
             names: list[str] = []
-            measure = "accuracy"  # where alpha alone follows
+            measure: Measure = "accuracy"  # where alpha alone follows
             if args.source_weighting in MEASURES:
                 measure = args.source_weighting
                 own = getattr(self.data_collator, "source_models", None)

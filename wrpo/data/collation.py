@@ -48,7 +48,7 @@ class PreferenceCollator:
         share [S] float32, of the response among those of its role in its row;
         source_id [S] int64, if source_models: the place of the answer's model there (`model_names`), their number for
             any other model, -1 where the response is no source's;
-        ref_logp [S] float32, if the rows have it;
+        ref_logp [S] float32, if the rows have it; or ref_place [S] int64, its place in the trainer's table;
         source_logp [S, M] float32, if with_source_logp: each response under M models, nats a token of theirs.
 
     Raises:
@@ -90,6 +90,8 @@ class PreferenceCollator:
         if any(row.get("ref_logp") is not None for row in rows):
             logp = [value for number, row in enumerate(rows, 1) for value in reference_logp(row, number)]
             batch["ref_logp"] = torch.tensor(logp, dtype=torch.float32)  # [S]
+        elif any("ref_place" in row for row in rows):
+            batch["ref_place"] = torch.tensor([place for row in rows for place in row["ref_place"]])  # [S]
         if self.with_source_logp:
             models = len((rows[0].get("source_logp") or [[]])[0])
             by_model = [values for number, row in enumerate(rows, 1) for values in source_logp(row, number, models)]

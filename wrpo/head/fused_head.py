@@ -72,6 +72,16 @@ def install_fused_head(model: nn.Module, *, check: bool = True) -> HeadScores:
     return causal_lm.__dict__[_SCORES]
 
 
+def check_fused_head(model: nn.Module, wrapped: nn.Module) -> None:
+    """The check that `install_fused_head` had to leave out, of a model that can run only in its wrapper.
+
+    Raises:
+        ValueError: the model treats its logits in a way that the fused head does not know, or they are no numbers.
+    """
+    causal_lm = find_causal_lm(model)
+    causal_lm.__dict__[_SCORES] = agreeing_transform(causal_lm, transforms_of(causal_lm.config), wrapped)
+
+
 def remove_fused_head(model: nn.Module) -> None:
     """Give the model back the forward that it had before `install_fused_head`."""
     state = find_causal_lm(model).__dict__

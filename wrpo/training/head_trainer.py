@@ -29,6 +29,7 @@ from .before_training import check_before_training, packages_named
 from .config import FusedHeadConfig
 from .curves import TrainingCurves
 from .generation import prepare_generation
+from .layout_trainer import LayoutTrainer
 from .length_groups import LengthGroupingTrainer
 from .metrics import Measured, RunningMeans
 from .opening import open_eval_data, open_model, open_tokenizer, open_train_data
@@ -38,7 +39,7 @@ from .start_report import StartReport, data_size
 logger = logging.getLogger("wrpo.head")
 
 
-class HeadTrainer(SavingTrainer, LengthGroupingTrainer):
+class HeadTrainer(SavingTrainer, LengthGroupingTrainer, LayoutTrainer):
     """Base of `SFTTrainer` and `WRPOTrainer`; `batch_loss` says what the loss is, `item_weight` what it counts."""
 
     loss_is_scaled_for_ga = True  # by the count of the whole step
@@ -102,6 +103,7 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer):
             )
         prepare_generation(self.model, self.train_dataset, tokenizer)
         check_before_training(self)
+        self.choose_layout(self.probed_rows())
         self.add_callback(StartReport(self.start_lines))
         self.add_callback(TrainingCurves(draw=args.draw_curves))
         self.train_means, self.eval_means = RunningMeans(), RunningMeans()
@@ -139,6 +141,7 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer):
         return [
             f"data       {'a stream' if size is None else size}",
             f"steps      {steps:,}, each of up to {rows} rows, learning rate {args.learning_rate:g} ({schedule})",
+            f"layout     {self.layout_choice}",
             f"kernel     {kernel} on {args.device.type}, logits in pieces of at most {budget / 2**20:.0f} MiB",
         ]
 
@@ -155,6 +158,10 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer):
             for name, data in self.datasets().items()
             if data is not None and (not hasattr(data, "__len__") or len(data))
         }
+
+    def probed_rows(self) -> Any:
+        """The rows that models are asked about: those of training, else of the first evaluation; None: no rows."""
+        return next(iter(self.filled_datasets().values()), None)
 
     def metric_names(self, rows: Any) -> list[str]:
         """Of the values that an evaluation on these rows gives."""

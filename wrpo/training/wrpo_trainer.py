@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from wrpo.data import PreferenceCollator
-from wrpo.data.collation import IGNORE, Batch
+from wrpo.data.batch import num_counted, response_lengths
+from wrpo.data.collation import Batch
+from wrpo.head.attention import model_inputs
 from wrpo.head.fused_head import install_fused_head, run_in_head
 from wrpo.reference.cache import with_reference
 from wrpo.reference.fingerprint import model_fingerprint
@@ -148,6 +150,8 @@ class WRPOTrainer(HeadTrainer):
         refuse_partitioned(self.model if ref_model is None else ref_model, source)
         model = ref_model if ref_model is not None else frozen_copy(self.model) if source == "copy" else self.model
         self.place_reference(model, is_own=ref_model is None)
+        if ref_model is not None:
+            self.agree_on_layout(ref_model, self.probed_rows())
         if source == "copy":
             return FrozenCopy(model, self.accelerator.autocast, args.check_head, **options)
         self.precompute(model)
@@ -236,7 +240,7 @@ class WRPOTrainer(HeadTrainer):
 
     def item_weight(self, batch: Batch) -> Tensor:
         """1 for each row, 0 if one of its responses has no token to count."""
-        is_empty = (batch["labels"] == IGNORE).all(1).float()  # [S]
+        is_empty = (response_lengths(batch) == 0).float()  # [S]
         return (sum_by_row(is_empty, batch) == 0).float()
 
     def batch_loss(self, model: nn.Module, batch: Batch, count: Tensor | None) -> tuple[Tensor, dict[str, Measured]]:
@@ -257,11 +261,13 @@ class WRPOTrainer(HeadTrainer):
         self, model: nn.Module, batch: Batch, alpha: float | Tensor, count: Tensor | None
     ) -> PreferenceOutput:
         """The loss of a batch divided by `count`, or without it the loss of each row [B]."""
-        labels, weights = batch["labels"], response_weights(batch, alpha)  # [S, T], [S]
+        labels, weights = batch["labels"], response_weights(batch, alpha)
         ref_logp = self.reference(model, batch)
         options = {
             **self.args.loss_options(),
             **self.args.head_options(),
+            "cu_seqlens": batch.get("cu_seqlens"),
+            "num_rows": num_counted(batch),
             "seq_weight": weights,
             "group": row_of(batch),
             "num_groups": len(batch["num_responses"]),
@@ -274,7 +280,7 @@ class WRPOTrainer(HeadTrainer):
         def head_fn(hidden: Tensor, weight: Tensor, **head: Any) -> PreferenceOutput:
             return linear_preference_loss(hidden, weight, labels, ref_logp, **options, **head)
 
-        return run_in_head(model, head_fn, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return run_in_head(model, head_fn, **model_inputs(batch))
 
     def training_values(self) -> dict[str, float]:
         shares = self.performance.logged() if self.args.source_weighting in MEASURES else {}

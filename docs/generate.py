@@ -12,7 +12,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_type_hints
 
 from transformers import TrainingArguments
 
@@ -24,7 +24,7 @@ from wrpo.sampling.settings import SampleSettings, Sampling
 from wrpo.sampling.sources import KINDS
 from wrpo.scoring.judge import JudgeSource
 from wrpo.scoring.settings import RewardModelSettings, ScorerSettings, ScoreSettings
-from wrpo.settings import GROUPS, DataSettings, ModelSettings
+from wrpo.settings import GROUPS, DataSettings, ModelSettings, choices_of
 
 FOLDER = Path(__file__).resolve().parent
 MODULES = ("wrpo_kernels", "wrpo", "wrpo.data", "wrpo.head")
@@ -169,9 +169,9 @@ def settings_page() -> str:
     ]
     for commands in TOGETHER:
         lines += ["", f"## {', '.join(f'wrpo {command}' for command in commands)}"]
-        fields = {command: fields_of(COMMANDS[command]) for command in commands}
+        settings = {command: command_settings(COMMANDS[command]) for command in commands}
         for group in GROUPS:
-            rows = list(table_of(group, fields))
+            rows = list(table_of(group, settings))
             lines += (
                 ["", f"### {group}", "", "| setting | default | meaning |", "| --- | --- | --- |", *rows]
                 if rows
@@ -185,33 +185,48 @@ def settings_page() -> str:
         "JUDGE.yaml": JudgeSource,
     }.items():
         lines += ["", f"## {name}", "", *as_markdown(inspect.getdoc(kind) or "")]
-        lines += ["", "| field | default | meaning |", "| --- | --- | --- |", *map(row_of, dataclasses.fields(kind))]
+        lines += ["", "| field | default | meaning |", "| --- | --- | --- |", *map(row_of, settings_of(kind))]
     return "\n".join(lines) + "\n"
 
 
-def fields_of(classes: Classes) -> dict[str, dataclasses.Field]:
-    return {field.name: field for cls in classes for field in dataclasses.fields(cls) if "group" in field.metadata}
+class Setting(NamedTuple):
+    field: dataclasses.Field
+    choices: tuple[str, ...]
 
 
-def table_of(group: str, fields: dict[str, dict[str, dataclasses.Field]]) -> Iterator[str]:
+def settings_of(cls: type) -> list[Setting]:
+    hints = get_type_hints(cls)
+    return [Setting(field, choices_of(hints[field.name])) for field in dataclasses.fields(cls)]
+
+
+def command_settings(classes: Classes) -> dict[str, Setting]:
+    every = (setting for cls in classes for setting in settings_of(cls))
+    return {setting.field.name: setting for setting in every if "group" in setting.field.metadata}
+
+
+def table_of(group: str, settings: dict[str, dict[str, Setting]]) -> Iterator[str]:
     """A row for each field of the group that any of the commands has."""
-    for name in dict.fromkeys(name for of_command in fields.values() for name in of_command):
-        having = {command: of_command[name] for command, of_command in fields.items() if name in of_command}
+    for name in dict.fromkeys(name for of_command in settings.values() for name in of_command):
+        having = {command: of_command[name] for command, of_command in settings.items() if name in of_command}
         first = next(iter(having.values()))
-        if first.metadata["group"] == group:
-            others = {command: default_of(field) for command, field in having.items()}
+        if first.field.metadata["group"] == group:
+            others = {command: default_of(setting) for command, setting in having.items()}
             differ = [f"{command} {value}" for command, value in others.items() if value != default_of(first)]
-            only = f" ({', '.join(having)})" if len(having) < len(fields) else ""
+            only = f" ({', '.join(having)})" if len(having) < len(settings) else ""
             yield row_of(first, f" ({', '.join(differ)})" if differ else "", only)
 
 
-def row_of(field: dataclasses.Field, differ: str = "", only: str = "") -> str:
+def row_of(setting: Setting, differ: str = "", only: str = "") -> str:
+    field = setting.field
     names = ", ".join(f"`{name}`" for name in (field.name, *field.metadata.get("aliases", ())))
     text = field.metadata.get("help", "").replace("|", "\\|")
-    return f"| {names}{only} | {default_of(field)}{differ} | {text} |"
+    if setting.choices:
+        text += f" Choices: {', '.join(f'`{choice}`' for choice in setting.choices)}."
+    return f"| {names}{only} | {default_of(setting)}{differ} | {text} |"
 
 
-def default_of(field: dataclasses.Field) -> str:
+def default_of(setting: Setting) -> str:
+    field = setting.field
     value = field.default
     if field.default_factory is not dataclasses.MISSING:
         value = field.default_factory()

@@ -12,9 +12,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 _MODULE_OF = {
-    "DPOConfig": "wrpo.training.config",
+    "DPOConfig": "wrpo.training.wrpo_config",
     "SFTConfig": "wrpo.training.config",
-    "WRPOConfig": "wrpo.training.config",
+    "WRPOConfig": "wrpo.training.wrpo_config",
     "install_fused_head": "wrpo.head",
     "run_in_head": "wrpo.head",
     "SFTTrainer": "wrpo.training.sft_trainer",
@@ -35,8 +35,9 @@ __all__ = [
 
 if TYPE_CHECKING:
     from wrpo.head.fused_head import install_fused_head, run_in_head
-    from wrpo.training.config import DPOConfig, SFTConfig, WRPOConfig
+    from wrpo.training.config import SFTConfig
     from wrpo.training.sft_trainer import SFTTrainer
+    from wrpo.training.wrpo_config import DPOConfig, WRPOConfig
     from wrpo.training.wrpo_trainer import WRPOTrainer
     from wrpo_kernels import __version__
 

@@ -12,6 +12,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from wrpo import SFTConfig, WRPOConfig
 from wrpo.building.settings import BuildFiles, BuildSettings
 from wrpo.evaluation.settings import EvalSettings, TriplesSettings
 from wrpo.reference.command import LogpSettings
@@ -21,7 +22,6 @@ from wrpo.scoring.judge import JudgeSource, read_judge
 from wrpo.scoring.settings import RewardModelSettings, ScorerSettings, ScoreSettings
 from wrpo.settings import DataSettings, ModelSettings
 from wrpo.settings.command_line import parse_settings
-from wrpo.training.config import SFTConfig, WRPOConfig
 from wrpo.user_error import UserError
 
 CASES = int(os.environ.get("WRPO_FUZZ", "0"))

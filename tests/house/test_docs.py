@@ -126,8 +126,11 @@ def test_the_page_of_settings_has_every_flag_that_the_help_of_a_command_has(comm
     with pytest.raises(SystemExit):
         main([command, "--help"])
     own, _, _ = capsys.readouterr().out.partition("other fields of transformers.TrainingArguments")
-    flags = {flag.replace("-", "_") for flag in re.findall(r"^  (?:-\w(?: \w+)?, )?--([\w-]+)", own, re.MULTILINE)}
-    documented = set(generate["fields_of"](generate["COMMANDS"][command]))
+    entries = re.findall(r"^  (-\S+(?: \S+)*)", own, re.MULTILINE)  # up to the two blanks before the help
+    flags = {flag.replace("-", "_") for entry in entries for flag in re.findall(r"--([\w-]+)", entry)}
+    settings = generate["command_settings"](generate["COMMANDS"][command])
+    aliases = [flag for setting in settings.values() for flag in setting.field.metadata.get("aliases", ())]
+    documented = {*settings, *(flag[2:] for flag in aliases if flag.startswith("--"))}
     assert flags - {"config", "help"} <= documented | {f"no_{name}" for name in documented}
     assert documented <= flags
 

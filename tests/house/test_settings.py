@@ -103,6 +103,12 @@ MISTAKES = {
         [],
         "expected one of the two, got 't.jsonl' and 'd'",
     ),
+    "evaluation rows from two places": (
+        "dataset_test_split: test\neval_file: e.jsonl",
+        [],
+        "^dataset_test_split, eval_file: expected one of the two, got 'test' and 'e.jsonl'",
+    ),
+    "a split of nothing": ("dataset_test_split: test", [], "dataset_test_split needs dataset_name"),
     "a configuration of nothing": ("dataset_config: c", [], "dataset_config needs dataset_name"),
     "a template that is not in a file": ("chat_template: chatml", [], "chat_template: expected none, got 'chatml'"),
     "two templates": (
@@ -132,7 +138,7 @@ MISTAKES = {
     "a field twice": ("beta: 1\nbeta: 2", [], "config.yaml: beta stands in line 5 and in line 6; keep one"),
     "a list for one value": ("seed: [1, 2]", [], "config.yaml: seed: expected one value, got 2 in a list"),
     "modules to adapt without a rank": ("lora_target_modules: [q_proj]", [], "lora_target_modules needs lora_r"),
-    "a negative rank": ("lora_r: -1", [], "lora_r: expected a finite number >= 0, got -1"),
+    "a negative rank": ("lora_r: -1", [], "lora_r: expected a whole number >= 0, got -1"),
     "an endless scale": ("lora_alpha: inf", [], "lora_alpha: expected a finite number > 0, got inf"),
     "no scale": ("lora_alpha: 0", [], "lora_alpha: expected a finite number > 0, got 0"),
     "dropout of everything": ("lora_dropout: 1", [], "lora_dropout: expected a finite number >= 0 and < 1, got 1"),
@@ -163,7 +169,7 @@ OUT_OF_RANGE = {
 @pytest.mark.parametrize("config_class", [WRPOConfig, SFTConfig])
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name in OUT_OF_RANGE for value in OUT_OF_RANGE[name]])
 def test_a_number_that_no_run_could_use_is_named(settings, name, value, config_class):
-    with pytest.raises(SettingsError, match=f"^{name}: expected a finite number >= [01]"):
+    with pytest.raises(SettingsError, match=f"^{name}: expected a (finite|whole) number >= [01]"):
         settings("", f"--{name}", value, config_class=config_class)
 
 
@@ -371,7 +377,12 @@ class Ranged:
         ("share", 10**400, {}, "share: expected a finite number, got 1000"),
         ("share", None, {}, "share: expected a finite number, got None"),
         ("share", "1", {}, "share: expected a finite number, got '1'"),
-        ("limit", 0, {"low": 1}, "limit: expected a finite number >= 1, got 0"),
+        ("share", True, {}, "share: expected a finite number, got True"),
+        ("limit", 0, {"low": 1}, "limit: expected a whole number >= 1, got 0"),
+        ("limit", 10.5, {"low": 1}, "limit: expected a whole number >= 1, got 10.5"),
+        ("limit", 10.0, {"low": 1}, "limit: expected a whole number >= 1, got 10.0"),
+        ("limit", math.inf, {}, "limit: expected a whole number, got inf"),
+        ("limit", False, {"low": 0}, "limit: expected a whole number >= 0, got False"),
     ],
 )
 def test_a_number_out_of_range_is_named_with_the_range(name, value, ends, words):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import oracle
 import pytest
 import torch
@@ -12,6 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wrpo_kernels import linear_wrpo_loss, token_logp
+from wrpo_kernels.lm_head.rows import UNCOUNTED
+
+COMPILER = os.environ.get("CXX", "g++")  # of Inductor
 
 
 def is_second(door: str, backend: str) -> bool:
@@ -51,6 +57,25 @@ def test_every_op_has_a_right_schema_fake_and_derivative(door, backend, device):
         torch.library.opcheck(op, arguments)
 
 
+@pytest.mark.parametrize("door", [door for door in DOORS if door.startswith("linear")])
+def test_an_op_that_is_not_told_how_many_labels_count_returns_what_its_fake_says(door):
+    """As compiled code calls it; some labels are ignored, so that there are fewer rows than labels."""
+    size = {"vocabulary": LARGE, "width": 260} if is_second(door, "native") else {}
+    function, given = doors(torch.device("cpu"), "reference", **size)[door]
+    with Recorded() as recorded:
+        value_and_gradients(function, given)
+    told = 0
+    for op, arguments in recorded.calls.values():
+        names = [argument.name for argument in op._schema.arguments]
+        if {"num_rows", "budget_bytes"} <= set(names):
+            at = names.index("num_rows")
+            torch.library.opcheck(
+                op, (*arguments[:at], UNCOUNTED, *arguments[at + 1 :]), test_utils=("test_schema", "test_faketensor")
+            )
+            told += 1
+    assert told
+
+
 def test_every_registered_op_is_behind_some_door():
     """So that the test above leaves none out."""
     called = set()
@@ -71,6 +96,18 @@ def test_a_compiled_door_is_one_graph_with_the_bits_of_the_eager_one(door, backe
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for got, expected in zip(value_and_gradients(compiled, given), value_and_gradients(function, given), strict=True):
         oracle.assert_same_bits(door, got, expected)
+
+
+@pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"Inductor needs a C++ compiler, and {COMPILER} is missing")
+@pytest.mark.parametrize("door", DOORS)
+def test_inductor_takes_every_door(door):
+    """The compiler that `torch.compile` takes by itself: it relies on the shapes and strides that the fakes promise."""
+    size = {"vocabulary": LARGE, "width": 260} if is_second(door, "native") else {}
+    function, given = doors(torch.device("cpu"), "reference", **size)[door]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True)
+    for got, expected in zip(value_and_gradients(compiled, given), value_and_gradients(function, given), strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 class PackedLoss(torch.nn.Module):

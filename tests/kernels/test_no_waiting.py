@@ -14,7 +14,7 @@ from wrpo_kernels.dispatch import triton_backend
 from wrpo_kernels.dispatch.backends import choose
 from wrpo_kernels.linear_preference_loss import one_pass
 from wrpo_kernels.linear_token_logp import passes
-from wrpo_kernels.linear_token_logp.contract import plan_of, rows_of
+from wrpo_kernels.linear_token_logp.contract import for_the_backward, plan_of, rows_of
 from wrpo_kernels.lm_head.gradients import Gradients
 from wrpo_kernels.lm_head.head import Head
 from wrpo_kernels.lm_head.inputs import Asked, HeadOptions, HeadTensors
@@ -72,7 +72,8 @@ ASKED = {
 def test_token_log_probs_and_their_gradients_read_nothing_back(asked, num_rows, budget, tensors):
     given = options(asked, num_rows, budget)
     head, rows, plan = Head(tensors, given), rows_of(tensors, given), plan_of(tensors, given)
-    logp, unscaled, kept = passes.forward(head, rows, plan, asked.only_hidden)
+    unscaled, kept = for_the_backward(tensors, given)
+    logp = passes.forward(head, rows, plan, unscaled, kept)
     assert rows.spread(logp).shape == (M,)
     if asked.only_hidden:
         assert rows.spread(scaled_rows(unscaled, logp[:, None])).shape == (M, D)
@@ -92,7 +93,7 @@ def test_one_pass_reads_nothing_back_while_the_rows_fit(num_rows, tensors):
     sequences = Sequences(None, size, number, number, None, None)
     loss = LossArguments(sequences, 2, Family(0.1, 0.0, "sigmoid", 0.0, False))
     kernel = choose("preference_loss", "triton", CANDIDATES, size)
-    result = one_pass.run(head, rows, loss, 2, N + M, gradients, kernel)
+    result, _ = one_pass.run(head, rows, loss, 2, N + M, gradients, kernel)
     assert result.loss.shape == (2,) and result.logp.shape == (S,)
 
 

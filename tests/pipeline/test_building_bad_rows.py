@@ -149,7 +149,7 @@ OUTPUTS = {
     "an unknown setting": (["-o", "out", "--num_source", "2"], "did you mean 'num_sources'"),
     "a setting out of range": (
         ["-o", "out", "--num_sources", "0"],
-        "num_sources: expected a finite number >= 1, got 0",
+        "num_sources: expected a whole number >= 1, got 0",
     ),
     "no tokenizer there": (["-o", "out", "--tokenizer", "nowhere", "--max_tokens", "9"], "tokenizer '{0}/nowhere'"),
     "no output named": ([], "output_dir: expected a value, got none. Give it as --output_dir, or in the settings file"),

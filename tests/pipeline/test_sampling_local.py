@@ -250,7 +250,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(sample, written, tmp_pa
         (None, {}, "target: its tokenizer has no chat template; name one: chat_template_file"),
         (REFUSES_SYSTEM, {"path": "nowhere"}, ": path 'nowhere': "),
         (REFUSES_SYSTEM, {"kind": "vllm"}, "pip install 'wrpo[vllm]'"),
-        (REFUSES_SYSTEM, {"batch_size": 0}, "batch_size: expected a finite number >= 1, got 0"),
+        (REFUSES_SYSTEM, {"batch_size": 0}, "batch_size: expected a whole number >= 1, got 0"),
     ],
 )
 def test_a_model_that_cannot_answer_is_one_line(template, source, words, sample, tmp_path, capsys, monkeypatch):

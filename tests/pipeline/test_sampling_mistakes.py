@@ -39,7 +39,7 @@ MISTAKES = {
     "no sources": ([], ["p"], [], "expected a list of models"),
     "a field that is not open": ([{**FINE, "extra_body": {"n": 2}}], ["p"], [], "extra_body: 'n' is set elsewhere"),
     "a misspelt flag": ([FINE], ["p"], ["--sampels", "2"], "no setting named 'sampels'; did you mean 'samples'?"),
-    "no answers": ([FINE], ["p"], ["--samples", "0"], "samples: expected a finite number >= 1, got 0"),
+    "no answers": ([FINE], ["p"], ["--samples", "0"], "samples: expected a whole number >= 1, got 0"),
     "a wrong shard": ([FINE], ["p"], ["--shard", "3/3"], "shard: expected i/n with i from 0 to n - 1"),
     "a model that is none": ([FINE], ["p"], ["--model", "b"], "model: expected one of a in"),
     "a field that is none": (

@@ -1,4 +1,4 @@
-"""Two processes (DDP and FSDP2 over gloo) with different numbers of tokens train exactly what one process trains."""
+"""Two processes (DDP and FSDP2 over gloo) with rows that they do not divide train exactly what one process trains."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from wrpo import SFTConfig, SFTTrainer, WRPOConfig, WRPOTrainer
 from wrpo.head import install_fused_head, run_in_head
 from wrpo_kernels import linear_wrpo_loss
 
-PREFERENCE = {"beta": 1.0, "empty_response": "zero", "alpha": 0.4, "alpha_start": 0.2}
+PREFERENCE = {"beta": 1.0, "nll_weight": 0.3, "empty_response": "zero", "alpha": 0.4, "alpha_start": 0.2}
 # Three steps: in the first all rewards are 0, the third follows what both ranks saw in the second.
 ADAPTIVE = {
     "source_weighting": "margin", "source_temperature": 0.5, "alpha_schedule": "adaptive", "alpha_goal_accuracy": 0.9,
@@ -30,9 +30,9 @@ RUNS = ("full-precompute", "full-copy", "lora-adapter", "sft", "adaptive-copy")
 
 
 def rows() -> list[dict]:
-    """Eight rows, one with nothing to count in its rejected response: 4 examples on one rank, 3 on the other."""
+    """Seven rows, so that one of the ranks gets one again; one has nothing to count in its rejected response."""
     names = [["a", "b"], ["b", "c"], ["c", "a"]]
-    out = [{**row, "model": [*names[i % 3], None, None]} for i, row in enumerate(tiny_rows(8, sources=2))]
+    out = [{**row, "model": [*names[i % 3], None, None]} for i, row in enumerate(tiny_rows(7, sources=2))]
     *preferred, rejected = out[5]["response_ids"]
     out[5] = {**out[5], "prompt_ids": [], "response_ids": [*preferred, rejected[:1]]}
     return out

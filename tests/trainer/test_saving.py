@@ -13,12 +13,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import tiny_model
 from tiny_runs import SETTINGS, weights, wrpo_trainer
 from tiny_tokenizer import tiny_tokenizer
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, Trainer
 
 from wrpo import SFTConfig, SFTTrainer, cli
 from wrpo.training import saving
 from wrpo.training.generation import end_tokens, saveable, taught_ends
-from wrpo.training.saving import RESCUED, has_weights
+from wrpo.training.saving import RESCUED, written
 from wrpo.user_error import UserError
 
 ROWS = [{"prompt": f"{n} + 3?", "chosen": ["five", "5"], "rejected": "6"} for n in range(4)]
@@ -72,7 +72,7 @@ def test_settings_that_transformers_does_not_write_are_repaired_with_a_warning(
     assert train(command, folder, tmp_path / "out", "--save_strategy", "steps", "--save_steps", "1") == 0
     assert "generation_config could not be saved as it is" in capsys.readouterr().err
     for place in (tmp_path / "out", tmp_path / "out" / "checkpoint-1"):
-        assert has_weights(place)
+        assert written(place)
         AutoModelForCausalLM.from_pretrained(place).save_pretrained(tmp_path / "again")
 
 
@@ -209,11 +209,13 @@ def test_looking_whether_it_can_be_saved_leaves_nothing_behind(tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_a_run_that_leaves_no_weights_does_not_say_that_it_has(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(SFTTrainer, "save_model", lambda *_args, **_options: None)
+def test_a_run_that_writes_no_weights_does_not_say_that_it_has(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Trainer, "save_model", lambda *_args, **_options: None)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"of the run before")
     assert train("sft", folder, tmp_path / "out", "--save_strategy", "no") == 2
     shown = capsys.readouterr()
-    assert "training has ended, and no weights are in" in shown.err.splitlines()[-1]
+    assert "saving has written no weights to" in shown.err.splitlines()[-1]
     assert "model " not in shown.out
 
 

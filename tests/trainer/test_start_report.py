@@ -44,5 +44,23 @@ def test_a_short_run_logs_at_least_ten_times_or_every_step(steps, lines, tmp_pat
     assert len(training_lines(trainer)) == lines
 
 
+@pytest.mark.parametrize(
+    ("settings", "is_warned"),
+    [
+        ({"max_steps": 1}, True),
+        ({"max_steps": 4}, True),
+        ({"max_steps": 6, "warmup_steps": 6}, True),
+        ({"max_steps": 6}, False),
+        ({"max_steps": 1, "warmup_steps": 0}, False),
+        ({"max_steps": 1, "lr_scheduler_type": "constant"}, False),
+    ],
+)
+def test_a_run_too_short_for_its_warm_up_is_told_so_at_its_start(settings, is_warned, tmp_path, caplog):
+    trainer = wrpo_trainer(tmp_path, rows=tiny_rows(2), **settings)
+    trainer.train()
+    assert ("This run trains little or nothing: the learning rate is 0 in its first step" in caplog.text) is is_warned
+    assert not is_warned or f"of its {settings['max_steps']} steps. Set warmup_steps to 0" in caplog.text
+
+
 def test_a_stream_is_not_gone_through_for_its_size():
     assert data_size(datasets.Dataset.from_list(tiny_rows(2)).to_iterable_dataset()) is None

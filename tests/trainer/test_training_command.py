@@ -184,6 +184,10 @@ def test_a_data_set_is_found_by_its_name(tiny_model, tmp_path, caplog, monkeypat
     command += ["--model_name_or_path", str(tiny_model), "--use_cpu", "--save_strategy", "no"]
     assert cli.main(command) == 0
     assert "4 rows loaded" in caplog.text
+    assert cli.main([*command, "--dataset_train_split", "train", "--dataset_test_split", "test[:2]"]) == 0
+    assert "3 rows loaded" in caplog.text and "2 rows loaded" in caplog.text
+    log = json.loads((tmp_path / "out" / "metrics.json").read_text())["log_history"]
+    assert [line["epoch"] for line in log if "eval_loss" in line] == [1.0]
 
 
 def test_a_data_set_that_is_not_there_is_one_line(tiny_model, tmp_path, capsys):

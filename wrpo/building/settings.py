@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wrpo.rows.shards import Shard
-from wrpo.settings import REQUIRED, check_range, knob
+from wrpo.settings import REQUIRED, check_choices, check_range, knob
 
 
 @dataclass
@@ -105,6 +105,7 @@ class BuildSettings:
     )
 
     def __post_init__(self) -> None:
+        check_choices(self)
         check_range(self, "num_sources", "source_rank", "min_chars", "max_chars", "max_prompt_chars", low=1)
         check_range(self, "max_tokens", "max_prompt_tokens", low=1)
         check_range(self, "min_target_gap", "max_target_gap", "min_source_gap", "max_source_gap")
@@ -158,4 +159,5 @@ class BuildFiles:
     )
 
     def __post_init__(self) -> None:
+        check_choices(self)
         check_range(self, "rows_per_file", low=1)

@@ -24,7 +24,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LAYOUTS = ("padded", "packed", "shared")
 Example = tuple[list[int], Sequence[list[int]]]  # ids of the prompt, of each response
 
 

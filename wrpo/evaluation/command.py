@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from wrpo.scoring.settings import RewardModelSettings, ScorerSettings
 from wrpo.settings import SettingsError, parse_settings
@@ -25,9 +26,9 @@ from .benchmark_files import write_alpaca_eval, write_arena_hard
 from .comparison import Comparison, compare
 from .gathering import gather
 from .report import answers_table, triples_table, write_json
-from .settings import EXPORTS, EvalSettings, TriplesSettings
+from .settings import EvalSettings, TriplesSettings
 
-WRITERS = dict(zip(EXPORTS, (write_alpaca_eval, write_arena_hard), strict=True))
+WRITERS: dict[str, Any] = {"alpaca-eval": write_alpaca_eval, "arena-hard": write_arena_hard}
 
 
 def parse(arguments: list[str]) -> tuple[EvalSettings, ScorerSettings, TriplesSettings]:
@@ -97,7 +98,7 @@ def _left_out(comparison: Comparison) -> str:
 
 def export(answers: list[Answer], settings: EvalSettings) -> dict[str, Path]:
     """Writes the benchmarks' files; what was written, and in which folder."""
-    folders = {name: Path(settings.output) / name.replace("-", "_") for name in settings.export}
+    folders: dict[str, Path] = {name: Path(settings.output) / name.replace("-", "_") for name in settings.export}
     for name, folder in folders.items():
         WRITERS[name](answers, folder)
     return folders

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from wrpo.settings import REQUIRED, check_choice, check_range, knob
-
-EXPORTS = ("alpaca-eval", "arena-hard")
+from wrpo.settings import REQUIRED, check_choices, check_range, knob
 
 
 @dataclass
@@ -20,7 +18,9 @@ class EvalSettings:
 
     output: str = knob(REQUIRED, "Folder of everything that is written.", group="files", aliases=["-o"])
     answers: list[str] = knob([], "Rows of wrpo sample or wrpo score.", group="files")
-    export: list[str] = knob([], f"Also write what these read: {', '.join(EXPORTS)}.", group="files")
+    export: list[Literal["alpaca-eval", "arena-hard"]] = knob(
+        [], "Also write what these benchmarks read.", group="files"
+    )
     sources: str | None = knob(
         None, "Which models answer here, as for wrpo sample.", group="asking", metavar="SOURCES.yaml"
     )
@@ -40,7 +40,7 @@ class EvalSettings:
     )
 
     def __post_init__(self) -> None:
-        check_choice(self, "export", EXPORTS)
+        check_choices(self)
         check_range(self, "samples", "max_tokens", low=1)
         check_range(self, "temperature", low=0)
         check_range(self, "solved_at")
@@ -80,6 +80,7 @@ class TriplesSettings:
     trust_remote_code: bool = knob(False, "Run code that a hub repository carries.", group="model")
 
     def __post_init__(self) -> None:
+        check_choices(self)
         check_range(self, "alpha", low=0, high=1)
         check_range(self, "beta", low=0, open_low=True)
         check_range(self, "max_length", low=2)

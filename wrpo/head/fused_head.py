@@ -11,9 +11,9 @@ and passes the result on as if it were logits. Because this is the model's forwa
 ZeRO, autocast and gradient checkpointing see what they know: their hooks gather the head's weight before and are armed
 for the backward after. `model` may be the wrapped model.
 
-Two rules follow from the wrappers. The result is read behind the hooks of the head, since those may replace it. Tensors
-that must keep their type (reference log-probs: hundreds of nats) travel in `head_fn`'s closure, since mixed-precision
-wrappers cast what travels as an argument.
+Two rules follow from the wrappers, which cast what passes through them (as FSDP2's output_dtype does). The value is
+that which `head_fn` made, and only its gradient goes by way of the wrappers' hooks, which arm their backward. Tensors
+that must keep their type (reference log-probs: hundreds of nats) travel in `head_fn`'s closure.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import with_attention
-from .operands import head_operands
+from .operands import head_operands, kind_of
 from .scores import HeadScores, agreeing_transform, transforms_of
 
 _SCORES = "wrpo_head_scores"  # attributes of a model whose forward takes `head_fn`
@@ -90,7 +90,9 @@ def run_in_head(model: nn.Module, head_fn: HeadFn, **inputs: Any) -> Any:
         head_fn: called once, as head_fn(hidden [S, T, D], weight [V, D], bias=[V] or None, logit_scale=float,
             softcap=float or None), and adapter=(low [S, T, r], up [V, r]) where a LoRA is on the head. Returns a
             tensor, or a NamedTuple with a field `loss`. The tensor, or `loss`, takes part in the model's forward and
-            carries the gradient; the other fields are handed over as they are.
+            carries the gradient; the other fields are handed over as they are. Values and types are those that
+            `head_fn` made, whatever a mixed-precision wrapper does to the model's output. The gradient of the tensor is
+            cast with that output: reduce to a loss inside `head_fn`.
         **inputs: of the model's forward: input_ids, attention_mask, ... With `hidden_rows` [N], the flat places of rows
             in [S T], the head sees these alone, hidden [N, D] and low [N, r]. `segment`, `branch` or `segment_bounds`
             take the place of a mask (`wrpo.head.attention`).
@@ -114,8 +116,16 @@ def run_in_head(model: nn.Module, head_fn: HeadFn, **inputs: Any) -> Any:
             "install_fused_head(model) first (loading a pickled model drops the head)"
         )
     if isinstance(returned[0], Tensor):
-        return through_the_model
-    return returned[0]._replace(loss=through_the_model)
+        return _with_gradient_of(through_the_model, returned[0])
+    return returned[0]._replace(loss=_with_gradient_of(through_the_model, returned[0].loss))
+
+
+def _with_gradient_of(through_the_model: Tensor, value: Tensor) -> Tensor:
+    """The value as the head made it; its gradient goes to the tensor that came through the model's hooks."""
+    value = value.detach().to(through_the_model.device)
+    if not (torch.is_grad_enabled() and through_the_model.requires_grad):
+        return value
+    return value + (through_the_model - through_the_model.detach()).to(value.dtype)
 
 
 def find_causal_lm(model: nn.Module) -> nn.Module:
@@ -165,13 +175,13 @@ def adapts_tied_weight(model: nn.Module) -> bool:
     causal_lm = find_causal_lm(model)
     ends = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
     embedding, head = (getattr(end, "weight", None) for end in ends)
-    return embedding is head and any(type(end).__module__.startswith("peft.tuners.") for end in ends)
+    return embedding is head and any(kind_of(end).__module__.startswith("peft.tuners.") for end in ends)
 
 
 def _refuse_mixed_batch(model: nn.Module) -> None:
     """Before PEFT hangs its hooks into the layers: an error in the head would leave them there, and in force."""
     for module in model.modules():
-        if _SCORES in module.__dict__ and type(module.get_output_embeddings()).__module__.startswith("peft."):
+        if _SCORES in module.__dict__ and kind_of(module.get_output_embeddings()).__module__.startswith("peft."):
             raise ValueError(
                 "adapter_names (another adapter for each row) with an adapter on the output head is not known to the "
                 "fused head: run the rows of each adapter by themselves, with model.set_adapter(name)"

@@ -37,11 +37,17 @@ def head_operands(head: nn.Module, hidden: Tensor) -> HeadOperands:
         TypeError: a head, or an adapter on it, of a kind that is not known; the message names it.
         ValueError: the weight is not there in full (sharded, quantised).
     """
-    if type(head).__module__.startswith("peft."):
+    if kind_of(head).__module__.startswith("peft."):
         return _adapted(head, hidden)
     if not isinstance(head, nn.Linear):
         raise TypeError(f"the output head must be torch.nn.Linear, got {type(head).__name__}")
     return HeadOperands(_whole(head.weight), head.bias)
+
+
+def kind_of(module: nn.Module) -> type:
+    """The module's class. FSDP2 gives a module that it shards another one, derived from FSDPModule and that."""
+    kind, base, *bases = type(module).__mro__
+    return bases[0] if base.__module__ == "torch.distributed.fsdp" else kind
 
 
 def _whole(weight: Tensor) -> Tensor:
@@ -51,8 +57,8 @@ def _whole(weight: Tensor) -> Tensor:
         raise ValueError(f"the output head is quantised to {weight.dtype}; keep it in a floating type")
     if weight.dim() != 2 or weight.numel() == 0:
         raise ValueError(
-            f"the output head's weight is {list(weight.shape)} when it runs, expected [V, D]; under ZeRO-3 an adapter "
-            "on the head is not supported"
+            f"the output head's weight is {list(weight.shape)} when it runs, expected [V, D]: FSDP1 gathers an adapter "
+            "on the head apart from it. Take FSDP2 (fsdp_version: 2), or leave the head without an adapter"
         )
     return weight
 
@@ -61,12 +67,13 @@ def _adapted(head: Any, hidden: Tensor) -> HeadOperands:
     from peft.tuners.lora.layer import Linear as LoraLinear
     from peft.utils.other import ModulesToSaveWrapper
 
-    if type(head) is ModulesToSaveWrapper:
+    kind = kind_of(head)
+    if kind is ModulesToSaveWrapper:
         active = [] if head.disable_adapters else head.active_adapters
         return head_operands(head.modules_to_save[active[0]] if active else head.original_module, hidden)
-    if type(head) is LoraLinear:
+    if kind is LoraLinear:
         return _with_lora(head, hidden)
-    raise TypeError(f"{type(head).__module__}.{type(head).__name__} on the output head is not known; use LoRA, "
+    raise TypeError(f"{kind.__module__}.{kind.__name__} on the output head is not known; use LoRA, "
                     "modules_to_save, or leave the head without an adapter")  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from wrpo.data import load_examples
 from wrpo.data.example import in_order_of_row
 from wrpo.rows.json_lines import write_json_lines
 from wrpo.rows.reading import read_rows
-from wrpo.settings import REQUIRED, check_range, knob, parse_settings
+from wrpo.settings import REQUIRED, check_choices, check_range, knob, parse_settings
 from wrpo.user_error import UserError
 
 from .source_logp import with_source_logp
@@ -50,6 +50,7 @@ class LogpSettings:
     )
 
     def __post_init__(self) -> None:
+        check_choices(self)
         check_range(self, "batch_size", "max_length", low=1)
 
 

@@ -18,6 +18,8 @@ source that likes a preferred response less than the policy does, or a rejected 
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +29,7 @@ from wrpo.data.roles import Role
 
 from .reference import Reference
 
-FUSIONS = ("max_margin", "average", "confidence")
+Fusion = Literal["max_margin", "average", "confidence"]
 EPSILON = 1e-6  # nats; the paper names none
 
 
@@ -39,7 +41,7 @@ class FusedReference:
         fusion: "max_margin", "average" or "confidence".
     """
 
-    def __init__(self, own: Reference, fusion: str):
+    def __init__(self, own: Reference, fusion: Fusion):
         self.own, self.fusion = own, fusion
 
     def __call__(self, policy: nn.Module, batch: Batch) -> Tensor:
@@ -58,7 +60,7 @@ class FusedReference:
         return fused_logp(own, batch["source_logp"], length, batch["role"] == Role.REJECTED, self.fusion)
 
 
-def fused_logp(own: Tensor, source_logp: Tensor, length: Tensor, is_rejected: Tensor, fusion: str) -> Tensor:
+def fused_logp(own: Tensor, source_logp: Tensor, length: Tensor, is_rejected: Tensor, fusion: Fusion) -> Tensor:
     """The formula above.
 
     Args:
@@ -82,5 +84,5 @@ def fused_logp(own: Tensor, source_logp: Tensor, length: Tensor, is_rejected: Te
         share = 1.0 / (EPSILON - source)
         fused = (share * clipped).sum(1) / share.sum(1)
     else:
-        raise ValueError(f"fusion must be one of {list(FUSIONS)}, got {fusion!r}")
+        raise ValueError(f"fusion must be one of {list(get_args(Fusion))}, got {fusion!r}")
     return (length * fused).float()

@@ -131,14 +131,23 @@ def adapters_are_fresh(model: nn.Module) -> bool:
 
 @contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
-    """PEFT's own switch, which forgets what was frozen by hand: that is put back."""
+    """PEFT's own switch, without what it does to `requires_grad`.
+
+    It clears the flags of the adapters, and FSDP2 settles in its first forward, which may be this one, whose gradients
+    it will reduce and in which type. When it ends it forgets what was frozen by hand.
+    """
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
+
+    def restore() -> None:
         for parameter, flag in trained:
             parameter.requires_grad_(flag)
+
+    try:
+        with model.disable_adapter():
+            restore()
+            yield
+    finally:
+        restore()
 
 
 class FrozenCopy:

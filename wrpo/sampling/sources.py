@@ -32,14 +32,13 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from wrpo.rows.errors import shown
-from wrpo.settings import REQUIRED, SettingsError, check_choice, check_range, knob, settings_from
+from wrpo.settings import REQUIRED, SettingsError, check_choices, check_range, knob, settings_from
 from wrpo.settings.model import check_template
 from wrpo.settings.yaml_file import read_yaml
 
 from .settings import Sampling
 
 SET_ELSEWHERE = ("model", "messages", "stream", "n")  # fields of a request that no setting may touch
-OPTIONAL = ("temperature", "top_p", "max_tokens", "seed")  # and those that some servers refuse
 
 
 @dataclass
@@ -86,18 +85,18 @@ class ServerSource(Source):
     extra_body: str | None = knob(
         None, "Further fields of each request, a mapping, e.g. {chat_template_kwargs: {enable_thinking: false}}."
     )
-    leave_out: list[str] | None = knob(
-        None, "Fields that the server refuses, of: temperature, top_p, max_tokens, seed."
+    leave_out: list[Literal["temperature", "top_p", "max_tokens", "seed"]] | None = knob(
+        None, "Fields of a request that the server refuses."
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choices(self)
         _check_address(self.base_url)
         check_range(self, "concurrency", "give_up_after", low=1)
         check_range(self, "timeout", "retries", "retry_wait", "longest_retry_wait", low=0)
         check_range(self, "requests_per_minute", low=0, open_low=True)
         _check_mapping("extra_body", self.extra_body, SET_ELSEWHERE)
-        check_choice(self, "leave_out", OPTIONAL)
 
     def check_ready(self) -> None:
         if find_spec("openai") is None:
@@ -141,6 +140,7 @@ class LocalSource(Source):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choices(self)
         check_range(self, "batch_size", low=1)
         check_template(self)
 

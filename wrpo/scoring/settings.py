@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wrpo.rows.shards import Shard
-from wrpo.settings import REQUIRED, check_range, knob
+from wrpo.settings import REQUIRED, check_choices, check_range, knob
 
 
 @dataclass
@@ -90,5 +90,6 @@ class RewardModelSettings:
     trust_remote_code: bool = knob(False, "Run code that a hub repository carries.", group="reward model")
 
     def __post_init__(self) -> None:
+        check_choices(self)
         check_range(self, "batch_size", "max_length", low=1)
         check_range(self, "label", low=0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from .command_line import describe_fields, parse_settings, settings_from
 from .data import DataSettings
-from .fields import GROUPS, REQUIRED, SettingsError, check_choice, check_range, knob
+from .fields import GROUPS, REQUIRED, SettingsError, check_choice, check_choices, check_range, choices_of, knob
 from .model import ModelSettings
 
 __all__ = [
@@ -21,7 +21,9 @@ __all__ = [
     "ModelSettings",
     "SettingsError",
     "check_choice",
+    "check_choices",
     "check_range",
+    "choices_of",
     "describe_fields",
     "knob",
     "parse_settings",

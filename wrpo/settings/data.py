@@ -26,7 +26,15 @@ class DataSettings:
         None, "Instead of train_file: a data set of the hub, or a folder in its layout.", group="data"
     )
     dataset_config: str | None = knob(None, "Configuration of dataset_name, where it has several.", group="data")
-    dataset_split: str = knob("train", "Split of dataset_name; part of one as in 'train[:1000]'.", group="data")
+    dataset_split: str = knob(
+        "train",
+        "Split of dataset_name; part of one as in 'train[:1000]'.",
+        group="data",
+        aliases=["--dataset_train_split"],
+    )
+    dataset_test_split: str | None = knob(
+        None, "Split of dataset_name to evaluate on, instead of eval_file. Default: none.", group="data"
+    )
     eval_file: str | None = knob(
         None, "Rows to evaluate on, every epoch unless eval_strategy says otherwise.", group="data"
     )
@@ -53,6 +61,11 @@ class DataSettings:
             raise ValueError(f"train_file, dataset_name: expected one of the two, got {got}")
         if self.dataset_config is not None and self.dataset_name is None:
             raise ValueError("dataset_config needs dataset_name, the data set that it is a configuration of")
+        if self.dataset_test_split is not None and self.eval_file is not None:
+            got = f"{self.dataset_test_split!r} and {self.eval_file!r}"
+            raise ValueError(f"dataset_test_split, eval_file: expected one of the two, got {got}")
+        if self.dataset_test_split is not None and self.dataset_name is None:
+            raise ValueError("dataset_test_split needs dataset_name, the data set that it is a split of")
         check_range(self, "tokenize_processes", low=1)
         self.template_options()
 

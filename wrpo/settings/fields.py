@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Collection
 from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from wrpo.user_error import UserError
 
@@ -63,39 +63,53 @@ def check_range(
     open_low: bool = False,
     open_high: bool = False,
 ) -> None:
-    """Refuse fields that are no finite number from `low` to `high`, without an end that is open; None where it may be.
+    """Refuse fields that are no finite number from `low` to `high`, without an end that is open. A field of type int
+    holds a whole number; None passes where the type allows it.
 
     Raises:
         ValueError: with the field, what was expected and what came.
     """
+    hints = get_type_hints(type(settings))
     for name in names:
-        value = getattr(settings, name)
-        if value is None and _may_be_none(settings, name):
+        value, types = getattr(settings, name), get_args(hints[name]) or (hints[name],)
+        if value is None and NoneType in types:
             continue
-        # Compared, not converted: an integer may be too large for a float. NaN fails the comparison.
-        is_number = isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
-        is_inside = is_number and low <= value <= high and not (open_low and value == low)
-        if not is_inside or (open_high and value == high):
+        is_whole = float not in types
+        # Compared, not converted: an integer may be too large for a float. NaN fails the comparison. True is an int.
+        is_number = isinstance(value, int if is_whole else (int, float)) and not isinstance(value, bool)
+        is_inside = is_number and abs(value) <= sys.float_info.max and low <= value <= high
+        if not is_inside or (open_low and value == low) or (open_high and value == high):
+            kind = "a whole number" if is_whole else "a finite number"
             bounds = [f" {'>' if open_low else '>='} {_short(low)}"] if low > -math.inf else []
             bounds += [f" {'<' if open_high else '<='} {_short(high)}"] if high < math.inf else []
-            raise ValueError(f"{name}: expected a finite number{' and'.join(bounds)}, got {value!r}")
-
-
-def _may_be_none(settings: Any, name: str) -> bool:
-    return NoneType in get_args(get_type_hints(type(settings))[name])
+            raise ValueError(f"{name}: expected {kind}{' and'.join(bounds)}, got {value!r}")
 
 
 def _short(bound: float) -> str:
     return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
-def check_choice(settings: Any, name: str, choices: Collection[str]) -> None:
-    """Raises ValueError where a field, or a value in its list, is not one of `choices`, nor None where it may be."""
-    value = getattr(settings, name)
-    if value is None and _may_be_none(settings, name):
-        return
-    hint = get_type_hints(type(settings))[name]
-    is_list = any(get_origin(part) is list for part in (hint, *get_args(hint)))
-    for one in value if is_list and isinstance(value, list) else [value]:
-        if one not in choices:
-            raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {one!r}")
+def check_choices(settings: Any) -> None:
+    """Raises ValueError where a field whose type is a `Literal`, or a value in a list of them, is not one of its
+    choices, nor None where it may be.
+    """
+    for name, hint in get_type_hints(type(settings)).items():
+        value, parts = getattr(settings, name), (hint, *get_args(hint))
+        if (choices := choices_of(hint)) and not (value is None and NoneType in parts):
+            is_list = isinstance(value, list) and any(get_origin(part) is list for part in parts)
+            for one in value if is_list else [value]:
+                check_choice(name, one, choices)
+
+
+def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
+    """Raises ValueError where the value of a field is not one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def choices_of(hint: Any) -> tuple[Any, ...]:
+    """Those of a `Literal`, of a list of one, and of either or None; none where any text will do."""
+    parts = get_args(hint)
+    if get_origin(hint) is Literal or str in parts:
+        return () if str in parts else parts
+    return tuple(choice for part in parts for choice in choices_of(part))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from .fields import REQUIRED, check_range, knob
+from .fields import REQUIRED, check_choices, check_range, knob
 
 
 @dataclass
@@ -60,6 +60,7 @@ class ModelSettings:
     )
 
     def __post_init__(self) -> None:
+        check_choices(self)
         check_range(self, "lora_r", low=0)
         check_range(self, "lora_alpha", low=0, open_low=True)
         check_range(self, "lora_dropout", low=0, high=1, open_high=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,18 +13,72 @@ from torch import nn
 from transformers import Trainer, get_scheduler
 
 from wrpo.data.model_limits import refuse_beyond
+from wrpo.head.fused_head import adapts_tied_weight
+from wrpo.reference.reference import is_partitioned
 from wrpo.spelling import nearest
 from wrpo.user_error import in_one_line
+from wrpo_kernels import token_logp
 
 from .saving import refuse_unsaveable
+
+logger = logging.getLogger("wrpo.head")
 
 OF_TRAINER = ("runtime", "samples_per_second", "steps_per_second")  # what it adds to the values of an evaluation
 OF_MODEL = {"params", "model", "optimizer_dict"}  # options of optimizers that transformers makes of the whole model
 LONGEST = 400  # characters of another program's words
 
 
+def check_arguments(args: Any, config_class: Any, options: dict[str, Any]) -> None:
+    """Raises TypeError for settings of another class, ValueError for options of `Trainer` that no trainer here has, for
+    several GPUs in one process, and for a kernel that cannot run.
+    """
+    if not isinstance(args, config_class):
+        raise TypeError(f"args must be {config_class.__name__}, got {type(args).__name__}")
+    for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
+        if options.get(name) is not None:
+            raise ValueError(f"{name} needs logits, which never exist here; the metrics are in the log instead")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process (DataParallel) are not supported: start one process a GPU with "
+            f"`torchrun --nproc_per_node {args.n_gpu} ...`, or show this process one GPU with CUDA_VISIBLE_DEVICES"
+        )
+    if args.kernel_backend is not None:
+        check_backend(args.kernel_backend, args.device)
+
+
+def check_backend(name: str, device: torch.device) -> None:
+    """Raises ValueError if the backend that was named cannot run there; now rather than in the first step."""
+    try:
+        token_logp(torch.zeros(1, 1, device=device), torch.zeros(1, dtype=torch.int64, device=device), backend=name)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"kernel_backend={name!r}: {error}. Leave it out for the best that runs here") from error
+
+
+def check_model(model: nn.Module, args: Any) -> None:
+    """Raises ValueError where the head cannot be checked."""
+    if args.check_head and is_partitioned(model):
+        raise ValueError(
+            "check_head runs the model before it is wrapped, and its weights are spread over ranks or not there yet "
+            "(ZeRO-3, meta device): set check_head to false"
+        )
+
+
+def warn_of_tied_adapter(model: nn.Module) -> None:
+    if adapts_tied_weight(model):
+        logger.warning(
+            "An adapter is on the output head or the embedding, which share one weight: merge_and_unload() would "
+            "change both, and give another model than was trained. Keep the adapter unmerged, or start from a head "
+            "of its own, before get_peft_model: head = model.get_output_embeddings(); head.weight = "
+            "torch.nn.Parameter(head.weight.detach().clone()); model.config.tie_word_embeddings = False"
+        )
+
+
 def check_before_training(trainer: Any) -> None:
-    """Raises ValueError in one line: rows beyond the model, nothing to train, settings that cannot be carried out."""
+    """Raises ValueError in one line: rows beyond the model, nothing to train, settings that cannot be carried out.
+
+    Warns of an adapter that cannot be merged.
+    """
+    warn_of_tied_adapter(trainer.model)
     for name, rows in trainer.filled_datasets().items():
         refuse_beyond(rows, trainer.model, trainer.processing_class, place=f"{name} data")
     if trainer.train_dataset is not None:

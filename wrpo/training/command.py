@@ -14,11 +14,11 @@ from wrpo.pretrained import check_adapter, load_model, load_tokenizer, require_t
 from wrpo.settings import DataSettings, ModelSettings, parse_settings
 from wrpo.user_error import UserError
 
-from .config import DPOConfig, FusedHeadConfig, SFTConfig, WRPOConfig
+from .config import FusedHeadConfig, SFTConfig
 from .inherited_fields import describe
 from .resuming import find_checkpoint, train_from
-from .saving import has_weights
 from .sft_trainer import SFTTrainer
+from .wrpo_config import DPOConfig, WRPOConfig
 from .wrpo_trainer import WRPOTrainer
 
 OUTPUTS = {"model": "", "metrics": "metrics.json", "curves": "training_curves.png"}  # in output_dir
@@ -79,23 +79,16 @@ def _fit(trainer_class: Any, model: ModelSettings, data: DataSettings, config: A
     tokenizer = load_tokenizer(model)
     require_template(tokenizer, model)
     with config.main_process_first(desc="tokenising"):  # the others read what the first has put on disk
-        stage, source = trainer_class.stage, data.train_file
-        if data.dataset_name is not None:
-            source = load_hub(data.dataset_name, data.dataset_config, data.dataset_split)
-        rows = _rows(source, data.train_split, tokenizer, config, data, stage)
-        eval_rows = data.eval_file and _rows(data.eval_file, data.eval_split, tokenizer, config, data, stage)
-    if eval_rows and config.eval_strategy == "no":
+        rows = {
+            name: _tokenised(source, split, tokenizer, config, data, trainer_class.stage)
+            for name, (source, split) in _sources(data).items()
+        }
+    if "eval_dataset" in rows and config.eval_strategy == "no":
         config.eval_strategy = type(config.eval_strategy)("epoch")
     try:
         policy = load_model(model, is_trained=True)
         warn_of_coarse_weights(policy)
-        trainer = trainer_class(
-            policy,
-            config,
-            train_dataset=rows,
-            eval_dataset=eval_rows or None,
-            processing_class=tokenizer,
-        )
+        trainer = trainer_class(policy, config, processing_class=tokenizer, **rows)
     except (ValueError, TypeError) as error:  # settings, model and data that do not go together
         raise UserError(str(error)) from error
     train_from(trainer, checkpoint)
@@ -104,7 +97,21 @@ def _fit(trainer_class: Any, model: ModelSettings, data: DataSettings, config: A
         _print_paths(Path(config.output_dir))
 
 
-def _rows(source: Any, split: str, tokenizer: Any, config: Any, data: DataSettings, stage: str) -> Any:
+def _sources(data: DataSettings) -> dict[str, tuple[Any, str]]:
+    """(a file, or the rows of a hub; the split of a file that has several) to train on and, if asked for, to evaluate
+    on, by the trainer's names.
+    """
+    name, config, test_split = data.dataset_name, data.dataset_config, data.dataset_test_split
+    train = data.train_file if name is None else load_hub(name, config, data.dataset_split)
+    sources = {"train_dataset": (train, data.train_split)}
+    if name is not None and test_split is not None:
+        sources["eval_dataset"] = (load_hub(name, config, test_split), test_split)
+    elif data.eval_file is not None:
+        sources["eval_dataset"] = (data.eval_file, data.eval_split)
+    return sources
+
+
+def _tokenised(source: Any, split: str, tokenizer: Any, config: Any, data: DataSettings, stage: str) -> Any:
     return tokenize_examples(
         load_examples(source, split=split, skip_bad_rows=data.skip_bad_rows, stage=stage, from_scores=data.from_scores),
         tokenizer,
@@ -117,11 +124,6 @@ def _rows(source: Any, split: str, tokenizer: Any, config: Any, data: DataSettin
 
 
 def _print_paths(folder: Path) -> None:
-    if not has_weights(folder):
-        raise UserError(
-            f"training has ended, and no weights are in {folder}: saving writes none of a sharded state dict "
-            "(fsdp_state_dict_type: FULL_STATE_DICT does). Checkpoints beside it hold them"
-        )
     for what, name in OUTPUTS.items():
         if (folder / name).exists():
             print(f"{what:<8} {folder / name}")

@@ -1,29 +1,21 @@
-"""The knobs of both stages: what each means, its unit, its default and where that comes from.
+"""What SFT and preference optimisation share of their settings, and those of SFT.
 
-`FusedHeadConfig` holds what SFT and WRPO share. Defaults of `transformers.TrainingArguments` that the paper sets
-otherwise are set here; `inherited_fields` says what becomes of every other field of it.
+Each field says what it means, its unit, its default and where that comes from. Defaults of
+`transformers.TrainingArguments` that the paper sets otherwise are set here; `inherited_fields` says what becomes of
+every other field of it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from wrpo.data.layout import LAYOUTS
-from wrpo.reference.fused import FUSIONS
-from wrpo.settings import check_choice, check_range, knob
+from wrpo.settings import check_choices, check_range, knob
 
-from .inherited_fields import check_inherited, check_numbers, settle_inherited
-from .schedule import SCHEDULES
-
-LOSS_TYPES = ("sigmoid", "hinge", "ipo", "simpo", "dpo")
-ALPHA_SCHEDULES = (*SCHEDULES, "adaptive")
-MEASURES = ("margin", "accuracy")  # of a source model's performance
-SOURCE_WEIGHTINGS = ("rows", "reward", *MEASURES)
-REFERENCES = ("auto", "copy", "adapter", "precompute", "none")
-EMPTY_RESPONSES = ("raise", "zero")
+from .inherited_fields import check_inherited, settle_inherited
 
 
 @dataclass
@@ -74,7 +66,7 @@ class FusedHeadConfig(TrainingArguments):
     max_prompt_length: int | None = knob(
         1800, "Most tokens in the prompt; none: no limit. Default: 1800 (paper).", group="data"
     )
-    layout: str = knob(
+    layout: Literal["auto", "padded", "packed", "shared"] = knob(
         "auto",
         "Where the tokens of a batch stand. padded: each response behind its own copy of the prompt, padded to the "
         "longest; packed: the same, several to a row, without padding; shared: the prompt once for all its responses. "
@@ -112,7 +104,7 @@ class FusedHeadConfig(TrainingArguments):
         settle_inherited(self)
         if self.dataloader_pin_memory is None:
             self.dataloader_pin_memory = self.device.type != "cpu"
-        check_choice(self, "layout", ("auto", *LAYOUTS))
+        check_choices(self)
         check_range(self, "max_length", low=2)
         check_range(self, "max_prompt_length", "budget_bytes", low=1)
 
@@ -141,204 +133,3 @@ class SFTConfig(FusedHeadConfig):
         super().__post_init__()
         if self.layout == "shared":
             raise ValueError("layout 'shared' would change nothing: a row has one response to learn; use packed")
-
-
-@dataclass
-class WRPOConfig(FusedHeadConfig):
-    """Weighted-Reward Preference Optimization.
-
-    With r(y) = beta * (log pi(y|x) - log pi_ref(y|x)) and sources weighted by their shares q_k,
-
-        m = alpha * sum_k q_k r(source_k) + (1 - alpha) * r(target) - r(rejected) - gamma
-
-    Settings of the paper's variants: WRPO_IPO loss_type ipo, beta 0.01, alpha 0.1, learning_rate 1e-6;
-    WRPO_SimPO loss_type simpo, beta 10, gamma 0, alpha 0.5, learning_rate 6e-7.
-    """
-
-    learning_rate: float = knob(3e-7, "Peak learning rate. Default: 3e-7 (paper).", group="training")
-    alpha: float = knob(
-        0.1,
-        "Fusion coefficient at the end: share of the source in the chosen reward. Default: 0.1 (paper).",
-        group="loss",
-    )
-    alpha_start: float = knob(0.0, "Fusion coefficient at the start. Default: 0 (paper).", group="loss")
-    alpha_schedule: str = knob(
-        "linear",
-        "How alpha rises: linear, cosine, constant at `alpha`, or adaptive: from alpha_start to alpha as the running "
-        "share a of rows whose target answer beats the rejected one goes from 1/2 to alpha_goal_accuracy, alpha_start "
-        "+ (alpha - alpha_start) * clip((a - 1/2) / (alpha_goal_accuracy - 1/2), 0, 1). Default: linear (paper).",
-        group="loss",
-    )
-    alpha_goal_accuracy: float = knob(
-        0.75,
-        "Running accuracy of the target at which an adaptive alpha is at its end, in (0.5, 1]. Default: 0.75.",
-        group="loss",
-    )
-    alpha_warmup_ratio: float = knob(
-        1.0, "Share of training over which alpha rises. Default: 1, all of it (paper).", group="loss"
-    )
-    source_weighting: str = knob(
-        "rows",
-        "The shares q_k of several sources. rows: source_weight of the data, equal where it has none; reward: "
-        "softmax(source_reward / source_temperature) over the row's sources; margin, accuracy: source_weight times "
-        "exp(s / source_temperature), to sum 1, with s the running mean of r(source) - r(rejected), or of the share of "
-        "rows where it is above 0, over the rows of the source's model (see training/source_performance.py). Default: "
-        "rows (paper: one source).",
-        group="loss",
-    )
-    source_temperature: float = knob(
-        1.0,
-        "Temperature of the shares, in units of the reward, margin or accuracy that they follow. Default: 1.",
-        group="loss",
-    )
-    performance_decay: float = knob(
-        0.9,
-        "What a row counts in a running mean one optimizer step later, in [0, 1); the mean reaches back about "
-        "1 / (1 - this) steps. For source_weighting margin and accuracy, and alpha_schedule adaptive. Default: 0.9.",
-        group="loss",
-    )
-    beta: float = knob(
-        0.01, "Scale of the implicit reward, 1/nats; for ipo the paper's tau. Default: 0.01 (paper).", group="loss"
-    )
-    gamma: float = knob(
-        0.0, "Margin that the chosen reward must win by, in units of reward. Default: 0 (paper).", group="loss"
-    )
-    loss_type: str = knob(
-        "sigmoid",
-        "sigmoid: -log sigmoid(m), the paper's; hinge: max(0, 1 - m); ipo: ((m - 1/2) / beta)^2; simpo: sigmoid with "
-        "each log-prob divided by its length and no reference; dpo: sigmoid with alpha 0, where a row that has a "
-        "target leaves its sources out. Default: sigmoid.",
-        group="loss",
-    )
-    loss_label_smoothing: float = knob(
-        0.0,
-        "Probability that a preference is flipped, in [0, 0.5); sigmoid losses only. Default: 0 (paper).",
-        group="loss",
-    )
-    nll_weight: float = knob(
-        0.0,
-        "Weight of -log pi of the preferred responses beside the preference loss, shared among them as the chosen "
-        "reward is: alpha * q_k a source, 1 - alpha the target. -log pi is a sum over tokens, or with length_normalize "
-        "their mean. Default: 0.",
-        group="loss",
-    )
-    length_normalize: bool = knob(
-        False,
-        "Divide each response's log-ratio by its number of tokens. Default: False (paper); simpo always does.",
-        group="loss",
-    )
-    reference: str = knob(
-        "auto",
-        "Where reference log-probs come from. copy: a frozen copy of the model. adapter: the PEFT model with its "
-        "adapters off. precompute: once before training, kept on disk. none: reference-free. auto: none for simpo; "
-        "adapter if the adapters are fresh; else precompute, or copy where the data has no length. Under FSDP, copy "
-        "and precompute need the whole model on every GPU; under ZeRO-3, give the data the column ref_logp. Default: "
-        "auto.",
-        group="reference",
-    )
-    reference_cache_dir: str | None = knob(
-        None, "Folder of the precomputed reference log-probs. Default: `reference` in output_dir.", group="reference"
-    )
-    reference_fusion: str = knob(
-        "none",
-        "Put the source models' own log-probs, column source_logp, into the reference (InfiFPO, arXiv:2505.13878): a "
-        "response's mean log-prob a token under each source, clipped at the policy's (from below if preferred, from "
-        "above if rejected), then max_margin: the source farthest from the policy; average; or confidence: weights "
-        "proportional to 1 / -log-prob. Needs length_normalize; the paper's beta for it is 2.5. Default: none.",
-        group="reference",
-    )
-    empty_response: str = knob(
-        "raise",
-        "A response without a token to count. raise: an error; zero: its row counts nothing and leaves the mean. "
-        "Default: raise.",
-        group="data",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_numbers(self, "alpha", "alpha_start", "alpha_warmup_ratio", low=0, high=1)
-        check_numbers(self, "beta", "source_temperature", low=0, open_low=True)
-        check_numbers(self, "gamma")
-        check_numbers(self, "nll_weight", low=0)
-        check_numbers(self, "alpha_goal_accuracy", low=0.5, high=1, open_low=True)
-        check_numbers(self, "performance_decay", low=0, high=1, open_high=True)
-        check_numbers(self, "loss_label_smoothing", low=0, high=0.5, open_high=True)
-        check_choice(self, "alpha_schedule", ALPHA_SCHEDULES)
-        check_choice(self, "source_weighting", SOURCE_WEIGHTINGS)
-        check_choice(self, "reference_fusion", ("none", *FUSIONS))
-        check_choice(self, "loss_type", LOSS_TYPES)
-        check_choice(self, "reference", REFERENCES)
-        check_choice(self, "empty_response", EMPTY_RESPONSES)
-        if self.loss_label_smoothing and self.loss_type in ("hinge", "ipo"):
-            raise ValueError(f"loss_label_smoothing belongs to the sigmoid losses, got loss_type {self.loss_type!r}")
-        if self.loss_type == "simpo" and self.reference not in ("auto", "none"):
-            raise ValueError(f"reference must be none (or auto) for loss_type 'simpo', got {self.reference!r}")
-        self._check_weights_that_adapt()
-
-    def _check_weights_that_adapt(self) -> None:
-        adaptive, no_alpha = self.alpha_schedule == "adaptive", self.unused_role() == "source"
-        fused = self.reference_fusion != "none"
-        contradictions = {
-            "alpha_warmup_ratio is a share of the steps, which alpha_schedule 'adaptive' does not go by": (
-                adaptive and self.alpha_warmup_ratio != 1
-            ),
-            "alpha_schedule 'adaptive' would change nothing: alpha is 0 throughout": adaptive and no_alpha,
-            f"source_weighting {self.source_weighting!r} would change nothing: alpha is 0 throughout": (
-                no_alpha and self.source_weighting != "rows"
-            ),
-            "reference_fusion needs the policy's own reference, which reference 'none' and loss_type 'simpo' lack": (
-                fused and (self.reference == "none" or self.loss_type == "simpo")
-            ),
-            "reference_fusion compares log-probs a token; set length_normalize to true": (
-                fused and not self.length_normalize
-            ),
-        }
-        for words, holds in contradictions.items():
-            if holds:
-                raise ValueError(words)
-
-    def unused_role(self) -> str | None:
-        """The preferred role that weighs nothing in any step, where a row has the other one too."""
-        ends = {self.alpha} if self.alpha_schedule == "constant" else {self.alpha, self.alpha_start}
-        if self.loss_type == "dpo" or ends == {0.0}:
-            return "source"
-        return "target" if ends == {1.0} else None
-
-    def follows_performance(self) -> bool:
-        """Whether a weight depends on the running means of `wrpo.training.source_performance`."""
-        return self.source_weighting in MEASURES or self.alpha_schedule == "adaptive"
-
-    def loss_options(self) -> dict:
-        """The loss that the fields single out: keyword arguments of `linear_wrpo_loss`."""
-        return {
-            "beta": self.beta,
-            "gamma": self.gamma,
-            "loss_type": self.loss_type if self.loss_type in ("hinge", "ipo") else "sigmoid",
-            "label_smoothing": self.loss_label_smoothing,
-            "length_normalize": self.length_normalize or self.loss_type == "simpo",
-            "empty": self.empty_response,
-        }
-
-
-@dataclass
-class DPOConfig(WRPOConfig):
-    """Direct Preference Optimization on pairs: `WRPOConfig` with the defaults that DPO users know, and alpha 0.
-
-    m = r(chosen) - r(rejected) - gamma; a row that has an answer of the target leaves its sources' out.
-        Source: DPO, arXiv:2305.18290; defaults as in TRL's DPOConfig.
-    """
-
-    learning_rate: float = knob(1e-6, "Peak learning rate. Default: 1e-6.", group="training")
-    beta: float = knob(
-        0.1, "Scale of the implicit reward, 1/nats; for ipo the paper's tau. Default: 0.1.", group="loss"
-    )
-    alpha: float = knob(
-        0.0, "0: of a row with an answer of the target the sources' do not count. Default: 0.", group="loss"
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.alpha or self.alpha_start:
-            raise ValueError(
-                f"alpha and alpha_start must be 0 for DPO, got {self.alpha} and {self.alpha_start}; WRPOConfig has them"
-            )

@@ -3,12 +3,12 @@
 Exact normalisation. The Trainer hands over all micro-batches of an optimizer step at once. Their items (examples or
 tokens) are counted together and over all ranks, and each micro-batch's loss is its sum divided by that count. So the
 gradient of a step is that of the mean over all its items, however they are dealt out to micro-batches and ranks: DDP,
-FSDP and ZeRO average over ranks, and the loss is multiplied by the number of ranks to undo it.
+FSDP and ZeRO average over ranks, and the count is divided by the number of ranks to undo it. Rows that are repeated
+because the data does not divide by the ranks weigh nothing.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator
 from itertools import islice
@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from wrpo.data.collation import Batch, pad_token
 from wrpo.data.model_limits import keep_padding_inside
-from wrpo.head.fused_head import adapts_tied_weight, install_fused_head
-from wrpo.reference.reference import is_partitioned
+from wrpo.data.ranks import rows_that_count
+from wrpo.head.fused_head import install_fused_head
 from wrpo.user_error import UserError
-from wrpo_kernels import token_logp
 from wrpo_kernels.__main__ import budget_on, kernel_on
 
-from .before_training import check_before_training, packages_named
+from .before_training import check_arguments, check_before_training, check_model, packages_named
 from .config import FusedHeadConfig
 from .curves import TrainingCurves
 from .generation import prepare_generation
@@ -35,8 +34,6 @@ from .metrics import Measured, RunningMeans
 from .opening import open_eval_data, open_model, open_tokenizer, open_train_data
 from .saving import SavingTrainer
 from .start_report import StartReport, data_size
-
-logger = logging.getLogger("wrpo.head")
 
 
 class HeadTrainer(SavingTrainer, LengthGroupingTrainer, LayoutTrainer):
@@ -59,28 +56,13 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer, LayoutTrainer):
         **options: Any,
     ):
         args = self.config_class() if args is None else args
-        if not isinstance(args, self.config_class):
-            raise TypeError(f"args must be {self.config_class.__name__}, got {type(args).__name__}")
-        for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
-            if options.get(name) is not None:
-                raise ValueError(f"{name} needs logits, which never exist here; the metrics are in the log instead")
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs in one process (DataParallel) are not supported: start one process a GPU with "
-                f"`torchrun --nproc_per_node {args.n_gpu} ...`, or show this process one GPU with CUDA_VISIBLE_DEVICES"
-            )
+        check_arguments(args, self.config_class, options)
         tokenizer = open_tokenizer(processing_class, model)
         train_dataset = open_train_data(train_dataset, tokenizer, args, self.stage)
         eval_dataset = open_eval_data(eval_dataset, tokenizer, args, self.stage)
         model = open_model(model, peft_config)
-        if args.check_head and model is not None and is_partitioned(model):
-            raise ValueError(
-                "check_head runs the model before it is wrapped, and its weights are spread over ranks or not there "
-                "yet (ZeRO-3, meta device): set check_head to false"
-            )
-        if args.kernel_backend is not None:
-            check_backend(args.kernel_backend, args.device)
         if model is not None:
+            check_model(model, args)
             keep_padding_inside(tokenizer, model)
         with packages_named(f"report_to {args.report_to}"):
             super().__init__(
@@ -94,13 +76,6 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer, LayoutTrainer):
             )
         self.model_accepts_loss_kwargs = True  # what transformers before `loss_is_scaled_for_ga` reads
         install_fused_head(self.model, check=args.check_head)
-        if adapts_tied_weight(self.model):
-            logger.warning(
-                "An adapter is on the output head or the embedding, which share one weight: merge_and_unload() would "
-                "change both, and give another model than was trained. Keep the adapter unmerged, or start from a head "
-                "of its own, before get_peft_model: head = model.get_output_embeddings(); head.weight = "
-                "torch.nn.Parameter(head.weight.detach().clone()); model.config.tie_word_embeddings = False"
-            )
         prepare_generation(self.model, self.train_dataset, tokenizer)
         check_before_training(self)
         self.choose_layout(self.probed_rows())
@@ -172,7 +147,7 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer, LayoutTrainer):
         raise NotImplementedError
 
     def batch_loss(self, model: nn.Module, batch: Batch, count: Tensor | None) -> tuple[Tensor, dict[str, Measured]]:
-        """The batch's share of the loss, its sum divided by `count`; and the values to log.
+        """The batch's share of the loss, its sum over rows that are no repeats divided by `count`; and values to log.
 
         With `count` None (evaluation) the values hold "loss", and the first result is not used.
         """
@@ -183,8 +158,23 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer, LayoutTrainer):
     ) -> tuple[list[Batch], Tensor]:
         """The micro-batches of one optimizer step, and the weight of their rows together, over all ranks."""
         batches = list(islice(epoch_iterator, num_batches))
-        count = sum((self.item_weight(batch).sum() for batch in batches), torch.zeros(())).to(device)
+        if batches:
+            batches[-1] = self.with_repeats_marked(batches[-1])
+        count = sum((self.counted_weight(batch).sum() for batch in batches), torch.zeros(())).to(device)
         return batches, self.accelerator.reduce(count, "sum").clamp(min=1)
+
+    def with_repeats_marked(self, batch: Batch) -> Batch:
+        """The batch that the data loader gave last; `is_counted` [B] where some of its rows are repeats."""
+        rows = len(weight := self.item_weight(batch))
+        counted = rows_that_count(self.accelerator, rows)
+        if counted == rows:
+            return batch
+        return {**batch, "is_counted": torch.arange(rows, device=weight.device) < counted}
+
+    def counted_weight(self, batch: Batch) -> Tensor:
+        """[B], `item_weight`, and 0 of a repeat."""
+        weight = self.item_weight(batch)
+        return weight * batch["is_counted"] if "is_counted" in batch else weight
 
     def compute_loss(
         self,
@@ -193,13 +183,14 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer, LayoutTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        weight = self.item_weight(inputs)
-        count = weight.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        weight = self.counted_weight(inputs)
+        if num_items_in_batch is None:
+            count = weight.sum().clamp(min=1)  # the loss is this rank's own mean
+        else:  # over all ranks
+            count = num_items_in_batch / self.accelerator.num_processes
         loss, values = self.batch_loss(model, inputs, count)
         if values:
             self.train_means.add(values, weight)
-        if num_items_in_batch is not None:  # that count is over all ranks; without it the loss is this rank's own mean
-            loss = loss * self.accelerator.num_processes
         return (loss, values) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -218,20 +209,11 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer, LayoutTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
-        inputs = self._prepare_inputs(inputs)
+        inputs = self.with_repeats_marked(self._prepare_inputs(inputs))
         with torch.no_grad():
             _, values = self.batch_loss(model, inputs, None)
-        weight = self.item_weight(inputs)
-        weight[self.rows_of_the_data(len(weight)) :] = 0
-        self.eval_means.add(values, weight)
+        self.eval_means.add(values, self.counted_weight(inputs))
         return values["loss"].value.mean(), None, None
-
-    def rows_of_the_data(self, rows: int) -> int:
-        """How many rows of this batch are not repeats that make the last batches of all ranks equally large."""
-        state = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return rows
-        return min(rows, max(0, state.remainder - rows * self.accelerator.process_index))
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The Trainer's own loop; its loss is replaced by the exact mean over the data, and the other means join it."""
@@ -246,11 +228,3 @@ def is_finite(parameter: Tensor) -> bool:
     """Of a parameter that FSDP has sharded: this rank's share."""
     own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
     return not own.is_floating_point() or own.is_meta or bool(own.detach().isfinite().all())
-
-
-def check_backend(name: str | None, device: torch.device) -> None:
-    """Raises ValueError if the backend that was named cannot run there; now rather than in the first step."""
-    try:
-        token_logp(torch.zeros(1, 1, device=device), torch.zeros(1, dtype=torch.int64, device=device), backend=name)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"kernel_backend={name!r}: {error}. Leave it out for the best that runs here") from error

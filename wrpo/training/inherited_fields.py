@@ -74,17 +74,35 @@ def check_inherited(args: Any) -> None:
     check_numbers(args, *_there(args, AT_LEAST_0), low=0)
     check_numbers(args, *_there(args, AT_LEAST_1), low=1)
     check_numbers(args, *_there(args, ABOVE_0), low=0, open_low=True)
+    check_numbers(args, "max_steps", low=-1)
     check_numbers(args, "seed", "data_seed", low=0, high=LARGEST_SEED)
     for name in _there(args, CHOICES):
-        if isinstance(getattr(args, name), str):
-            check_choice(args, name, CHOICES[name])
+        if isinstance(value := getattr(args, name), str):
+            check_choice(name, value, CHOICES[name])
     for name in _there(args, FIXED):
-        value, reason = FIXED[name]
-        if getattr(args, name) not in (value, None):
-            raise ValueError(f"{name} must be {value}: {reason}")
+        only, reason = FIXED[name]
+        if getattr(args, name) not in (only, None):
+            raise ValueError(f"{name} must be {only}: {reason}")
+    refuse_cut_sequences(args)
     for words, holds in _contradictions(args).items():
         if holds:
             raise ValueError(words)
+
+
+def refuse_cut_sequences(args: Any) -> None:
+    """Raises ValueError: each process would make the loss of a part of a response against the reference of all of it.
+
+    accelerate launch says its settings in the environment.
+    """
+    launched = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true"
+    for name, kind in (("cp_size", "context"), ("sp_size", "sequence")):
+        of_launch = os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}") if launched else None
+        size = int(getattr(getattr(args, "parallelism_config", None), name, None) or of_launch or 1)
+        if size > 1:
+            raise ValueError(
+                f"parallelism_config: {name} must be 1, got {size}: {kind} parallelism cuts the responses whose "
+                "log-probs are summed here. Long rows want gradient_checkpointing and FSDP2"
+            )
 
 
 def check_numbers(args: Any, *names: str, **bounds: Any) -> None:

@@ -1,7 +1,7 @@
-"""A model that was trained is saved.
+"""A model that was trained is saved, in files that load everywhere.
 
-What would prevent it is met before training. If saving fails all the same, the weights are left as a state dict, and
-the message says where.
+What would prevent it is met before training. Weights that are spread over processes are put together on the first one.
+If saving fails all the same, the weights are left as a state dict, and the message says where.
 """
 
 from __future__ import annotations
@@ -31,6 +31,43 @@ RESCUED = "weights_of_a_failed_save.pt"
 
 class SavingTrainer(Trainer):
     """A Trainer that saves an adapter's generation settings with it, and does not lose weights that it cannot save."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the whole model, also where checkpoints are kept in shards. Every process must call it.
+
+        Raises:
+            UserError: no weights were written.
+        """
+        if _internal_call:  # a checkpoint
+            return super().save_model(output_dir, _internal_call=True)
+        folder = Path(output_dir or self.args.output_dir)
+        before = written(folder)
+        with self._weights_put_together():
+            super().save_model(output_dir)
+        if self.args.should_save and written(folder) == before:
+            raise UserError(
+                f"saving has written no weights to {folder}: they are spread over processes in a way that is not known "
+                "here. Checkpoints in it hold them"
+            )
+
+    @contextmanager
+    def _weights_put_together(self) -> Iterator[None]:
+        """transformers writes no model of FSDP's sharded state dicts, nor under ZeRO-3 unless its config says so."""
+        if self.is_fsdp_enabled:
+            from torch.distributed.fsdp import StateDictType
+
+            settings, name, value = self.accelerator.state.fsdp_plugin, "state_dict_type", StateDictType.FULL_STATE_DICT
+        elif self.is_deepspeed_enabled and self.deepspeed is not None:
+            settings, name, value = self.deepspeed._config.zero_config, "gather_16bit_weights_on_model_save", True
+        else:
+            yield
+            return
+        kept = getattr(settings, name)
+        setattr(settings, name, value)
+        try:
+            yield
+        finally:
+            setattr(settings, name, kept)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -116,5 +153,6 @@ def _refused(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: cannot be saved, so nothing is trained: {in_one_line(error)}") from error
 
 
-def has_weights(folder: Path) -> bool:
-    return any((folder / name).exists() for name in WEIGHTS)
+def written(folder: Path) -> dict[str, int]:
+    """The files of weights there, and when each was written, in ns."""
+    return {name: (folder / name).stat().st_mtime_ns for name in WEIGHTS if (folder / name).exists()}

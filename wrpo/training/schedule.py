@@ -25,10 +25,11 @@ Source: WRPO, arXiv:2412.03187; the adaptive rule is ours.
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 from torch import Tensor
 
-SCHEDULES = ("linear", "cosine", "constant")  # by the number of steps
+Schedule = Literal["linear", "cosine", "constant"]  # by the number of steps
 
 
 def alpha_at(progress: float, *, schedule: str, start: float, end: float, warmup_ratio: float) -> float:
@@ -43,8 +44,8 @@ def alpha_at(progress: float, *, schedule: str, start: float, end: float, warmup
     Raises:
         ValueError: the schedule has another name.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {list(SCHEDULES)}, got {schedule!r}")
+    if schedule not in get_args(Schedule):
+        raise ValueError(f"schedule must be one of {list(get_args(Schedule))}, got {schedule!r}")
     if schedule == "constant" or progress >= warmup_ratio:
         return end
     x = progress / warmup_ratio

@@ -7,7 +7,7 @@ Every token of a step counts alike, across micro-batches and ranks.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -52,12 +52,20 @@ class SFTTrainer(HeadTrainer):
     def batch_loss(self, model: nn.Module, batch: Batch, count: Tensor | None) -> tuple[Tensor, dict[str, Measured]]:
         labels, options = batch["labels"], {"num_rows": num_counted(batch), **self.args.head_options()}
 
-        def head_fn(hidden: Tensor, weight: Tensor, **head: Any) -> Tensor:
-            return linear_token_logp(hidden, weight, labels, **head, **options)
+        def head_fn(hidden: Tensor, weight: Tensor, **head: Any) -> _Likelihood:
+            nll = -sum_by_response(linear_token_logp(hidden, weight, labels, **head, **options), batch)  # [B]
+            counted = nll * batch["is_counted"] if "is_counted" in batch else nll
+            return _Likelihood((counted.sum() / (1 if count is None else count)).float(), nll.detach())
 
-        rows = run_in_head(model, head_fn, **model_inputs(batch))
-        nll = -sum_by_response(rows, batch)  # [B]
+        out = run_in_head(model, head_fn, **model_inputs(batch))
         if count is None:
             tokens = self.item_weight(batch)
-            return nll.sum(), {"loss": Measured(nll / tokens.clamp(min=1), tokens > 0)}
-        return (nll.sum() / count).float(), {}
+            return out.loss, {"loss": Measured(out.nll / tokens.clamp(min=1), tokens > 0)}
+        return out.loss, {}
+
+
+class _Likelihood(NamedTuple):
+    """Made in the head: behind it, a wrapper's cast would round what each token weighs."""
+
+    loss: Tensor  # []
+    nll: Tensor  # [B] float64, nats

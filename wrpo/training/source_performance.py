@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from accelerate.utils import reduce
@@ -38,10 +38,12 @@ from transformers.trainer_callback import ExportableState
 from wrpo.data.collation import Batch
 from wrpo.data.roles import Role, model_names
 
-from .config import MEASURES
 from .response_weights import row_of, shares_by_score, sum_by_row
 
 logger = logging.getLogger("wrpo.training.source_performance")
+
+Measure = Literal["margin", "accuracy"]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 
 class RunningPerformance(TrainerCallback, ExportableState):
@@ -54,7 +56,7 @@ class RunningPerformance(TrainerCallback, ExportableState):
         decay: what a row counts one step later, in [0, 1).
     """
 
-    def __init__(self, source_models: list[str], measure: str, temperature: float, decay: float):
+    def __init__(self, source_models: list[str], measure: Measure, temperature: float, decay: float):
         self.source_models, self.measure, self.temperature, self.decay = source_models, measure, temperature, decay
         # A row for each source model, for all unnamed ones and for the target; columns are MEASURES and number of rows.
         self.sums = torch.zeros(len(source_models) + 2, len(MEASURES) + 1, dtype=torch.float64)

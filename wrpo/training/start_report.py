@@ -1,7 +1,10 @@
-"""What a run says at its start, in a few lines, and that it logs at least ten times however short it is."""
+"""What a run says at its start, in a few lines: with a warning where it is too short for its warm-up; and that it logs
+at least ten times however short it is.
+"""
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -12,7 +15,10 @@ from transformers import TrainerCallback
 
 from wrpo.data.lengths import lengths_of
 
+logger = logging.getLogger("wrpo.training")
+
 FEWEST_LINES = 10  # of the log, where the run has as many steps
+SHORT = 5  # steps; of fewer the first alone is more than a fifth
 
 
 class DataSize(NamedTuple):
@@ -60,7 +66,23 @@ class StartReport(TrainerCallback):
     def __init__(self, lines: Callable[[int], list[str]]):
         self.lines = lines
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, optimizer: Any = None, **_: Any) -> None:
         state.logging_steps = max(1, min(state.logging_steps, state.max_steps // FEWEST_LINES))
         if state.is_world_process_zero:
             tqdm.write("\n".join(self.lines(state.max_steps)), file=sys.stderr)  # above a bar, not into it
+            warn_of_warm_up(args, state.max_steps, [group["lr"] for group in optimizer.param_groups])
+
+
+def warn_of_warm_up(args: Any, steps: int, rates: list[float]) -> None:
+    """Where the learning rate begins at 0 and the run ends before it has grown, or soon after.
+
+    Args:
+        steps: of the run.
+        rates: the learning rates of the first step.
+    """
+    warm_up = args.get_warmup_steps(steps)
+    if args.learning_rate and not any(rates) and (warm_up >= steps or steps < SHORT):
+        logger.warning(
+            "This run trains little or nothing: the learning rate is 0 in its first step, and the warm-up takes %d of "
+            "its %d steps. Set warmup_steps to 0, or train for more steps.", warm_up, steps,
+        )  # fmt: skip

@@ -38,14 +38,14 @@ from wrpo.reference.reference import (
 )
 from wrpo_kernels import PreferenceOutput, linear_preference_loss
 
-from .config import MEASURES, WRPOConfig
 from .head_trainer import HeadTrainer
 from .metrics import Measured, names_of_metrics, preference_metrics
 from .opening import open_model
 from .response_weights import response_weights, row_of, sum_by_row
 from .schedule import adaptive_alpha, alpha_at
-from .source_performance import RunningPerformance, source_models_of
+from .source_performance import MEASURES, Measure, RunningPerformance, source_models_of
 from .start_report import data_size
+from .wrpo_config import WRPOConfig
 
 logger = logging.getLogger("wrpo.reference")
 
@@ -91,7 +91,7 @@ class WRPOTrainer(HeadTrainer):
             raise ValueError("source_weighting='reward' is the work of PreferenceCollator: give it reward_temperature")
         if args.follows_performance():
             names: list[str] = []
-            measure = "accuracy"  # where alpha alone follows
+            measure: Measure = "accuracy"  # where alpha alone follows
             if args.source_weighting in MEASURES:
                 measure = args.source_weighting
                 own = getattr(self.data_collator, "source_models", None)
@@ -120,32 +120,13 @@ class WRPOTrainer(HeadTrainer):
     def open_reference(self, ref_model: nn.Module | None) -> Reference:
         """What gives the reference log-probs of a batch; goes through the data here if they are precomputed."""
         args, options = self.args, self.args.head_options()
-        datasets = self.filled_datasets()
-        has_length = all(hasattr(data, "__len__") for data in datasets.values())
-        brought = [name for name, data in datasets.items() if brings_reference(data)]
-        has_reference = has_length and bool(datasets) and len(brought) == len(datasets)
-        wanted = "copy" if ref_model is not None and args.reference == "auto" else args.reference
-        source = choose_reference(
-            wanted, self.model, args.loss_type, has_length=has_length, has_reference=has_reference
-        )
-        self.reference_source = "of the data" if has_reference else source
-        if ref_model is not None and source in ("adapter", "none"):
-            raise ValueError(f"ref_model is given but reference={source!r} does not use it; use copy or precompute")
-        if brought and source != "precompute":
-            raise ValueError(
-                f"{', '.join(brought)} of the data sets {', '.join(datasets)}: the column ref_logp would not be used "
-                f"by reference={source!r}; use precompute, or remove the column"
-            )
-        if brought and not has_reference:
-            logger.warning(
-                "Only %s of the data sets %s bring the column ref_logp: the reference model computes it for the others",
-                ", ".join(brought), ", ".join(datasets),
-            )  # fmt: skip
+        source, is_brought = self.find_reference(ref_model)
+        self.reference_source = "of the data" if is_brought else source
         if source == "adapter":
             return AdaptersOff(self.model, **options)
         if source == "none":
             return no_reference
-        if has_reference:
+        if is_brought:
             return from_batch
         refuse_partitioned(self.model if ref_model is None else ref_model, source)
         model = ref_model if ref_model is not None else frozen_copy(self.model) if source == "copy" else self.model
@@ -156,6 +137,32 @@ class WRPOTrainer(HeadTrainer):
             return FrozenCopy(model, self.accelerator.autocast, args.check_head, **options)
         self.precompute(model)
         return from_batch
+
+    def find_reference(self, ref_model: nn.Module | None) -> tuple[str, bool]:
+        """(copy, adapter, precompute or none; whether every data set brings its log-probs along).
+
+        Raises:
+            ValueError: `ref_model` or a column `ref_logp` that would not be used; else as `choose_reference`.
+        """
+        args, datasets = self.args, self.filled_datasets()
+        has_length = all(hasattr(data, "__len__") for data in datasets.values())
+        bringing = [name for name, data in datasets.items() if brings_reference(data)]
+        is_brought = has_length and bool(datasets) and len(bringing) == len(datasets)
+        wanted = "copy" if ref_model is not None and args.reference == "auto" else args.reference
+        source = choose_reference(wanted, self.model, args.loss_type, has_length=has_length, has_reference=is_brought)
+        if ref_model is not None and source in ("adapter", "none"):
+            raise ValueError(f"ref_model is given but reference={source!r} does not use it; use copy or precompute")
+        if bringing and source != "precompute":
+            raise ValueError(
+                f"{', '.join(bringing)} of the data sets {', '.join(datasets)}: the column ref_logp would not be used "
+                f"by reference={source!r}; use precompute, or remove the column"
+            )
+        if bringing and not is_brought:
+            logger.warning(
+                "Only %s of the data sets %s bring the column ref_logp: the reference model computes it for the others",
+                ", ".join(bringing), ", ".join(datasets),
+            )  # fmt: skip
+        return source, is_brought
 
     def place_reference(self, model: nn.Module, is_own: bool) -> None:
         """On the device: the Trainer never saw `ref_model`, and under FSDP and DeepSpeed leaves its own on the CPU."""
@@ -254,7 +261,7 @@ class WRPOTrainer(HeadTrainer):
             return out.loss.sum(), {"loss": loss, **values}
         self.last_alpha = alpha
         if self.args.follows_performance():
-            self.performance.add(out.reward, batch, self.item_weight(batch))
+            self.performance.add(out.reward, batch, self.counted_weight(batch))
         return out.loss, values
 
     def forward_loss(
@@ -263,6 +270,9 @@ class WRPOTrainer(HeadTrainer):
         """The loss of a batch divided by `count`, or without it the loss of each row [B]."""
         labels, weights = batch["labels"], response_weights(batch, alpha)
         ref_logp = self.reference(model, batch)
+        counted, preferred = batch.get("is_counted"), weights.clamp(min=0.0)  # [B], None: all rows; [S]
+        if counted is not None:
+            preferred = preferred * counted[row_of(batch)]
         options = {
             **self.args.loss_options(),
             **self.args.head_options(),
@@ -272,7 +282,8 @@ class WRPOTrainer(HeadTrainer):
             "group": row_of(batch),
             "num_groups": len(batch["num_responses"]),
             # -log pi of the preferred responses, each by its weight in the chosen reward.
-            "nll_weight": self.args.nll_weight and self.args.nll_weight * weights.clamp(min=0.0),
+            "nll_weight": self.args.nll_weight and self.args.nll_weight * preferred,
+            "group_weight": None if counted is None else counted.float(),
             "normalizer": count,
             "reduction": "none" if count is None else "mean",
         }

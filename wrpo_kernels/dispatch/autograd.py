@@ -73,22 +73,12 @@ def register_differentiable(
     arguments. Where the kernel leaves an output None the op, whose outputs are tensors, returns an empty one.
     """
 
-    def complete(*groups: Any) -> tuple[Tensor, ...]:
-        first, *_ = takes.flat(groups)
-        return tuple([first.new_empty(0) if x is None else x for x in kernel(*groups)])
-
     def set_up(ctx: Any, inputs: Sequence[Any], output: tuple) -> None:
         ctx.set_materialize_grads(False)
         save(ctx, output, *takes.grouped(inputs))
 
-    def derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """One gradient an argument."""
-        if torch.is_grad_enabled():  # in a backward that is with create_graph only
-            raise RuntimeError(f"wrpo::{name} has one derivative; it cannot be differentiated twice (create_graph)")
-        found = {} if grads[0] is None else backward(ctx, *grads)
-        return tuple([found.get(argument) for argument in takes.names])
-
-    op = _define(name, takes, returns, complete, fake)
+    op = _define(name, takes, returns, _complete(takes, kernel), fake)
+    derivative = _derivative(name, takes, backward)
     torch.library.register_autograd(f"wrpo::{name}", derivative, setup_context=set_up)
     eager = _eager(name, takes, kernel, save, derivative)
 
@@ -102,6 +92,28 @@ def register_differentiable(
         return op(*flat)
 
     return call
+
+
+def _complete(takes: Arguments, kernel: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple]:
+    """`kernel` as torch calls it: an output that it leaves None is an empty tensor."""
+
+    def complete(*groups: Any) -> tuple[Tensor, ...]:
+        first, *_ = takes.flat(groups)
+        return tuple([first.new_empty(0) if x is None else x for x in kernel(*groups)])
+
+    return complete
+
+
+def _derivative(name: str, takes: Arguments, backward: Callable[..., Mapping[str, Tensor | None]]) -> Callable:
+    """`backward` as autograd calls it: one gradient an argument, in their order."""
+
+    def derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # in a backward that is with create_graph only
+            raise RuntimeError(f"wrpo::{name} has one derivative; it cannot be differentiated twice (create_graph)")
+        found = {} if grads[0] is None else backward(ctx, *grads)
+        return tuple([found.get(argument) for argument in takes.names])
+
+    return derivative
 
 
 def _eager(name: str, takes: Arguments, kernel: Callable[..., tuple], save: Callable, derivative: Callable) -> Any:

@@ -86,17 +86,17 @@ def linear_preference_loss(
 
     Numerics: as linear_token_logp and preference_loss.
     Memory: `budget_bytes`. A 16-bit trained head whose rows do not fit at once keeps its dW in float32 until the
-        backward has rounded it.
-    Cost: forward alone 2NDV flops, frozen head 4NDV whatever the length, trained head 6NDV while the rows of one group
-        fit the budget; 2DV more for each row that does not. An adapter of rank r on a frozen head: 4NDV while those
-        rows fit, and 6NrV. N counts only the labels that count.
+        backward has rounded it, and a second one while a second group that does not fit by itself is added.
+    Cost: forward alone 2NDV flops, frozen head 4NDV, trained head 6NDV, whatever the length and the budget; an adapter
+        of rank r on a frozen head 4NDV and 6NrV. N counts only the labels that count. 2DV more for each row beyond the
+        budget of a group with both a margin and a likelihood term (`nll_weight`), or where that costs less than adding
+        a second dW.
     Source: WRPO, arXiv:2412.03187.
     """
     tensors = checked_tensors(hidden, weight, labels, bias, adapter, "labels")
     check_sequences(labels, cu_seqlens)
     check_int("ignore_index", ignore_index)
-    packed = cu_seqlens is not None
-    length = per_sequence(labels != ignore_index, cu_seqlens) if packed else count_labels(labels, ignore_index)
+    length = lengths(labels, cu_seqlens, ignore_index)
     rows = count_rows(length, labels.numel(), num_rows)
     transform = (logit_scale, softcap, temperature)
     options = checked_options(tensors, *transform, ignore_index, rows, budget_bytes, grad_filter, backend)
@@ -120,9 +120,7 @@ def linear_preference_loss(
     if reduction != "none" and takes_one_pass(tensors, options):
         value, *detached = in_one_pass(tensors, options, loss, counted, reduction, normalizer)
         return PreferenceOutput(nan_unless_counted(value, length, num_rows), *detached)
-    with nullcontext() if torch.compiler.is_compiling() else LabelsByPosition("labels", tensors, ignore_index):
-        token_logp, _, _ = token_contract.linear_token_logp(tensors, options)
-    logp = nan_unless_counted(per_sequence(token_logp, cu_seqlens), length, num_rows)
+    logp = nan_unless_counted(sequence_logp(tensors, options, cu_seqlens), length, num_rows)
     return loss_of_sequences(logp, loss, counted, reduction, normalizer, backend)
 
 
@@ -161,6 +159,21 @@ def in_one_pass(
     )
     value = total if averages else reduce_loss(total, reduction, normalizer, counted)
     return PreferenceOutput(value, logp, reward, margin)
+
+
+def sequence_logp(tensors: HeadTensors, options: HeadOptions, cu_seqlens: Tensor | None) -> Tensor:
+    """[S] float32 summed log-probs, with their own derivative."""
+    is_compiling = torch.compiler.is_compiling()
+    with nullcontext() if is_compiling else LabelsByPosition("labels", tensors, options.ignore_index):
+        token_logp, _, _ = token_contract.linear_token_logp(tensors, options)
+    return per_sequence(token_logp, cu_seqlens)
+
+
+def lengths(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
+    """[S] int64, how many labels of each sequence count."""
+    if cu_seqlens is None:
+        return count_labels(labels, ignore_index)
+    return per_sequence(labels != ignore_index, cu_seqlens)
 
 
 def check_sequences(labels: Tensor, cu_seqlens: Tensor | None) -> None:

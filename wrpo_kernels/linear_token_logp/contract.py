@@ -32,18 +32,26 @@ def rows_of(tensors: HeadTensors, options: HeadOptions) -> Rows:
 def _linear_token_logp(tensors: HeadTensors, options: HeadOptions) -> tuple[Tensor, Tensor, Tensor]:
     with no_autocast(tensors.hidden), LabelsByPosition("target", tensors, options.ignore_index):
         head, rows, plan = Head(tensors, options), rows_of(tensors, options), plan_of(tensors, options)
-        logp, unscaled, kept = passes.forward(head, rows, plan, options.asked.only_hidden, options.grad_filter)
+        unscaled, kept = for_the_backward(tensors, options)
+        logp = passes.forward(head, rows, plan, unscaled, kept, options.grad_filter)
         return rows.spread(logp).view(tensors.target.shape), unscaled, kept
+
+
+def for_the_backward(tensors: HeadTensors, options: HeadOptions) -> tuple[Tensor, Tensor]:
+    """Memory for what the forward leaves: the unscaled gradient of the hidden states [most rows, D] and the deltas that
+    are kept [keep, V]. Its shape does not depend on values, so that a tracing compiler knows it: where nobody has
+    counted the rows, there is room for every label."""
+    hidden, vocabulary = tensors.hidden, tensors.weight.shape[0]
+    number = most_rows(options.num_rows, tensors.target) if options.asked.only_hidden else 0
+    kept = hidden.new_empty(plan_of(tensors, options).keep, vocabulary)
+    return hidden.new_empty(number, hidden.shape[-1]), kept
 
 
 def _fake(tensors: HeadTensors, options: HeadOptions) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight, target = tensors.hidden, tensors.weight, tensors.target
     check_tensors(hidden, weight, target)
     check_transform(*options.transform(tensors.bias), hidden, weight.shape[0])
-    number = most_rows(options.num_rows, target) if options.asked.only_hidden else 0
-    logp = hidden.new_empty(target.shape, dtype=logp_dtype(hidden.dtype))
-    unscaled = hidden.new_empty(number, hidden.shape[-1])
-    return logp, unscaled, hidden.new_empty(plan_of(tensors, options).keep, weight.shape[0])
+    return hidden.new_empty(target.shape, dtype=logp_dtype(hidden.dtype)), *for_the_backward(tensors, options)
 
 
 def _linear_token_logp_backward(

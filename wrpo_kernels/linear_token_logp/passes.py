@@ -25,21 +25,18 @@ def chunks(first: int, last: int, step: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, last)) for start in range(first, last, max(step, 1))]
 
 
-def forward(
-    head: Head, rows: Rows, plan: Plan, keeps_hidden: bool, grad_filter: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns logp [N], the unscaled gradient of the hidden states [N or 0, D] and the kept deltas [keep, V]."""
-    (vocabulary, width), weight = head.weight.shape, head.weight
+def forward(head: Head, rows: Rows, plan: Plan, unscaled: Tensor, kept: Tensor, grad_filter: float = 0.0) -> Tensor:
+    """Returns logp [N]; writes the gradient of the hidden states into the first N rows of `unscaled` [>= N, D], unless
+    that has none, and the deltas of the first rows into `kept` [keep, V]."""
+    weight, keeps_hidden = head.weight, len(unscaled) > 0
     logp = weight.new_empty(len(rows), dtype=head.logp_dtype)
-    kept = weight.new_empty(plan.keep, vocabulary)
-    unscaled = weight.new_empty(len(rows) if keeps_hidden else 0, width)
     if head.is_fused and not plan.keep and not keeps_hidden:
         head.logp_of(rows, logp)
-        return logp, unscaled, kept
+        return logp
     first_chunk = min(plan.keep, len(rows))
     if first_chunk:
         head.delta_into(logp[:first_chunk], rows, 0, first_chunk, kept)
-    buffer = weight.new_empty(min(plan.chunk, len(rows) - first_chunk), vocabulary)
+    buffer = weight.new_empty(min(plan.chunk, len(rows) - first_chunk), len(weight))
     for first, last in chunks(first_chunk, len(rows), plan.chunk):
         if keeps_hidden:
             delta = head.delta_into(logp[first:last], rows, first, last, buffer)
@@ -47,7 +44,7 @@ def forward(
             grad_hidden_into(unscaled[first:last], delta, weight, columns)
         else:
             head.logp_into(logp[first:last], rows, first, last, buffer)
-    return logp, unscaled, kept
+    return logp
 
 
 def backward(head: Head, rows: Rows, plan: Plan, kept: Tensor, coef: Tensor, gradients: Gradients) -> None:

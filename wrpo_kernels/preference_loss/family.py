@@ -30,6 +30,12 @@ class Sequences(NamedTuple):
         weight = None if self.group_weight is None else self.group_weight[groups]
         return self._each(positions)._replace(group=group, group_weight=weight)
 
+    def share_of_coefficient(self, family: Family) -> Tensor:
+        """w_s n_s [S]: without a likelihood term, d loss / d logp of a group's sequences is a multiple of it."""
+        if not family.length_normalize:
+            return self.seq_weight
+        return (self.seq_weight / self.length).where(self.length > 0, 0.0)
+
     def _each(self, positions: Tensor | slice) -> Sequences:
         return Sequences(*[None if x is None else x[positions] for x in self._replace(group_weight=None)])
 

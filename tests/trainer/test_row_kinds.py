@@ -109,7 +109,7 @@ def test_plain_pairs_train_by_dpo_and_its_relatives(loss_type, tmp_path):
 )
 @pytest.mark.parametrize("reference", ["copy", "precompute"])
 def test_a_response_that_would_weigh_nothing_does_not_go_through_the_model(settings, sequences, reference, tmp_path):
-    trainer = wrpo_trainer(tmp_path, reference=reference, max_steps=1, **settings)
+    trainer = wrpo_trainer(tmp_path, reference=reference, max_steps=1, layout="padded", **settings)
     seen = []
     embedding = trainer.model.get_input_embeddings()
     embedding.register_forward_hook(lambda _module, inputs, _output: seen.append(len(inputs[0])))

@@ -25,7 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wrpo.data.batch import num_counted, sum_by_response
 from wrpo.data.collation import Batch
+from wrpo.head.attention import model_inputs
 from wrpo.head.fused_head import run_in_head
 from wrpo.head.scores import PROBE_TOKENS, untouched
 from wrpo.head.wrapping import is_partitioned
@@ -45,17 +47,17 @@ def sequence_logp(model: nn.Module, batch: Batch, **options: Any) -> Tensor:
 
     Args:
         model: with a fused head, or a wrapper of one.
-        batch: input_ids, attention_mask, labels, each [S, T] int64; labels[s, t] is predicted at position t.
+        batch: of `PreferenceCollator`, in any layout.
         **options: budget_bytes and backend of `linear_token_logp`.
     """
-    labels = batch["labels"]
+    labels, num_rows = batch["labels"], num_counted(batch)
 
     def head_fn(hidden: Tensor, weight: Tensor, **head: Any) -> Tensor:
-        rows = linear_token_logp(hidden, weight, labels, **head, **options)
-        return rows.sum(1, dtype=torch.float64).float()
+        rows = linear_token_logp(hidden, weight, labels, num_rows=num_rows, **head, **options)
+        return sum_by_response(rows, batch).float()
 
     with untouched(model):
-        return run_in_head(model, head_fn, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return run_in_head(model, head_fn, **model_inputs(batch))
 
 
 def choose_reference(

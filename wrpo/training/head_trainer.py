@@ -29,6 +29,7 @@ from .before_training import check_arguments, check_before_training, packages_na
 from .config import FusedHeadConfig
 from .curves import TrainingCurves
 from .generation import prepare_generation
+from .layout_trainer import LayoutTrainer
 from .length_groups import LengthGroupingTrainer
 from .metrics import Measured, RunningMeans
 from .opening import open_eval_data, open_model, open_tokenizer, open_train_data
@@ -36,7 +37,7 @@ from .saving import SavingTrainer
 from .start_report import StartReport, data_size
 
 
-class HeadTrainer(SavingTrainer, LengthGroupingTrainer):
+class HeadTrainer(SavingTrainer, LengthGroupingTrainer, LayoutTrainer):
     """Base of `SFTTrainer` and `WRPOTrainer`; `batch_loss` says what the loss is, `item_weight` what it counts."""
 
     loss_is_scaled_for_ga = True  # by the count of the whole step
@@ -79,6 +80,7 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer):
         self.unchecked = self.model if args.check_head and not is_there else None  # until it runs wrapped
         prepare_generation(self.model, self.train_dataset, tokenizer)
         check_before_training(self)
+        self.choose_layout(self.probed_rows())
         self.add_callback(StartReport(self.start_lines))
         self.add_callback(TrainingCurves(draw=args.draw_curves))
         self.train_means, self.eval_means = RunningMeans(), RunningMeans()
@@ -116,6 +118,7 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer):
         return [
             f"data       {'a stream' if size is None else size}",
             f"steps      {steps:,}, each of up to {rows} rows, learning rate {args.learning_rate:g} ({schedule})",
+            f"layout     {self.layout_choice}",
             f"kernel     {kernel} on {args.device.type}, logits in pieces of at most {budget / 2**20:.0f} MiB",
         ]
 
@@ -132,6 +135,10 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer):
             for name, data in self.datasets().items()
             if data is not None and (not hasattr(data, "__len__") or len(data))
         }
+
+    def probed_rows(self) -> Any:
+        """The rows that models are asked about: those of training, else of the first evaluation; None: no rows."""
+        return next(iter(self.filled_datasets().values()), None)
 
     def metric_names(self, rows: Any) -> list[str]:
         """Of the values that an evaluation on these rows gives."""

@@ -98,6 +98,8 @@ class ReferenceTrainer(HeadTrainer):
             model, autocast = fsdp2_prepare_model(self.accelerator, model), nullcontext
         else:
             self.place_reference(model, is_own=ref_model is None)
+        if ref_model is not None:
+            self.agree_on_layout(model, self.probed_rows())
         return FrozenCopy(model, autocast, **self.args.head_options())
 
     def place_reference(self, model: nn.Module, is_own: bool) -> None:
@@ -119,6 +121,8 @@ class ReferenceTrainer(HeadTrainer):
             if not is_partitioned(model):
                 self.place_reference(model, is_own=ref_model is None)
             install_fused_head(model, check=args.check_head and not is_partitioned(model))
+        if ref_model is not None:
+            self.agree_on_layout(ref_model, self.probed_rows())
         settings = {"mixed_precision": self.accelerator.mixed_precision, "head": str(install_fused_head(model))}
         if waits:
             settings["wrapped"] = self.accelerator.distributed_type.value

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from wrpo.data import PreferenceCollator
-from wrpo.data.collation import IGNORE, Batch
+from wrpo.data.batch import num_counted, response_lengths
+from wrpo.data.collation import Batch
+from wrpo.head.attention import model_inputs
 from wrpo.head.fused_head import run_in_head
 from wrpo.reference.fused import FusedReference
 from wrpo_kernels import PreferenceOutput, linear_preference_loss
@@ -137,7 +139,7 @@ class WRPOTrainer(ReferenceTrainer):
 
     def item_weight(self, batch: Batch) -> Tensor:
         """1 for each row, 0 if one of its responses has no token to count."""
-        is_empty = (batch["labels"] == IGNORE).all(1).float()  # [S]
+        is_empty = (response_lengths(batch) == 0).float()  # [S]
         return (sum_by_row(is_empty, batch) == 0).float()
 
     def batch_loss(self, model: nn.Module, batch: Batch, count: Tensor | None) -> tuple[Tensor, dict[str, Measured]]:
@@ -158,7 +160,7 @@ class WRPOTrainer(ReferenceTrainer):
         self, model: nn.Module, batch: Batch, alpha: float | Tensor, count: Tensor | None
     ) -> PreferenceOutput:
         """The loss of a batch divided by `count`, or without it the loss of each row [B]."""
-        labels, weights = batch["labels"], response_weights(batch, alpha)  # [S, T], [S]
+        labels, weights = batch["labels"], response_weights(batch, alpha)
         ref_logp = self.reference(model, batch)
         counted, preferred = batch.get("is_counted"), weights.clamp(min=0.0)  # [B], None: all rows; [S]
         if counted is not None:
@@ -166,6 +168,8 @@ class WRPOTrainer(ReferenceTrainer):
         options = {
             **self.args.loss_options(),
             **self.args.head_options(),
+            "cu_seqlens": batch.get("cu_seqlens"),
+            "num_rows": num_counted(batch),
             "seq_weight": weights,
             "group": row_of(batch),
             "num_groups": len(batch["num_responses"]),
@@ -179,7 +183,7 @@ class WRPOTrainer(ReferenceTrainer):
         def head_fn(hidden: Tensor, weight: Tensor, **head: Any) -> PreferenceOutput:
             return linear_preference_loss(hidden, weight, labels, ref_logp, **options, **head)
 
-        return run_in_head(model, head_fn, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return run_in_head(model, head_fn, **model_inputs(batch))
 
     def training_values(self) -> dict[str, float]:
         shares = self.performance.logged() if self.args.source_weighting in MEASURES else {}

@@ -81,7 +81,7 @@ wheel: | $(VENV)
 # setuptools, pybind11, ninja and, for bench-gpu, matplotlib and psutil.
 GPU_TESTS := $(addprefix tests/kernels/test_,token_logp.py linear_token_logp.py preference_loss.py linear_preference_loss.py \
 	linear_preference_layout.py linear_preference_graph.py linear_preference_cost.py linear_preference_errors.py \
-	wrpo_loss.py pairwise_losses.py adapter.py column_filter.py compile.py triton.py cuda.py gpu.py)
+	wrpo_loss.py pairwise_losses.py unread_values.py adapter.py column_filter.py compile.py triton.py cuda.py gpu.py)
 IN_PLACE := $(PYTHON) setup.py --quiet build_ext --inplace
 SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=. compute-sanitizer --error-exitcode 1
 

@@ -6,7 +6,7 @@
 //   coef_s = d loss_g / d l_s = n_s * (a_g phi'(m_g) beta w_s - nll_s)
 //
 // A weight of 0 takes its term out altogether, so a value that is not finite does no harm there: w_s = 0 leaves the
-// margin, nll_s = 0 the log-likelihood term, and a_g = 0 switches the group's margin loss off.
+// margin, nll_s = 0 the log-likelihood term, n_s = 0 the sequence, and a_g = 0 switches the group's margin loss off.
 #pragma once
 #include <cstdint>
 
@@ -61,7 +61,7 @@ WRPO_INLINE double finish_group(const PreferenceLoss& a, int64_t g, double margi
 }
 
 WRPO_INLINE float coefficient(const PreferenceLoss& a, const SequenceTerms& of, double slope) {
-  return float(of.norm * (weighted(of.seq_weight, a.beta * slope) - of.nll_weight));
+  return float(weighted(of.norm, weighted(of.seq_weight, a.beta * slope) - of.nll_weight));
 }
 
 }  // namespace wrpo

@@ -215,9 +215,13 @@ WRPO_INLINE Real logistic(Real x) {
 //   sigmoid: -(1 - eps) log sigma(m) - eps log sigma(-m)
 //   hinge:   max(0, 1 - m)                slope 0 at the kink
 //   ipo:     ((m - 1/2) / beta)^2
+// Of a margin that is NaN both are NaN.
 template <class Real>
 WRPO_INLINE Phi<Real> margin_loss(MarginLoss kind, Real m, Real beta, Real eps) {
-  if (kind == MarginLoss::hinge) return m >= Real(1) ? Phi<Real>{0, 0} : Phi<Real>{Real(1) - m, -1};
+  if (kind == MarginLoss::hinge) {
+    const Real gap = Real(1) - m;
+    return m >= Real(1) ? Phi<Real>{0, 0} : Phi<Real>{gap, gap > Real(0) ? Real(-1) : gap};
+  }
   if (kind == MarginLoss::ipo) {
     const Real d = (m - Real(0.5)) / beta;
     return Phi<Real>{d * d, 2 * d / beta};

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 TINY = torch.finfo(torch.float32).tiny
 LARGEST = torch.finfo(torch.float64).max
@@ -80,7 +81,7 @@ def check_bool(name: str, value: bool) -> None:
 def check_int(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value.bit_length() > 63:
+    if not -(1 << 63) <= value < 1 << 63:  # comparisons alone: to a compiler the number may be a symbol
         raise ValueError(f"{name} must fit int64, got {_shown(value)}")
 
 
@@ -95,6 +96,11 @@ def check_grad_filter(value: float | None) -> float:
 def check_backend_name(value: object) -> None:
     if value is not None and not isinstance(value, str):
         raise TypeError(f"backend must be the name of a backend or None, got {type(value).__name__}")
+
+
+def is_readable(value: Tensor) -> bool:
+    """Whether to look at the values costs no wait for a device, and no compiler is tracing, which has none."""
+    return value.device.type == "cpu" and not is_compiling()
 
 
 def check_labels(name: str, labels: Tensor, ignore_index: int, vocabulary: int) -> None:

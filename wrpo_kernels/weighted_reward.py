@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wrpo_kernels.checks import check_constant, check_number, check_tensor
+from wrpo_kernels.checks import check_constant, check_number, check_tensor, is_readable
 from wrpo_kernels.dispatch.transfer import to_device
 from wrpo_kernels.layout import count_sequences, role_by_role
 from wrpo_kernels.linear_preference_loss import linear_preference_loss
@@ -50,7 +50,8 @@ def wrpo_loss(
         logp: [S] float32, S = (K + 2) * B sequences in the layout above, nats.
         ref_logp: [S] float32, the same under the reference; None is reference-free. Default: None.
         alpha: fusion coefficient in [0, 1]: a number or 0-d tensor, [B] (both split evenly over the sources), or
-            [B, K], each source's own weight. 0 is DPO on (target, rejected).
+            [B, K], each source's own weight. 0 is DPO on (target, rejected). Compiled code takes another number at
+            every step. Values of a tensor that cannot be read, as preference_loss says, make NaN where they are wrong.
         beta: scale of the implicit reward. Default: 0.01, the paper's.
         num_sources: K. Default: 1, the paper's.
         gamma, loss_type, label_smoothing, length, length_normalize, nll_weight, group_weight, reduction, normalizer,
@@ -219,11 +220,16 @@ def _weights_of_examples(alpha: Tensor, examples: int, num_sources: int, device:
 
 def _alpha_per_source(alpha: Tensor, examples: int, num_sources: int) -> Tensor:
     check_constant("alpha", alpha)
-    if alpha.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere reading it would wait
+    if is_readable(alpha):
         if not bool(((alpha >= 0) & (alpha <= 1)).all()):
             raise ValueError(f"alpha must lie in [0, 1], got {alpha.tolist()}")
         if alpha.dim() == 2 and bool((alpha.sum(1) > 1 + 1e-6).any()):
             raise ValueError("alpha [B, K] must sum to at most 1 over the sources of each example")
+    else:
+        is_share = (alpha >= 0) & (alpha <= 1)
+        if alpha.dim() == 2:
+            is_share &= alpha.sum(1, keepdim=True) <= 1 + 1e-6
+        alpha = alpha.where(is_share, torch.nan)
     if alpha.dim() == 0 or tuple(alpha.shape) == (examples,):
         return (alpha / num_sources).reshape(-1, 1).expand(examples, num_sources)
     if tuple(alpha.shape) == (examples, num_sources):

@@ -99,7 +99,7 @@ def check_preference_loss(draw: Draw, ops: Any, backends: tuple[str, ...]) -> No
     num_sequences = len(options["group"])
     options["empty"] = told["empty"] = draw.pick("empty", "raise", "zero")
     length = torch.randint(0 if options["empty"] == "zero" else 1, 40, (num_sequences,))
-    if options["length_normalize"] or draw.chance("with length", 0.5):
+    if options["length_normalize"] or options["empty"] == "zero" or draw.chance("with length", 0.5):
         told = told | {"length": length}
     else:
         length = torch.ones_like(length)  # without lengths none is empty

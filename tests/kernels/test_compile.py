@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wrpo_kernels import linear_wrpo_loss, token_logp
+from wrpo_kernels import dpo_loss, linear_token_logp, linear_wrpo_loss, preference_loss, token_logp
 from wrpo_kernels.lm_head.rows import UNCOUNTED
 
 COMPILER = os.environ.get("CXX", "g++")  # of Inductor
@@ -142,6 +142,52 @@ def test_new_lengths_do_not_compile_again(door):
         for a, b in zip(got, expected, strict=True):
             oracle.assert_same_bits(door, a, b)
     assert counter.frame_count <= 2
+
+
+def counted_rows(number: int) -> Tensor:
+    labels = torch.full((S, T), -100)
+    labels.view(-1)[:number] = 3
+    return labels
+
+
+HIDDEN, WEIGHT, LOGP = torch.randn(S, T, D), torch.randn(V, D), torch.randn(S)
+PAIRS = {"seq_weight": torch.tensor([1.0, 1, 1, -1, -1, -1]), "group": torch.tensor([0, 1, 2, 0, 1, 2])}
+# A number that changes from step to step, and the loss of it.
+CHANGING = {
+    "num_rows": lambda n: linear_token_logp(HIDDEN, WEIGHT, counted_rows(10 + n), num_rows=10 + n).sum(),
+    "num_rows of a loss": lambda n: (
+        linear_wrpo_loss(HIDDEN, WEIGHT, counted_rows(10 + n), alpha=0.3, num_rows=10 + n, empty="zero").loss
+    ),
+    "num_groups": lambda n: (
+        preference_loss(LOGP, seq_weight=LOGP, group=torch.arange(S) % min(n, S), num_groups=min(n, S), beta=1.0).loss
+    ),
+    "normalizer": lambda n: preference_loss(LOGP, **PAIRS, num_groups=3, beta=0.1, normalizer=2.5 * n).loss,
+    "nll_weight": lambda n: preference_loss(LOGP, **PAIRS, num_groups=3, beta=0.1, nll_weight=0.1 * n).loss,
+    "nll_weight of pairs": lambda n: dpo_loss(*LOGP.chunk(2), nll_weight=0.1 * n).loss,
+    "alpha": lambda n: linear_wrpo_loss(HIDDEN, WEIGHT, counted_rows(30), alpha=0.01 * n).loss,
+}
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_a_number_that_changes_at_every_step_does_not_compile_again(name):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(CHANGING[name], fullgraph=True, backend=counter)
+    for n in range(2, 14):
+        torch.testing.assert_close(compiled(n), CHANGING[name](n))
+    assert counter.frame_count <= 2
+
+
+def test_one_graph_needs_the_number_of_groups():
+    torch._dynamo.reset()
+
+    def loss(logp: Tensor) -> Tensor:
+        return preference_loss(logp, **PAIRS, beta=0.1).loss
+
+    with pytest.raises(Exception, match="num_groups must be given"):
+        torch.compile(loss, fullgraph=True, backend="aot_eager")(LOGP)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(loss, backend="aot_eager")(LOGP), loss(LOGP))
 
 
 def test_a_compiled_door_still_refuses_a_wrong_shape():

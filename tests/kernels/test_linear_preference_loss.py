@@ -31,7 +31,6 @@ FAMILY = {
     "nll": {"nll_weight": 0.2},
     "nll of some": {"nll_weight": torch.tensor([1.0, 0.0, 0.5, 0.0, 0.0, 0.3, 0.0, 2.0]), "length_normalize": True},
     "weighted groups": {"group_weight": torch.tensor([2.0, 0.0, 0.3])},
-    "more groups than used": {"num_groups": 5},
 }
 
 

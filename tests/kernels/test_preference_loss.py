@@ -174,11 +174,47 @@ def test_num_groups_is_read_from_the_groups_or_given(backend, device):
     oracle.assert_same_bits("loss", read.loss, given.loss)
 
 
-def test_a_group_without_sequences_has_margin_minus_gamma(backend, device):
-    logp, options = problem("gamma", device)
-    out = preference_loss(logp, **options | {"num_groups": 5}, reduction="none", backend=backend)
-    assert out.margin.shape == (5,)
-    assert torch.equal(out.margin[3:], torch.tensor([-1.6, -1.6], device=device))
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_loss_is_nan_exactly_where_its_gradient_is(bad, loss_type, backend, device):
+    """A guard that skips a step by its gradients sees what one by the loss sees. Of hinge an infinite margin is either
+    won or lost by a slope of -1."""
+    logp, options = problem("sigmoid", device)
+    options |= {"loss_type": loss_type, "beta": 0.3}
+    options["ref_logp"][2] = bad  # of group 0, whose other members are 3 and 6
+    x = logp.requires_grad_()
+    out = preference_loss(x, **options, reduction="none", backend=backend)
+    (grad,) = torch.autograd.grad(out.loss.sum(), x)
+    assert out.loss[1:].isfinite().all()
+    assert torch.equal(grad.isnan(), out.loss.isnan()[options["group"]])
+    assert bool(out.loss[0].isnan()) == math.isnan(bad)
+
+
+def test_a_weight_of_zero_takes_its_term_out_whatever_that_holds(backend, device):
+    """A sequence without weight beside a margin that is no number, and a group without weight."""
+    logp, options = problem("nll", device)
+    options["seq_weight"], options["nll_weight"] = options["seq_weight"].clone(), torch.ones(8, device=device)
+    options["seq_weight"][3] = options["nll_weight"][3] = 0.0
+    options["ref_logp"][2] = math.nan
+    x = logp.requires_grad_()
+    out = preference_loss(x, **options, reduction="none", backend=backend)
+    (grad,) = torch.autograd.grad(out.loss.sum(), x)
+    assert out.loss[0].isnan() and grad[2].isnan()
+    assert grad[3] == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_response_of_no_length_has_no_reward_whatever_its_reference(bad, backend, device):
+    logp, options = problem("length normalised dpo", device)
+    options["length"] = options["length"].clone()
+    options["length"][2], options["ref_logp"][2] = 0, bad
+    x = logp.requires_grad_()
+    out = preference_loss(x, **options, empty="zero", reduction="none", backend=backend)
+    (grad,) = torch.autograd.grad(out.loss.sum(), x)
+    assert out.reward[2] == 0
+    for values in out:
+        assert values.isfinite().all()
+    assert grad.isfinite().all() and not grad[options["group"] == 0].any()
 
 
 def test_no_sequences_at_all_give_a_loss_of_zero(backend, device):
@@ -328,6 +364,14 @@ REFUSED = {
         ValueError,
         "group.*G=2.*2",
     ),
+    "group ids with gaps": (
+        {"group": torch.tensor([3, 41, 7, 3, 41, 7])},
+        ValueError,
+        r"group.*\[0, G=42\).*no sequence is in group 0.*unique",
+    ),
+    "more groups than sequences name": ({"num_groups": 5}, ValueError, r"\[0, G=5\).*group 3"),
+    "no group for the sequences": ({"num_groups": 0}, ValueError, "num_groups.*>= 1.*6.*0"),
+    "empty responses without lengths": ({"empty": "zero"}, ValueError, "empty='zero' needs"),
     "negative num_groups": ({"num_groups": -1}, ValueError, "num_groups.*-1"),
     "num_groups a fraction": ({"num_groups": 3.5}, TypeError, "num_groups.*float"),
     "beta 0": ({"beta": 0.0}, ValueError, "beta.*> 0.*0"),

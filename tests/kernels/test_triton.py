@@ -20,7 +20,6 @@ from wrpo_kernels.dispatch.backends import choose
 from wrpo_kernels.lm_head.head import CANDIDATES
 from wrpo_kernels.logit_transform import LogitTransform
 from wrpo_kernels.preference_loss import reference
-from wrpo_kernels.preference_loss.family import Family, LossArguments, Sequences
 from wrpo_kernels.token_logp import contract
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -152,19 +151,6 @@ def test_rows_that_no_sequence_names_have_no_coefficient(sequence_kernels, devic
     length = torch.tensor([2, 1], device=device)
     rows = sequence_kernels.over_rows(torch.ones(2, device=device), length, 5)
     assert torch.equal(rows.isnan(), torch.tensor([False, False, False, True, True], device=device))
-
-
-def test_a_sequence_of_no_group_is_nan_and_the_groups_stay(sequence_kernels, device):
-    """As it is on a GPU, where nobody reads `group` before the launch."""
-    logp = torch.tensor([-1.0, -2.0, -3.0, -4.0], device=device)
-    weight, group = torch.tensor([1.0, -1.0, 1.0, 1.0], device=device), torch.tensor([0, 0, 1, -1], device=device)
-    family = Family(0.1, 0.0, "sigmoid", 0.0, False)
-    all_, whole = (Sequences(None, weight[:n], group[:n], None, None, None) for n in (4, 2))
-    loss, reward, margin, coef = sequence_kernels.forward(logp, LossArguments(all_, 1, family))
-    expected, _, expected_margin, expected_coef = sequence_kernels.forward(logp[:2], LossArguments(whole, 1, family))
-    assert torch.equal(loss, expected) and torch.equal(margin, expected_margin)
-    assert reward[2:].isnan().all() and coef[2:].isnan().all()
-    assert torch.equal(coef[:2], expected_coef)
 
 
 FUSED = {

@@ -83,8 +83,13 @@ def linear_preference_loss(
 
     Raises:
         ValueError: a shape, dtype, device, option or label is wrong; the message names it.
+        TypeError: an argument is of another kind.
         RuntimeError: the backend that was asked for refuses.
 
+        On an accelerator and in compiled code values are not looked at first: what is wrong in labels, lengths, bounds,
+        groups or `num_rows` raises or makes NaN of the loss and its gradient, as preference_loss says.
+
+    Compiled: as preference_loss; `num_rows` may change from call to call too.
     Numerics: as linear_token_logp and preference_loss.
     Memory: `budget_bytes`. A 16-bit trained head whose rows do not fit at once keeps its dW in float32 until the
         backward has rounded it, and a second one while a second group that does not fit by itself is added.
@@ -119,8 +124,8 @@ def linear_preference_loss(
         empty=empty,
     )
     if reduction != "none" and takes_one_pass(tensors, options):
-        value, *detached = in_one_pass(tensors, options, loss, counted, reduction, normalizer)
-        return PreferenceOutput(nan_unless_counted(value, length, num_rows), *detached)
+        outputs = in_one_pass(tensors, options, loss, counted, reduction, normalizer)
+        return PreferenceOutput(*[nan_unless_counted(x, length, num_rows) for x in outputs])
     logp = nan_unless_counted(sequence_logp(tensors, options, cu_seqlens), length, num_rows)
     return loss_of_sequences(logp, loss, counted, reduction, normalizer, backend)
 
@@ -185,7 +190,10 @@ def check_sequences(labels: Tensor, cu_seqlens: Tensor | None) -> None:
 
 
 def per_sequence(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """[S, T] or packed [N] -> [S]; booleans are counted as int64, log-probs summed in float64."""
+    """[S, T] or packed [N] -> [S]; booleans are counted as int64, log-probs summed in float64.
+
+    Wrong bounds on an accelerator make every log-prob NaN and every length -1, which makes NaN of the loss.
+    """
     wide = torch.float64 if values.is_floating_point() else torch.int64
     narrow = values.dtype if values.is_floating_point() else torch.int64
     if cu_seqlens is None:
@@ -193,5 +201,8 @@ def per_sequence(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     bounds = to_device(contract.checked_cu_seqlens(cu_seqlens, len(values)), torch.int64, values.device)
     # On an accelerator the checks of segment_reduce would read the bounds back.
     unsafe = values.device.type != "cpu"
-    sums = torch.segment_reduce(values.double(), "sum", offsets=bounds, axis=0, initial=0.0, unsafe=unsafe)
-    return sums.to(narrow)
+    within = bounds.clamp(0, len(values)) if unsafe else bounds
+    sums = torch.segment_reduce(values.double(), "sum", offsets=within, axis=0, initial=0.0, unsafe=unsafe).to(narrow)
+    if cu_seqlens.device.type == "cpu":
+        return sums
+    return sums.where(contract.are_bounds(bounds, len(values)), torch.nan if values.is_floating_point() else -1)

@@ -25,6 +25,7 @@ from wrpo_kernels.lm_head.budget import even_chunk
 from wrpo_kernels.lm_head.gradients import Gradients
 from wrpo_kernels.lm_head.head import Head
 from wrpo_kernels.lm_head.rows import Rows, slice_rows
+from wrpo_kernels.preference_loss.contract import check_group_numbers
 from wrpo_kernels.preference_loss.family import LossArguments
 
 
@@ -129,10 +130,9 @@ def run(
         return passes.whole(rows, loss), None
     sequences, num_groups, family = loss
     logp = torch.zeros(len(sequences.seq_weight), dtype=head.logp_dtype, device=buffer.device)
-    # A group that no sequence belongs to has the margin -gamma, whichever way it is computed.
-    value, _, margin, _ = kernel.forward(logp[:0], loss._replace(sequences=sequences.none()))
-    reward = torch.zeros_like(logp)
+    value, margin, reward = logp.new_empty(num_groups), logp.new_empty(num_groups), torch.zeros_like(logp)
     facts = facts_of(sequences)
+    check_group_numbers(facts.group, num_groups)
     of_sequence = rows.positions().split(facts.length)
     plan = plan_passes(facts, num_groups, fit, rows_of_a_total(buffer.device) if gradients.dw is not None else 0)
     for members, walk in plan:

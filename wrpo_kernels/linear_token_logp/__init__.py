@@ -64,8 +64,12 @@ def linear_token_logp(
         as often as the graph is kept. Each gradient has the type of its tensor. (float64 for float64 hidden states.)
 
     Raises:
-        ValueError: a shape, dtype, device, option or target out of range; the message names it.
+        ValueError: a shape, dtype, device, option or target out of range; the message names it. On an accelerator a
+            target out of range makes NaN of its own log-prob instead, for reading it would wait.
+        TypeError: an argument is of another kind.
         RuntimeError: the backend that was asked for refuses; the message holds its reason.
+
+    Compiled: `num_rows` may change from call to call; each new value of another number compiles again.
 
     Numerics: log-probs are accumulated in float32. dW is summed in float32 inside each product and, where the rows
         need several, across them; a 16-bit product on the CPU is rounded to its type before it is added. Of an

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from wrpo_kernels.checks import check_int
+from wrpo_kernels.checks import check_int, is_readable
 from wrpo_kernels.dispatch.autograd import is_plain
 from wrpo_kernels.dispatch.backends import load_extension
 
@@ -52,6 +52,8 @@ class Rows:
             return cls(hidden, target, None, low)
         if num_rows == UNCOUNTED or target.device.type == "cpu":
             index = (target != ignore_index).nonzero()[:, 0]
+            if num_rows not in (UNCOUNTED, index.shape[0]):  # as compiled code may say, which counts nothing before
+                raise _wrong_count(index.shape[0], num_rows)
         else:
             # A count that is too large is filled with row 0; `nan_unless_counted` tells.
             index = torch.nonzero_static(target != ignore_index, size=num_rows, fill_value=0)[:, 0]
@@ -133,12 +135,16 @@ def count_rows(length: Tensor, most: int, num_rows: int | None) -> int:
     # Small tensors are added up by Python, past the dispatcher.
     counted = sum(length.tolist()) if length.device.type == "cpu" else int(length.sum())
     if num_rows not in (None, counted):
-        raise ValueError(f"num_rows must be the number of labels that count, {counted}, got {num_rows}")
+        raise _wrong_count(counted, num_rows)
     return counted
+
+
+def _wrong_count(counted: int, num_rows: int) -> ValueError:
+    return ValueError(f"num_rows must be the number of labels that count, {counted}, got {num_rows}")
 
 
 def nan_unless_counted(values: Tensor, length: Tensor, num_rows: int | None) -> Tensor:
     """A wrong `num_rows` would leave rows out in silence, and raising would wait for the device: it gives NaN."""
-    if num_rows is None or length.device.type == "cpu":
+    if num_rows is None or is_readable(length):
         return values
     return values * torch.where(length.sum() == num_rows, 1.0, torch.nan).to(values.dtype)

@@ -71,7 +71,8 @@ def _of_chosen(nll_weight: float | Tensor, pairs: int, device: torch.device) -> 
         check_number("nll_weight", nll_weight, least=0.0, most=LARGEST_FLOAT32)
         if not nll_weight:
             return 0.0
-        nll_weight = torch.full((pairs,), nll_weight, dtype=torch.float64, device=device)
+        # A product, since a number that fills a tensor would be a constant to torch.compile.
+        nll_weight = torch.ones(pairs, dtype=torch.float64, device=device) * nll_weight
     check_shape("nll_weight", nll_weight, "[B]", pairs)
     return torch.cat([nll_weight, torch.zeros_like(nll_weight)])
 

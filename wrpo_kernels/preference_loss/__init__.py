@@ -18,6 +18,7 @@ from wrpo_kernels.checks import (
     check_int64,
     check_number,
     check_tensor,
+    is_readable,
 )
 from wrpo_kernels.preference_loss import contract
 from wrpo_kernels.preference_loss.family import Family, LossArguments, Sequences
@@ -74,18 +75,20 @@ def preference_loss(
         logp: [S] float32, summed log-prob of each response under the policy, nats. The only input with a gradient.
         ref_logp: [S] float32, the same under the reference, summed too; None is reference-free. Default: None.
         seq_weight: [S] float32, weight of each response in its group's margin.
-        group: [S] int64 in [0, G), the example that each response belongs to, in any order.
+        group: [S] int64 in [0, G), the example that each response belongs to, in any order; every group has one at
+            least. `group.unique(return_inverse=True)[1]` numbers ids that have gaps.
         beta: scale of the implicit reward, > 0.
         gamma: target margin, in units of reward. Default: 0.
         loss_type: "sigmoid", "hinge" or "ipo". Default: "sigmoid".
         label_smoothing: probability that a preference is flipped, in [0, 0.5). Default: 0.
-        length: [S] int64, number of counted tokens; needed by length_normalize and by `empty`. Default: none.
+        length: [S] int64, number of counted tokens; needed by length_normalize and by empty="zero". Default: none.
         length_normalize: divide each response's log-ratio by its own length. Default: False.
         nll_weight: number >= 0, or [S] float32 of either sign, weight of each response's negative log-likelihood.
             Default: 0.
         group_weight: [G] float32, weight of each example's margin loss; 0 switches it off whatever the margin, and
             leaves the example's NLL to `nll_weight`. Default: 1.
-        num_groups: G; None reads it from `group`, which waits for the device on an accelerator. Default: None.
+        num_groups: G; None reads it from `group`, which waits for the device on an accelerator, and which
+            torch.compile cannot do in one graph. Default: None.
         reduction: "mean" over groups, "sum", or "none" for [G]. Default: "mean".
         normalizer: number or 0-d tensor that replaces G under "mean", so that micro-batches of uneven size add up
             exactly: pass the number of examples of the whole batch. Default: G.
@@ -98,8 +101,16 @@ def preference_loss(
 
     Raises:
         ValueError: a shape, dtype, device or option is wrong; the message names it.
+        TypeError: an argument is of another kind.
         RuntimeError: the backend that was asked for refuses.
 
+        On an accelerator and in compiled code nobody looks at values first: an empty response under empty="raise", a
+        negative length, a group that does not exist or has no sequence, and a `normalizer` that is not > 0 raise there
+        only if an op meets them on the CPU. Else they make NaN of the loss of their group, or of all groups, and of its
+        gradient; never a number.
+
+    Compiled: `nll_weight`, `normalizer` and `num_groups` may change from call to call; beta and the other numbers are
+        constants of the graph, so that each new value compiles again.
     Numerics: sums and exponentials in float64 in a fixed order, results rounded once to float32.
     Memory: a few floats a sequence.
     Source: WRPO, arXiv:2412.03187; DPO 2305.18290; IPO 2310.12036; SimPO 2405.14734; hinge, SLiC-HF 2305.10425.
@@ -154,7 +165,7 @@ def loss_arguments(
     sequences = Sequences(ref_logp, seq_weight, group, length, nll_weight, group_weight)
     loss = LossArguments(sequences, num_groups, Family(beta, gamma, loss_type, label_smoothing, length_normalize))
     contract.check(like, loss)
-    return without_empty(empty, loss, dtype)
+    return checked_lengths(empty, loss, dtype)
 
 
 def loss_of_sequences(
@@ -173,10 +184,12 @@ def count_groups(group: Tensor, num_groups: int | None) -> int:
     if num_groups is None:
         check_tensor("group", group)
         check_int64("group", group)
-        largest = int(group.max()) if group.numel() else -1
-        if largest >= MOST_GROUPS:
-            raise ValueError(f"group must be in [0, G) with G <= 2^31, got {largest}")
-        return largest + 1
+        if is_compiling():
+            raise ValueError("num_groups must be given: torch.compile cannot read the number of groups from `group`")
+        numbers = group.tolist()
+        num_groups = max(numbers, default=-1) + 1
+        contract.check_group_numbers(numbers, num_groups)
+        return num_groups
     if not is_compiling():
         check_int("num_groups", num_groups)
         if not 0 <= num_groups <= MOST_GROUPS:
@@ -188,39 +201,50 @@ def spread_nll_weight(nll_weight: float | Tensor, like: Tensor, dtype: torch.dty
     if isinstance(nll_weight, Tensor):
         return nll_weight
     check_number("nll_weight", nll_weight, least=0.0, most=LARGEST_FLOAT32)
-    return torch.full_like(like, float(nll_weight), dtype=dtype, requires_grad=False) if nll_weight else None
+    # A product, since a number that fills a tensor would be a constant to torch.compile.
+    return torch.ones_like(like, dtype=dtype, requires_grad=False) * nll_weight if nll_weight else None
 
 
-def without_empty(empty: str, loss: LossArguments, dtype: torch.dtype) -> tuple[LossArguments, int | Tensor]:
-    """With weight zero for the groups that hold an empty response, and the number of groups that remain."""
+def checked_lengths(empty: str, loss: LossArguments, dtype: torch.dtype) -> tuple[LossArguments, int | Tensor]:
+    """The arguments after `empty`, and the number of groups that count: "zero" gives weight 0 to the groups that hold
+    an empty response. Where the lengths cannot be read a wrong one makes NaN of its group."""
     if empty not in ("raise", "zero"):
         raise ValueError(f"empty must be 'raise' or 'zero', got {empty!r}")
-    sequences, num_groups, _ = loss
-    length, group = sequences.length, sequences.group
+    sequences, num_groups, family = loss
+    length = sequences.length
     if length is None:
+        if empty == "zero":
+            raise ValueError("empty='zero' needs the lengths, numbers of counted tokens [S], to know what is empty")
         return loss, num_groups
-    if empty == "raise":
-        raise_on_empty(length)
+    if is_readable(length):
+        check_lengths(length.tolist(), empty)
+    if empty == "zero":
+        return _without_empty(loss, dtype)
+    if is_readable(length):
         return loss, num_groups
-    contract.check_groups(group, num_groups)
-    if length.device.type == "cpu" and not is_compiling() and bool((length < 0).any()):
-        raise ValueError(f"length must be >= 0, got {int(length.min())}")
-    full = torch.ones(num_groups, dtype=dtype, device=length.device)
-    full = full.scatter_reduce(0, group, (length > 0).to(full.dtype), "amin")  # 0 where any response is empty
+    weight = sequences.seq_weight.where(length > 0, torch.nan)
+    sequences = sequences.weighing(weight, sequences.nll_weight, sequences.group_weight)
+    return LossArguments(sequences, num_groups, family), num_groups
+
+
+def _without_empty(loss: LossArguments, dtype: torch.dtype) -> tuple[LossArguments, Tensor]:
+    sequences, num_groups, family = loss
+    contract.check_groups(sequences.group, num_groups)
+    group = sequences.group.clamp(0, num_groups - 1)  # on an accelerator the kernel makes NaN of what is out of range
+    worst = torch.ones(num_groups, dtype=dtype, device=group.device)
+    worst = worst.scatter_reduce(0, group, sequences.length.sign().to(dtype), "amin")  # 0 where any response is empty
+    full = worst.where(worst >= 0, torch.nan)
     weight = full if sequences.group_weight is None else sequences.group_weight * full
     nll_weight = None if sequences.nll_weight is None else sequences.nll_weight * full[group]
-    kept = sequences._replace(group_weight=weight, nll_weight=nll_weight)
-    return loss._replace(sequences=kept), full.sum().clamp(min=1)
+    kept = sequences.weighing(sequences.seq_weight, nll_weight, weight)
+    return LossArguments(kept, num_groups, family), full.sum().clamp(min=1)
 
 
-def raise_on_empty(length: Tensor) -> None:
-    if is_compiling() or length.device.type != "cpu":
-        return  # reading the lengths would wait for the device; an empty response then has log-prob 0, never NaN
-    lengths = length.tolist()
+def check_lengths(lengths: list[int], empty: str) -> None:
     shortest = min(lengths, default=1)
     if shortest < 0:
         raise ValueError(f"length must be >= 0, got {shortest}")
-    if shortest == 0:
+    if shortest == 0 and empty == "raise":
         sequence = lengths.index(0)
         raise ValueError(
             f"sequence {sequence} has no counted token, so its log-prob means nothing; drop its example, give it a "
@@ -235,10 +259,12 @@ def _checked_normalizer(normalizer: Tensor, loss: Tensor) -> Tensor:
         raise ValueError(f"normalizer must be a number or a 0-d tensor, got {list(normalizer.shape)}")
     if normalizer.device.type != "cpu":
         check_device("normalizer", normalizer, "the loss", loss.device)
-    elif not is_compiling():
-        check_number("normalizer", normalizer.item(), above=0.0)
     check_constant("normalizer", normalizer)
-    return normalizer.reshape(())
+    normalizer = normalizer.reshape(())
+    if is_readable(normalizer):
+        check_number("normalizer", normalizer.item(), above=0.0)
+        return normalizer
+    return normalizer.to(loss.dtype).where((normalizer > 0) & normalizer.isfinite(), torch.nan)
 
 
 def reduce_loss(loss: Tensor, reduction: str, normalizer: float | Tensor | None, counted: int | Tensor) -> Tensor:

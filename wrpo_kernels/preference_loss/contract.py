@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
-from wrpo_kernels.checks import check_constant, check_device, check_int64, check_shape, check_tensor
+from wrpo_kernels.checks import check_constant, check_device, check_int64, check_shape, check_tensor, is_readable
 from wrpo_kernels.dispatch.autograd import register_differentiable
 from wrpo_kernels.dispatch.backends import choose
 from wrpo_kernels.dispatch.schema import Arguments
@@ -36,6 +35,8 @@ def check(like: Tensor, loss: LossArguments) -> None:
         if value is not None:
             _check_constants(name, value, "[S]", like.shape[0], like)
     _check_counts("group", sequences.group, like)
+    if like.shape[0] and not num_groups:
+        raise ValueError(f"num_groups must be >= 1 for {like.shape[0]} sequences, got 0")
     if sequences.length is not None:
         _check_counts("length", sequences.length, like)
     if sequences.group_weight is not None:
@@ -62,12 +63,23 @@ def _check_counts(name: str, value: Tensor, like: Tensor) -> None:
 
 
 def check_groups(group: Tensor, num_groups: int) -> None:
-    """The values of `group`; on an accelerator this would wait for the device, so only CPU tensors are read."""
-    if group.device.type == "cpu" and group.numel() and not is_compiling():
-        numbers = group.tolist()
-        low, high = min(numbers), max(numbers)
-        if low < 0 or high >= num_groups:
-            raise ValueError(f"group must be in [0, G={num_groups}), got values from {low} to {high}")
+    """The values of `group`, where reading them does not wait; elsewhere the kernels make NaN of wrong ones."""
+    if is_readable(group):
+        check_group_numbers(group.tolist(), num_groups)
+
+
+def check_group_numbers(numbers: list[int], num_groups: int) -> None:
+    """Every group has a sequence: one without would count in the mean, with the loss of a margin of -gamma."""
+    found = set(numbers)
+    low, high = min(found, default=0), max(found, default=-1)
+    if low < 0 or high >= num_groups:
+        raise ValueError(f"group must be in [0, G={num_groups}), got values from {low} to {high}")
+    if len(found) < num_groups:
+        missing = next(g for g in range(num_groups) if g not in found)
+        raise ValueError(
+            f"group must name every group of [0, G={num_groups}), but no sequence is in group {missing}; "
+            "group.unique(return_inverse=True)[1] numbers them without gaps"
+        )
 
 
 def _preference_loss(
@@ -102,7 +114,8 @@ def _save(ctx: Any, outputs: tuple[Tensor, ...], logp: Tensor, sequences: Sequen
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: None) -> dict[str, Tensor]:
     group, coef = ctx.saved_tensors
-    return {"logp": coef * grad_loss[group]}
+    # The coefficient of a group that is out of range is NaN, as a GPU finds out alone: its index must not be followed.
+    return {"logp": coef * grad_loss[group.clamp(0, grad_loss.shape[0] - 1)]}
 
 
 preference_loss = register_differentiable(

@@ -21,23 +21,21 @@ class Sequences(NamedTuple):
     nll_weight: Tensor | None  # [S]
     group_weight: Tensor | None  # [G]
 
-    def none(self) -> Sequences:
-        """No sequence, and all groups."""
-        return self._each(slice(0))._replace(group_weight=self.group_weight)
+    def weighing(self, seq_weight: Tensor, nll_weight: Tensor | None, group_weight: Tensor | None) -> Sequences:
+        """The same with other weights; `_replace` is what the compiler of torch 2.8 does not follow."""
+        return Sequences(self.ref_logp, seq_weight, self.group, self.length, nll_weight, group_weight)
 
     def at(self, positions: Tensor, groups: Tensor, group: Tensor) -> Sequences:
         """Those at `positions`, which make up whole `groups`; `group` are the numbers of theirs among these."""
         weight = None if self.group_weight is None else self.group_weight[groups]
-        return self._each(positions)._replace(group=group, group_weight=weight)
+        chosen = [None if x is None else x[positions] for x in self._replace(group_weight=None)]
+        return Sequences(*chosen)._replace(group=group, group_weight=weight)
 
     def share_of_coefficient(self, family: Family) -> Tensor:
         """w_s n_s [S]: without a likelihood term, d loss / d logp of a group's sequences is a multiple of it."""
         if not family.length_normalize:
             return self.seq_weight
         return (self.seq_weight / self.length).where(self.length > 0, 0.0)
-
-    def _each(self, positions: Tensor | slice) -> Sequences:
-        return Sequences(*[None if x is None else x[positions] for x in self._replace(group_weight=None)])
 
 
 class Family(NamedTuple):

@@ -18,27 +18,32 @@ def refuses(logp: Tensor) -> str | None:
 def forward(logp: Tensor, loss: LossArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns `loss` [G], `reward` [S], `margin` [G] and `coef` [S] = d loss[group[s]] / d logp[s]."""
     (ref_logp, seq_weight, group, length, nll_weight, group_weight), num_groups, family = loss
-    scale = 1.0  # n_s
+    scale = torch.ones_like(logp, dtype=torch.float64)  # n_s
     if family.length_normalize:
         scale = (1.0 / length.double()).where(length > 0, 0.0)
     ratio = logp.double() if ref_logp is None else logp.double() - ref_logp.double()
     weight = seq_weight.double()
-    reward = family.beta * scale * ratio
-    if family.length_normalize:
-        reward = reward.where(length > 0, 0.0)
-    zeros = reward.new_zeros(num_groups)
-    margin = zeros.index_add(0, group, (weight * reward).where(weight != 0, 0.0)) - family.gamma
+    reward = family.beta * weighted(scale, ratio)
+    # On an accelerator nobody has looked at the groups: one without a sequence and one out of range become NaN.
+    is_group = (group >= 0) & (group < num_groups)
+    reward, group = reward.where(is_group, torch.nan), group.clamp(0, num_groups - 1)
+    margin = reward.new_full((num_groups,), torch.nan).index_fill_(0, group, -family.gamma)
+    margin = margin.index_add(0, group, weighted(weight, reward)).where(is_group.all(), torch.nan)
     value, slope = phi(margin, family)
     if group_weight is not None:
-        # A group of weight zero leaves no trace, even where its log-probs are not finite.
-        value = (value * group_weight).where(group_weight != 0, 0.0)
-        slope = (slope * group_weight).where(group_weight != 0, 0.0)
-    coef = scale * family.beta * weight * slope[group]
+        value, slope = weighted(group_weight, value), weighted(group_weight, slope)
+    coef = weighted(weight, family.beta * slope[group])
     if nll_weight is not None:
-        nll = nll_weight.double() * scale
-        value = value.index_add(0, group, (-nll * logp.double()).where(nll != 0, 0.0))
+        nll = nll_weight.double()
+        value = value.index_add(0, group, weighted(-nll * scale, logp.double()))
         coef = coef - nll
+    coef = weighted(scale, coef).where(is_group, torch.nan)
     return tuple(x.to(logp.dtype) for x in (value, reward, margin, coef))
+
+
+def weighted(weight: Tensor, value: Tensor) -> Tensor:
+    """Their product; a weight of 0 leaves no trace, even of a value that is not finite."""
+    return (weight * value).where(weight != 0, 0.0)
 
 
 def sequence_sum(rows: Tensor, length: Tensor) -> Tensor:
@@ -59,7 +64,7 @@ def sequence_of_row(length: Tensor) -> Tensor:
 def phi(margin: Tensor, family: Family) -> tuple[Tensor, Tensor]:
     """The loss of a margin and its derivative, both [G]."""
     if family.loss_type == "hinge":
-        return (1 - margin).clamp(min=0), -(margin < 1).to(margin.dtype)
+        return (1 - margin).clamp(min=0), -(margin < 1).to(margin.dtype).where(~margin.isnan(), torch.nan)
     if family.loss_type == "ipo":
         distance = (margin - 0.5) / family.beta  # the margin in log-ratios, minus 1 / (2 beta)
         return distance**2, 2 * distance / family.beta

@@ -1,7 +1,8 @@
 """`preference_loss` by one Triton launch, a program a group; sums of rows and coefficients of rows by one more each.
 
 Everything is float64 as in the other backends; there are a few sequences to a group, so that its cost is the launch. A
-sequence whose group is not in [0, G) cannot raise without waiting for the device: its reward and coefficient are NaN.
+wrong group cannot raise without waiting for the device: the margin of a group without sequences is NaN, and where any
+sequence names a group outside [0, G), all margins and its own reward and coefficient.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ SIGMOID, HINGE, IPO = (tl.constexpr(LOSS_TYPES.index(name)) for name in ("sigmoi
 def _phi(m, beta, eps, LOSS: tl.constexpr):
     """The loss of a margin and its derivative."""
     if LOSS == HINGE:
-        return tl.where(m >= 1.0, 0.0, 1.0 - m), tl.where(m < 1.0, -1.0, 0.0)
+        return tl.where(m >= 1.0, 0.0, 1.0 - m), tl.where(m < 1.0, -1.0, tl.where(m >= 1.0, 0.0, m))
     elif LOSS == IPO:
         distance = (m - 0.5) / beta
         return distance * distance, 2.0 * distance / beta
@@ -30,6 +31,19 @@ def _phi(m, beta, eps, LOSS: tl.constexpr):
         # eps * softplus(m) = eps * (m + softplus(-m)); without smoothing an infinite margin must not meet the 0
         smoothing = tl.where(eps == 0.0, 0.0, eps * m)
         return softplus(-m) + smoothing, eps - logistic(-m)
+
+
+@triton.jit
+def _weighted(weight, value):
+    """Their product; a weight of 0 leaves no trace, even of a value that is not finite."""
+    return tl.where(weight != 0.0, weight * value, 0.0)
+
+
+@triton.jit
+def _is_stray(s, S, G, group):
+    """Of sequences s: whether the group that they name does not exist."""
+    member_of = tl.load(group + s, mask=s < S, other=0)
+    return (s < S) & ((member_of < 0) | (member_of >= G))
 
 
 @triton.jit
@@ -46,7 +60,7 @@ def _members(s, S, g, logp, ref_logp, seq_weight, group, length, beta, HAS_REF: 
     if BY_LENGTH:
         count = tl.load(length + s, mask=mine, other=0)
         n = tl.where(count > 0, n / tl.where(count > 0, count, 1).to(tl.float64), 0.0)
-    return mine, lp, n, beta * n * ratio, w
+    return mine, lp, n, beta * _weighted(n, ratio), w
 
 
 @triton.jit(do_not_specialize=["S", "G"])
@@ -83,34 +97,34 @@ def _preference_loss_fwd(
     eps = tl.cast(eps_high, tl.float64) + tl.cast(eps_low, tl.float64)
     g = tl.program_id(0)
     one = tl.full([], 1.0, tl.float64)
-    m, nll_sum = -gamma, one - one
+    m, nll_sum, count = -gamma, one - one, one - one
     for first in range(0, S, BLOCK):
         s = first + tl.arange(0, BLOCK)
         mine, lp, n, r, w = _members(s, S, g, logp, ref_logp, seq_weight, group, length, beta, HAS_REF, BY_LENGTH)
-        m += tl.sum(tl.where(w != 0.0, w * r, 0.0), 0)
+        m += tl.sum(_weighted(w, r), 0) + tl.sum(tl.where(_is_stray(s, S, G, group), float("nan"), 0.0), 0)
+        count += tl.sum(mine.to(tl.float64), 0)
         if HAS_NLL:
             nll = tl.load(nll_weight + s, mask=mine, other=0.0).to(tl.float64) * n
-            nll_sum += tl.sum(tl.where(nll != 0.0, nll * lp, 0.0), 0)
+            nll_sum += tl.sum(_weighted(nll, lp), 0)
+    m = tl.where(count > 0.0, m, float("nan"))
     value, slope = _phi(m, beta, eps, LOSS)
     is_group = g < G
     if HAS_GROUP_WEIGHT:
         a = tl.load(group_weight + g, mask=is_group, other=0.0).to(tl.float64)
-        value = tl.where(a != 0.0, value * a, 0.0)
-        slope = tl.where(a != 0.0, slope * a, 0.0)
+        value, slope = _weighted(a, value), _weighted(a, slope)
     tl.store(loss + g, (value - nll_sum).to(tl.float32), mask=is_group)
     tl.store(margin + g, m.to(tl.float32), mask=is_group)
     for first in range(0, S, BLOCK):
         s = first + tl.arange(0, BLOCK)
         mine, lp, n, r, w = _members(s, S, g, logp, ref_logp, seq_weight, group, length, beta, HAS_REF, BY_LENGTH)
-        c = n * beta * w * slope
+        c = _weighted(w, beta * slope)
         if HAS_NLL:
-            c -= tl.load(nll_weight + s, mask=mine, other=0.0).to(tl.float64) * n
+            c -= tl.load(nll_weight + s, mask=mine, other=0.0).to(tl.float64)
         if g < G:
             tl.store(reward + s, r.to(tl.float32), mask=mine)
-            tl.store(coef + s, c.to(tl.float32), mask=mine)
+            tl.store(coef + s, _weighted(n, c).to(tl.float32), mask=mine)
         if g == 0:
-            member_of = tl.load(group + s, mask=s < S, other=0)
-            strays = (s < S) & ((member_of < 0) | (member_of >= G))
+            strays = _is_stray(s, S, G, group)
             tl.store(reward + s, float("nan"), mask=strays)
             tl.store(coef + s, float("nan"), mask=strays)
 

@@ -40,7 +40,9 @@ def token_logp(
         [...] float32, nats, <= 0. Differentiable in `logits` and `bias`. (float64 for float64 logits.)
 
     Raises:
-        ValueError: a shape, dtype, device, option or target out of range; the message names it.
+        ValueError: a shape, dtype, device, option or target out of range; the message names it. On an accelerator a
+            target out of range makes NaN of its own row instead, for reading it would wait.
+        TypeError: an argument is of another kind.
         RuntimeError: the backend that was asked for refuses; the message holds its reason.
 
     Numerics: reads in the input type, computes and accumulates in float32, the gradient is rounded once to the type

@@ -5,9 +5,9 @@
                    prompts of 64 to 192, answers of 64 to 256
     tiny           for tests and `--quick`
 
-Every row brings the log-probs of a reference along, -log(V) / 2 for each token and 10 nats less for each next answer, so
-that answers of one length do not cancel. They are as good as any for time and memory, and the loss of the first step is
-then one that contestants have to find, not the log 2 of a reference like the model.
+Every row brings the log-probs of a reference along, -log(V) / 2 for each token and 10 nats less for each next answer,
+so that answers of one length do not cancel. They are as good as any for time and memory, and the loss of the first step
+is then one that contestants have to find, not the log 2 of a reference like the model.
 """
 
 from __future__ import annotations

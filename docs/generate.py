@@ -27,7 +27,7 @@ from wrpo.scoring.settings import RewardModelSettings, ScorerSettings, ScoreSett
 from wrpo.settings import GROUPS, DataSettings, ModelSettings, choices_of
 
 FOLDER = Path(__file__).resolve().parent
-MODULES = ("wrpo_kernels", "wrpo", "wrpo.data", "wrpo.head")
+MODULES = ("wrpo_kernels", "wrpo_kernels.environment", "wrpo", "wrpo.data", "wrpo.head")
 LISTS = ("Args", "Attributes", "Raises")  # headings of docstrings with an entry a name
 TEXTS = ("Returns", "Numerics", "Memory", "Cost", "Source")
 
@@ -210,19 +210,20 @@ def table_of(group: str, settings: dict[str, dict[str, Setting]]) -> Iterator[st
         having = {command: of_command[name] for command, of_command in settings.items() if name in of_command}
         first = next(iter(having.values()))
         if first.field.metadata["group"] == group:
-            others = {command: default_of(setting) for command, setting in having.items()}
-            differ = [f"{command} {value}" for command, value in others.items() if value != default_of(first)]
+            others = {command: default_in_words(setting) for command, setting in having.items()}
+            differ = [f"{command} {value}" for command, value in others.items() if value != default_in_words(first)]
             only = f" ({', '.join(having)})" if len(having) < len(settings) else ""
-            yield row_of(first, f" ({', '.join(differ)})" if differ else "", only)
+            default = f"{default_in_words(first)} ({', '.join(differ)})" if differ else None
+            yield row_of(first, default, only)
 
 
-def row_of(setting: Setting, differ: str = "", only: str = "") -> str:
+def row_of(setting: Setting, default: str | None = None, only: str = "") -> str:
     field = setting.field
     names = ", ".join(f"`{name}`" for name in (field.name, *field.metadata.get("aliases", ())))
     text = field.metadata.get("help", "").replace("|", "\\|")
     if setting.choices:
         text += f" Choices: {', '.join(f'`{choice}`' for choice in setting.choices)}."
-    return f"| {names}{only} | {default_of(setting)}{differ} | {text} |"
+    return f"| {names}{only} | {default or default_of(setting)} | {text} |"
 
 
 def default_of(setting: Setting) -> str:
@@ -235,6 +236,12 @@ def default_of(setting: Setting) -> str:
     if value is None or value == [] or value == "":
         return ""
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+
+
+def default_in_words(setting: Setting) -> str:
+    """Where the field's own default says nothing, what its text says."""
+    said = re.search(r"Default: (.+?)\.( |$)", setting.field.metadata.get("help", ""))
+    return default_of(setting) or (said[1] if said else "")
 
 
 PAGES = {"api.md": api_page, "settings.md": settings_page}

@@ -150,6 +150,6 @@ def info(arguments: list[str]) -> None:
         return print("wrpo info\n\nVersions, and which kernels run here. No options.")
     if arguments:
         raise UserError(f"takes no arguments, got {' '.join(arguments)}")
-    from wrpo_kernels.__main__ import report  # what `python -m wrpo_kernels` prints
+    from wrpo_kernels.environment import report
 
     print(report())

@@ -127,6 +127,21 @@ def test_log_probs_under_the_source_models_follow_their_sequences():
 
 
 @pytest.mark.parametrize(
+    ("collator", "options", "words"),
+    [
+        (PreferenceCollator, {"empty_response": "skip"}, "empty_response: expected one of raise, zero, got 'skip'"),
+        (PreferenceCollator, {"reward_temperature": 0.0}, "reward_temperature: expected a finite number > 0, got 0.0"),
+        (PreferenceCollator, {"pad_to_multiple_of": 0}, "pad_to_multiple_of: expected a whole number >= 1, got 0"),
+        (SFTCollator, {"pad_to_multiple_of": 8.0}, "pad_to_multiple_of: expected a whole number >= 1, got 8.0"),
+        (SFTCollator, {"pad_token_id": None}, "pad_token_id: expected a whole number >= 0, got None"),
+    ],
+)
+def test_an_option_that_no_batch_could_be_made_with_is_refused_at_once(collator, options, words):
+    with pytest.raises(ValueError, match=f"^{words}"):
+        collator(**{"pad_token_id": 0, **options})
+
+
+@pytest.mark.parametrize(
     ("options", "change", "words"),
     [
         ({"reward_temperature": 1.0}, {"reward": None}, "row 2, field 'reward': expected 2 rewards"),

@@ -129,7 +129,7 @@ MISTAKES = {
         [],
         "config.yaml: torch_dtype: expected one of .*, got 'int8'",
     ),
-    "null where a value must be": ("beta: null", [], "config.yaml: beta: expected a value, got null"),
+    "null where a value must be": ("alpha: null", [], "config.yaml: alpha: expected a value, got null"),
     "a value out of range": ("alpha: 1.5", [], "^alpha: expected a finite number >= 0 and <= 1, got 1.5"),
     "not YAML": ("beta: [", [], r"config.yaml: not a YAML file \(line 5\)"),
     "a month 13": ("run_name: 2026-13-01", [], "config.yaml: holds a number, date or tag"),

@@ -10,15 +10,21 @@ from cost import budget_of
 from torch import Tensor
 
 from wrpo_kernels import (
+    dpo_loss,
+    ipo_loss,
+    linear_dpo_loss,
+    linear_ipo_loss,
     linear_preference_loss,
+    linear_simpo_loss,
     linear_token_logp,
     linear_wrpo_loss,
     preference_loss,
+    simpo_loss,
     token_logp,
     wrpo_loss,
 )
 
-S, T, D, V, G = 6, 5, 8, 23, 2
+S, T, D, V, G = 6, 5, 8, 23, 2  # and S / 2 pairs
 SMALL_BUDGET = budget_of(4, V, D, torch.float32)
 LARGE = 1024  # a V for which the head is not a small one, with D = 260
 
@@ -56,8 +62,13 @@ def doors(device: torch.device, backend: str, **size) -> dict[str, tuple[Callabl
     packed = (hidden.detach().flatten(0, 1).requires_grad_(), weight, bias, labels.flatten(), ref)
     bounds = torch.arange(0, (S + 1) * labels.shape[1], labels.shape[1], device=device)
 
+    lengths = (labels != -100).sum(1)
+
     def linear(door, h, w, b, y, r, **rest):
         return door(h, w, y, r, bias=b, **head, **rest).loss
+
+    def paired(door, x, r):
+        return door(*x.chunk(2), *r.chunk(2), backend=backend).loss
 
     general_door = partial(linear_preference_loss, **options)
     wrpo_door = partial(linear_wrpo_loss, alpha=0.3)
@@ -83,6 +94,15 @@ def doors(device: torch.device, backend: str, **size) -> dict[str, tuple[Callabl
         "linear_preference_loss, each group": (partial(linear, general_door, reduction="none"), given),
         "linear_preference_loss, packed": (partial(linear, general_door, cu_seqlens=bounds), packed),
         "linear_wrpo_loss": (partial(linear, wrpo_door), given),
+        "dpo_loss": (partial(paired, dpo_loss), (logp, ref)),
+        "ipo_loss": (partial(paired, ipo_loss), (logp, ref)),
+        "simpo_loss": (partial(paired, simpo_loss), (logp, lengths)),
+        "linear_dpo_loss": (partial(linear, linear_dpo_loss), given),
+        "linear_ipo_loss": (partial(linear, linear_ipo_loss), given),
+        "linear_simpo_loss": (
+            lambda h, w, b, y: linear_simpo_loss(h, w, y, bias=b, **head).loss,
+            given[:4],
+        ),
         "linear_token_logp, adapter": (
             lambda h, w, low, up, y: linear_token_logp(h, w, y, adapter=(low, up), **head),
             (hidden, weight.detach(), low, up, labels),
@@ -104,3 +124,5 @@ def value_and_gradients(function: Callable[..., Tensor], given: tuple[Tensor, ..
 
 
 DOORS = tuple(doors(torch.device("cpu"), "reference"))
+# Without the losses of pairs, which call the general ones: for what is true of an op, whoever calls it.
+OF_OPS = tuple(door for door in DOORS if not door.endswith(("dpo_loss", "ipo_loss", "simpo_loss")))

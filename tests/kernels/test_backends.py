@@ -3,49 +3,69 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any
 
+import doors
 import pytest
 import torch
 
-from wrpo_kernels import (
-    __version__,
-    linear_preference_loss,
-    linear_token_logp,
-    linear_wrpo_loss,
-    preference_loss,
-    token_logp,
-    wrpo_loss,
-)
+import wrpo_kernels
+from wrpo_kernels import __version__
 
 ROW_KERNELS = ("token_logp", "token_logp_delta_", "token_logp_grad", "preference_loss", "preference_loss_of_rows")
-GENERAL = {"seq_weight": torch.tensor([0.3, 0.7, -1.0]), "group": torch.zeros(3, dtype=torch.int64), "beta": 0.1}
+GENERAL = {
+    "seq_weight": torch.tensor([0.3, 0.7, -1.0, 1.0, -0.5, -0.5]),
+    "group": torch.tensor([0, 0, 0, 1, 1, 1]),
+    "beta": 0.1,
+}
 
 
 def calls(dtype: torch.dtype = torch.float32) -> dict[str, Callable[..., torch.Tensor]]:
     """Every public function as one of its options alone; all return something with a gradient."""
-    hidden, weight = torch.randn(3, 4, 8, dtype=dtype, requires_grad=True), torch.randn(11, 8, dtype=dtype)
-    labels = torch.randint(0, 11, (3, 4))
-    logits = torch.randn(3, 4, 11, dtype=dtype, requires_grad=True)
+    hidden, weight = torch.randn(6, 4, 8, dtype=dtype, requires_grad=True), torch.randn(11, 8, dtype=dtype)
+    labels = torch.randint(0, 11, (6, 4))
+    logits = torch.randn(6, 4, 11, dtype=dtype, requires_grad=True)
     wide = torch.promote_types(dtype, torch.float32)
-    logp = torch.randn(3, dtype=wide, requires_grad=True)
+    logp = torch.randn(6, dtype=wide, requires_grad=True)
+    pairs, lengths = logp.chunk(2), torch.full((6,), 4).chunk(2)
     general = GENERAL | {"seq_weight": GENERAL["seq_weight"].to(wide)}
-    return {
-        "token_logp": lambda **options: token_logp(logits, labels, **options),
-        "linear_token_logp": lambda **options: linear_token_logp(hidden, weight, labels, **options),
-        "preference_loss": lambda **options: preference_loss(logp, **general, **options).loss,
-        "linear_preference_loss": lambda **options: (
-            linear_preference_loss(hidden, weight, labels, **general, **options).loss
-        ),
-        "wrpo_loss": lambda **options: wrpo_loss(logp, alpha=0.3, **options).loss,
-        "linear_wrpo_loss": lambda **options: linear_wrpo_loss(hidden, weight, labels, alpha=0.3, **options).loss,
+    needed: dict[str, tuple[tuple, dict]] = {
+        "token_logp": ((logits, labels), {}),
+        "linear_token_logp": ((hidden, weight, labels), {}),
+        "preference_loss": ((logp,), general),
+        "linear_preference_loss": ((hidden, weight, labels), general),
+        "wrpo_loss": ((logp,), {"alpha": 0.3}),
+        "linear_wrpo_loss": ((hidden, weight, labels), {"alpha": 0.3}),
+        "dpo_loss": (pairs, {}),
+        "ipo_loss": (pairs, {}),
+        "simpo_loss": ((*pairs, *lengths), {}),
+        **{f"linear_{name}_loss": ((hidden, weight, labels), {}) for name in ("dpo", "ipo", "simpo")},
     }
+
+    def call(door: str, **options: Any) -> torch.Tensor:
+        arguments, own = needed[door]
+        output = getattr(wrpo_kernels, door)(*arguments, **own, **options)
+        return getattr(output, "loss", output)
+
+    return {door: partial(call, door) for door in needed}
 
 
 DOORS = tuple(calls())
+
+
+def test_every_public_function_that_takes_a_backend_is_asked_here_and_in_the_tests_of_graphs():
+    takes_one = {name for name in wrpo_kernels.__all__ if "backend" in parameters(getattr(wrpo_kernels, name))}
+    assert takes_one == set(DOORS) == {door.split(",")[0] for door in doors.DOORS}
+
+
+def parameters(value: object) -> Collection[str]:
+    return inspect.signature(value).parameters if callable(value) else ()
 
 
 @pytest.fixture
@@ -74,10 +94,9 @@ def test_the_backend_that_was_named_is_the_one_that_runs_forward_and_backward(do
     needed = {
         "token_logp": {"token_logp", "token_logp_grad"},
         "linear_token_logp": {"token_logp_delta_"},
-        "preference_loss": {"preference_loss"},
-        "wrpo_loss": {"preference_loss"},
     }
-    assert set(native_calls) >= needed.get(door, {"token_logp_delta_", "preference_loss_of_rows"})
+    of_loss = {"token_logp_delta_", "preference_loss_of_rows"} if door.startswith("linear_") else {"preference_loss"}
+    assert set(native_calls) >= needed.get(door, of_loss)
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -60,12 +60,6 @@ def test_a_trained_head_is_three_products_while_one_group_fits(rows, head, backe
 
 
 @heads
-def test_rows_of_a_group_that_do_not_fit_are_computed_once_more(head, backend, device):
-    for rows in (GROUP, GROUP - 1, GROUP // 2, 4):
-        assert cost(head, rows, {"hidden", "weight"}, backend, device) == pytest.approx(4 - rows / GROUP)
-
-
-@heads
 def test_without_reduction_a_trained_head_costs_four_products_at_most(head, backend, device):
     options = {"reduction": "none"}
     vocabulary, width = head

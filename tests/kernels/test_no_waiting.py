@@ -93,7 +93,7 @@ def test_one_pass_reads_nothing_back_while_the_rows_fit(num_rows, tensors):
     sequences = Sequences(None, size, number, number, None, None)
     loss = LossArguments(sequences, 2, Family(0.1, 0.0, "sigmoid", 0.0, False))
     kernel = choose("preference_loss", "triton", CANDIDATES, size)
-    result = one_pass.run(head, rows, loss, 2, N + M, gradients, kernel)
+    result, _ = one_pass.run(head, rows, loss, 2, N + M, gradients, kernel)
     assert result.loss.shape == (2,) and result.logp.shape == (S,)
 
 

@@ -18,7 +18,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from wrpo import SFTConfig, SFTTrainer, WRPOConfig, cli
 from wrpo.data.collation import PreferenceCollator
-from wrpo.training import wrpo_trainer as module
+from wrpo.training import reference_trainer as module
 from wrpo.training.metrics import NEEDS, names_of_metrics, preference_metrics
 
 ROWS = [{"prompt": f"{n} + 3?", "chosen": ["five, of course", "5"], "rejected": "6"} for n in range(4)]

@@ -78,7 +78,7 @@ def test_a_model_with_one_edited_token_gets_a_reference_of_its_own(tmp_path):
     batch = preference_batch([trainer.train_dataset[i] for i in range(4)])
     with torch.no_grad():
         expected = plain_logp(edited.eval(), batch)
-    torch.testing.assert_close(batch["ref_logp"].double(), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(trainer.reference(trainer.model, batch).double(), expected, rtol=1e-5, atol=1e-4)
 
 
 def shard(rank: int, folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import plain_logp, tiny_model, tiny_rows
+from tiny_models import plain_logp, preference_batch, tiny_model, tiny_rows
 from tiny_runs import training_lines, wrpo_trainer
 
 from wrpo.data import PreferenceCollator
@@ -73,9 +73,9 @@ def test_the_loss_is_infifpos_with_the_weighted_reward(fusion, reference, tmp_pa
         alpha=0.3, alpha_schedule="constant", beta=2.5,
     )  # fmt: skip
     data = [trainer.train_dataset[i] for i in range(3)]
-    batch = trainer.data_collator(data)
-    got = trainer.compute_loss(trainer.model.eval(), batch)
+    got = trainer.compute_loss(trainer.model.eval(), trainer.data_collator(data))
 
+    batch = preference_batch(data)
     with torch.no_grad():
         length = (batch["labels"] != -100).sum(1)
         mean = (plain_logp(policy, batch) / length).view(3, 4).t()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tiny_tokenizer import tiny_tokenizer
 from wrpo import DPOConfig, SFTConfig, SFTTrainer, WRPOConfig, WRPOTrainer
 from wrpo.data import DataError, PreferenceCollator
 from wrpo.settings import SettingsError
+from wrpo_kernels import linear_simpo_loss
 
 PAIRS = [
     {"prompt": "2 + 3?", "chosen": "5", "rejected": "6"},
@@ -126,6 +128,27 @@ def test_without_a_config_the_defaults_hold(tmp_path, monkeypatch):
     trainer = WRPOTrainer(tiny_model(), train_dataset=tiny_rows(2))
     assert trainer.args.beta == 0.01
     assert torch.isfinite(next(trainer.model.parameters())).all()
+
+
+@pytest.mark.parametrize(
+    ("config", "own", "of_simpo"), [(WRPOConfig, (0.01, 0.0), (10.0, 0.0)), (DPOConfig, (0.1, 0.0), (2.0, 0.5))]
+)
+def test_beta_and_gamma_follow_the_loss_where_nobody_sets_them(config, own, of_simpo, tmp_path):
+    def scale(**settings):
+        args = config(output_dir=str(tmp_path), use_cpu=True, **settings)
+        return args.beta, args.gamma
+
+    assert {scale(), *(scale(loss_type=name) for name in ("hinge", "ipo", "dpo"))} == {own}
+    assert scale(loss_type="simpo") == of_simpo
+    assert scale(loss_type="simpo", beta=0.1, gamma=0.0) == (0.1, 0.0)
+
+
+def test_simpo_on_pairs_is_the_loss_of_the_kernels_by_that_name(tmp_path):
+    defaults = inspect.signature(linear_simpo_loss).parameters
+    options = DPOConfig(output_dir=str(tmp_path), use_cpu=True, loss_type="simpo").loss_options()
+    assert {name: options[name] for name in ("beta", "gamma")} == {
+        name: defaults[name].default for name in ("beta", "gamma")
+    }
 
 
 @pytest.mark.parametrize(

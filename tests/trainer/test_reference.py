@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import datasets
 import numpy as np
@@ -12,12 +17,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from tiny_models import plain_logp, preference_batch, tiny_model, tiny_rows
-from tiny_runs import SETTINGS, wrpo_trainer
+from tiny_runs import wrpo_trainer
 from torch import nn
 
-from wrpo import WRPOConfig, WRPOTrainer
+from wrpo import WRPOTrainer
+from wrpo.reference.fingerprint import model_fingerprint
 from wrpo.reference.reference import adapters_off, choose_reference, refuse_partitioned
-from wrpo.training.head_trainer import HeadTrainer
 
 LORA = LoraConfig(target_modules=["q_proj", "lm_head"], r=2)
 # A batch of other rows pads and multiplies in another order: float32 rounding of sums of at most 9 scores of 64 nats.
@@ -52,16 +57,17 @@ def test_rows_with_different_numbers_of_sources_keep_their_own_reference(tmp_pat
         row = trainer.train_dataset[i]
         with torch.no_grad():
             alone = plain_logp(tiny_model().eval(), preference_batch([rows[i]]))
-        torch.testing.assert_close(torch.tensor(row["ref_logp"]).double(), alone, rtol=0, atol=ATOL)
-        assert {name: value for name, value in row.items() if name != "ref_logp"} == rows[i]
+        kept = trainer.reference(trainer.model, preference_batch([row]))
+        torch.testing.assert_close(kept.double(), alone, rtol=0, atol=ATOL)
+        assert {name: value for name, value in row.items() if name != "ref_place"} == rows[i]
 
 
-def test_a_dataset_gets_a_column_and_so_does_every_evaluation_set(tmp_path):
+def test_a_dataset_stays_one_and_every_evaluation_set_is_gone_through(tmp_path):
     train, first, second = (datasets.Dataset.from_list(tiny_rows(3, seed=seed)) for seed in range(3))
     trainer = opened(tmp_path, tiny_model(), "precompute", train, eval_dataset={"a": first, "b": second})
     assert isinstance(trainer.train_dataset, datasets.Dataset)
     for data in (trainer.train_dataset, *trainer.eval_dataset.values()):
-        assert len(data[2]["ref_logp"]) == 3
+        assert len(data[2]["ref_place"]) == 3
     assert sorted(path.name for path in (tmp_path / "reference").iterdir()) == [
         "eval_a.safetensors", "eval_b.safetensors", "train.safetensors",
     ]  # fmt: skip
@@ -97,7 +103,10 @@ def test_data_sets_without_the_reference_that_others_bring_are_named_and_gone_th
     trainer = opened(tmp_path, tiny_model(), "auto", brought(tiny_rows(2)), eval_dataset=tiny_rows(2))
     assert "Only train of the data sets train, eval bring the column ref_logp" in caplog.text
     assert reference_of(trainer).tolist() == [-1.0] * 6
-    assert trainer.eval_dataset[0]["ref_logp"][0] < -1.0
+    computed = trainer.reference(trainer.model, preference_batch(list(trainer.eval_dataset)))
+    torch.testing.assert_close(
+        computed.double(), plain_logp(tiny_model().eval(), preference_batch(tiny_rows(2))), rtol=0, atol=ATOL
+    )
 
 
 @pytest.mark.parametrize("rows", [tiny_rows(2), brought(tiny_rows(2))], ids=["computed", "brought"])
@@ -107,7 +116,7 @@ def test_an_empty_evaluation_set_is_left_alone(rows, tmp_path, caplog):
 
 
 def test_a_log_prob_that_is_no_number_is_refused_and_not_kept(tmp_path, monkeypatch):
-    from wrpo.training import wrpo_trainer as module
+    from wrpo.training import reference_trainer as module
 
     real, bad = module.sequence_logp, tiny_rows(8, sources=2)[5]["response_ids"][2]
 
@@ -117,53 +126,96 @@ def test_a_log_prob_that_is_no_number_is_refused_and_not_kept(tmp_path, monkeypa
 
     monkeypatch.setattr(module, "sequence_logp", broken)
     with pytest.raises(ValueError, match=r"of 1 responses are not finite, the first in row 5 .*: nan"):
-        opened(tmp_path, tiny_model(), "precompute")
+        opened(tmp_path, tiny_model(), "precompute", layout="padded")
     assert not (tmp_path / "reference").exists()
 
 
 @pytest.fixture
 def passes(monkeypatch) -> list[int]:
     """One entry for each batch that the precomputation runs through the model."""
-    from wrpo.training import wrpo_trainer as module
+    from wrpo.training import reference_trainer as module
 
     seen, real = [], module.sequence_logp
     monkeypatch.setattr(module, "sequence_logp", lambda *args, **kwargs: (seen.append(1), real(*args, **kwargs))[1])
     return seen
 
 
-def partitioned(model: nn.Module) -> nn.Module:
-    """As ZeRO-3 leaves it until a forward of the wrapped model."""
-    for number, parameter in enumerate(model.parameters()):
-        parameter.ds_id, parameter.data = number, torch.empty(0)
-    return model
+@pytest.fixture
+def partitioned(monkeypatch) -> Callable[[nn.Module], nn.Module]:
+    """A model as ZeRO-3 leaves it until a forward of the wrapped model, and what gathers its weights until then."""
+    whole: dict[int, torch.Tensor] = {}
+
+    def empty(model: nn.Module) -> nn.Module:
+        for parameter in model.parameters():
+            parameter.ds_id, parameter.ds_shape = len(whole), parameter.shape
+            whole[parameter.ds_id], parameter.data = parameter.data, torch.empty(0)
+        return model
+
+    @contextmanager
+    def gathered(parameters: list[nn.Parameter]):
+        for parameter in parameters:
+            parameter.data = whole[parameter.ds_id]
+        yield
+        for parameter in parameters:
+            parameter.data = torch.empty(0)
+
+    deepspeed = ModuleType("deepspeed")
+    deepspeed.__spec__ = ModuleSpec("deepspeed", None)  # others look whether it is installed
+    deepspeed.zero = SimpleNamespace(GatheredParameters=gathered)
+    monkeypatch.setitem(sys.modules, "deepspeed", deepspeed)
+    empty.whole = whole
+    return empty
 
 
 def forbidden(*_args, **_inputs):
     raise AssertionError("a forward of weights that are not there")
 
 
-@pytest.mark.parametrize("elsewhere", [partitioned, lambda model: model.to("meta")], ids=["ZeRO-3", "meta"])
-def test_weights_that_are_elsewhere_are_not_run_before_they_are_there(elsewhere, tmp_path, monkeypatch):
-    model = elsewhere(get_peft_model(tiny_model(), LORA))
+@pytest.mark.parametrize("elsewhere", ["ZeRO-3", "meta"])
+def test_weights_that_are_elsewhere_are_not_run_before_they_are_there(elsewhere, partitioned, tmp_path, monkeypatch):
+    model = get_peft_model(tiny_model(), LORA)
+    model = model.to("meta") if elsewhere == "meta" else partitioned(model)
     monkeypatch.setattr(type(model.get_base_model()), "forward", forbidden)
-    with pytest.raises(ValueError, match="set check_head to false"):
-        HeadTrainer(model, WRPOConfig(output_dir=str(tmp_path), **SETTINGS))
+    monkeypatch.setattr(WRPOTrainer, "_move_model_to_device", lambda *_: None)  # as under FSDP and ZeRO-3
+    opened(tmp_path, model, "adapter")
     for reference in ("copy", "precompute"):
-        with pytest.raises(ValueError, match=f"reference='{reference}' runs .*without sharding.*column ref_logp"):
+        with pytest.raises(
+            ValueError, match=f"reference='{reference}' runs this model unwrapped.*wrpo logp --reference"
+        ):
             refuse_partitioned(model, reference)
     with pytest.raises(ValueError, match=r"reference='auto' cannot run .* use reference='adapter'"):
-        choose_reference("auto", model, "sigmoid", has_length=True)
+        choose_reference("auto", model, "sigmoid", has_length=False)
+    assert choose_reference("auto", model, "sigmoid", has_length=True) == "precompute"
     assert choose_reference("adapter", model, "sigmoid", has_length=True) == "adapter"
     assert choose_reference("auto", model, "sigmoid", has_length=True, has_reference=True) == "precompute"
 
 
 @pytest.mark.parametrize("reference", ["copy", "precompute"])
-def test_a_trainer_of_weights_that_are_elsewhere_takes_the_reference_of_the_data_alone(reference, tmp_path):
+def test_a_trainer_of_weights_that_are_elsewhere_takes_a_reference_that_is_there(reference, partitioned, tmp_path):
     model = partitioned(tiny_model())
-    with pytest.raises(ValueError, match=f"reference='{reference}' runs the model before it is wrapped"):
-        opened(tmp_path, model, reference, check_head=False)
-    trainer = opened(tmp_path, model, "precompute", brought(tiny_rows(2)), check_head=False)
+    with pytest.raises(ValueError, match=f"reference='{reference}' runs this model unwrapped"):
+        opened(tmp_path / "none", model, reference)
+    trainer = opened(tmp_path / "brought", model, "precompute", brought(tiny_rows(2)))
     assert reference_of(trainer).tolist() == [-1.0] * 6
+    kept = reference_of(opened(tmp_path / "kept", tiny_model(), "precompute"))
+    assert torch.equal(reference_of(opened(tmp_path / "kept", model, "precompute")), kept)
+
+
+def test_weights_that_zero_3_has_spread_are_the_same_model(partitioned):
+    fingerprint = model_fingerprint(tiny_model(), None, {})
+    assert model_fingerprint(partitioned(tiny_model()), None, {}) == fingerprint
+    assert model_fingerprint(partitioned(tiny_model(seed=1)), None, {}) != fingerprint
+
+
+def test_a_head_that_could_not_be_checked_before_it_was_wrapped_is_checked_in_its_first_forward(partitioned, tmp_path):
+    """What the config of this family means by its scale shows in the logits alone."""
+    family, rows = "hyperclovax-multiplies", brought(tiny_rows(2))
+    model = partitioned(tiny_model(family))
+    trainer = opened(tmp_path / "spread", model, "precompute", rows, eval_dataset=rows)
+    for parameter in model.parameters():
+        parameter.data = partitioned.whole[parameter.ds_id]
+    expected = opened(tmp_path / "whole", tiny_model(family), "precompute", rows, eval_dataset=rows).evaluate()
+    assert trainer.evaluate()["eval_loss"] == expected["eval_loss"]
 
 
 def test_what_was_kept_is_used_again(tmp_path, passes, caplog):

@@ -17,7 +17,7 @@ def test_a_run_says_data_steps_kernel_loss_and_reference(tmp_path, capsys):
         "8 rows (8 of source + target + rejected), 24 responses",
         "steps      1, each of up to 2 rows, learning rate 3e-07 (cosine)",
         "kernel     native on cpu, logits in pieces of at most 1 MiB",
-        "loss       sigmoid, beta 0.01, alpha 0 to 0.4 (linear)",
+        "loss       sigmoid, beta 0.01, gamma 0, alpha 0 to 0.4 (linear)",
         "reference  copy",
     ):
         assert words in said

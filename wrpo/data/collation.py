@@ -3,21 +3,23 @@
     labels[s, t] = input_ids[s, t + 1]   where position t + 1 belongs to the response, else -100
 
 so `labels` is already shifted: entry t is predicted from the hidden state of entry t. B rows, S sequences (the
-responses of all rows, row after row), T positions.
+responses of all rows, row after row), T positions. Packed and shared rows are told in `wrpo.data.layout`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from wrpo.rows.errors import DataError, shown
 from wrpo.rows.softmax import softmax
+from wrpo.settings import check_choices, check_range
 
+from .layout import PADDED, Example, Layout, counted, place_tokens
 from .model_limits import vocabulary_size
 from .roles import Role, best_response, model_names
 from .tokenised_row import check_row, reference_logp, refuse_empty, source_logp
@@ -39,18 +41,21 @@ class PreferenceCollator:
             Default: None, the row's own shares.
         source_models: names of the models whose number goes into `source_id`. Default: None, no source_id.
         with_source_logp: hand `source_logp` on. Default: False.
+        layout: `wrpo.data.layout.Layout`, where the tokens stand. Default: padded rows.
 
     Returns a dict with
-        input_ids [S, T] int64, attention_mask [S, T] int64, labels [S, T] int64;
+        input_ids [S, T] int64, attention_mask [S, T] int64, labels [S, T] int64; in packed and shared rows what
+            `wrpo.data.layout.place_tokens` returns;
         num_responses [B] int64, how many of the S sequences each row has;
         role [S] int64: 0 source, 1 target, 2 rejected (`wrpo.data.roles`);
         share [S] float32, of the response among those of its role in its row;
         source_id [S] int64, if source_models: the place of the answer's model there (`model_names`), their number for
             any other model, -1 where the response is no source's;
-        ref_logp [S] float32, if the rows have it;
+        ref_logp [S] float32, if the rows have it; or ref_place [S] int64, its place in the trainer's table;
         source_logp [S, M] float32, if with_source_logp: each response under M models, nats a token of theirs.
 
     Raises:
+        ValueError: an argument out of range, when it is made.
         DataError: a row that is no prompt with its responses, see `wrpo.data.tokenised_row`; a response without a token
             to count, not one `ref_logp` for each response, or a column that was asked for and is missing. The row is
             named by its place in the batch.
@@ -58,18 +63,28 @@ class PreferenceCollator:
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
-    empty_response: str = "raise"
+    empty_response: Literal["raise", "zero"] = "raise"
     reward_temperature: float | None = None
     source_models: Sequence[str] | None = None
     with_source_logp: bool = False
+    layout: Layout = PADDED
+
+    def examples(self, rows: list[dict]) -> list[Example]:
+        """The prompt and the responses of each row that go into a batch."""
+        return [(row["prompt_ids"], row["response_ids"]) for row in rows]
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_range(self, "pad_token_id", low=0)
+        check_range(self, "pad_to_multiple_of", low=1)
+        check_range(self, "reward_temperature", low=0, open_low=True)
 
     def __call__(self, rows: list[dict]) -> Batch:
         for number, row in enumerate(rows, 1):
             check_row(row, number)
             if self.empty_response == "raise":  # here, because on a GPU the loss cannot look without waiting for it
                 refuse_empty(row, number)
-        pairs = [(row["prompt_ids"], response) for row in rows for response in row["response_ids"]]
-        batch = pad_sequences(pairs, self.pad_token_id, self.pad_to_multiple_of)
+        batch = laid_out(self.examples(rows), self.pad_token_id, self.layout, self.pad_to_multiple_of)
         batch["num_responses"] = torch.tensor([len(row["response_ids"]) for row in rows])  # [B]
         batch["role"] = torch.tensor([Role[role.upper()] for row in rows for role in row["role"]])  # [S]
         shares = [share for number, row in enumerate(rows, 1) for share in self._shares(row, number)]
@@ -82,6 +97,8 @@ class PreferenceCollator:
         if any(row.get("ref_logp") is not None for row in rows):
             logp = [value for number, row in enumerate(rows, 1) for value in reference_logp(row, number)]
             batch["ref_logp"] = torch.tensor(logp, dtype=torch.float32)  # [S]
+        elif any("ref_place" in row for row in rows):
+            batch["ref_place"] = torch.tensor([place for row in rows for place in row["ref_place"]])  # [S]
         if self.with_source_logp:
             models = len((rows[0].get("source_logp") or [[]])[0])
             by_model = [values for number, row in enumerate(rows, 1) for values in source_logp(row, number, models)]
@@ -113,10 +130,27 @@ class SFTCollator:
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
+    layout: Layout = PADDED
+
+    def examples(self, rows: list[dict]) -> list[Example]:
+        """The prompt and the one response of each row that go into a batch."""
+        best = [row["response_ids"][best_response(row["role"], row["share"])] for row in rows]
+        return [(row["prompt_ids"], [response]) for row, response in zip(rows, best, strict=True)]
+
+    def __post_init__(self) -> None:
+        check_range(self, "pad_token_id", low=0)
+        check_range(self, "pad_to_multiple_of", low=1)
 
     def __call__(self, rows: list[dict]) -> Batch:
-        pairs = [(row["prompt_ids"], row["response_ids"][best_response(row["role"], row["share"])]) for row in rows]
-        return pad_sequences(pairs, self.pad_token_id, self.pad_to_multiple_of)
+        return laid_out(self.examples(rows), self.pad_token_id, self.layout, self.pad_to_multiple_of)
+
+
+def laid_out(examples: list[Example], pad_token_id: int, layout: Layout, multiple: int | None = None) -> Batch:
+    """The tensors of tokens and labels of a batch."""
+    if layout.name != "padded":
+        return place_tokens(examples, pad_token_id, layout, multiple)
+    pairs = [(prompt, response) for prompt, responses in examples for response in responses]
+    return pad_sequences(pairs, pad_token_id, multiple)
 
 
 def pad_sequences(
@@ -133,7 +167,7 @@ def pad_sequences(
         end = len(prompt) + len(response)
         input_ids[s, :end] = torch.tensor([*prompt, *response])
         attention_mask[s, :end] = 1
-        labels[s, max(len(prompt) - 1, 0) : end - 1] = torch.tensor(response if prompt else response[1:])
+        labels[s, max(len(prompt) - 1, 0) : end - 1] = torch.tensor(counted(prompt, response))
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 

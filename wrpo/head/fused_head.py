@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attention import with_attention
 from .operands import head_operands, kind_of
 from .scores import HeadScores, agreeing_transform, transforms_of
 
@@ -72,6 +73,16 @@ def install_fused_head(model: nn.Module, *, check: bool = True) -> HeadScores:
     return causal_lm.__dict__[_SCORES]
 
 
+def check_fused_head(model: nn.Module, wrapped: nn.Module) -> None:
+    """The check that `install_fused_head` had to leave out, of a model that can run only in its wrapper.
+
+    Raises:
+        ValueError: the model treats its logits in a way that the fused head does not know, or they are no numbers.
+    """
+    causal_lm = find_causal_lm(model)
+    causal_lm.__dict__[_SCORES] = agreeing_transform(causal_lm, transforms_of(causal_lm.config), wrapped)
+
+
 def remove_fused_head(model: nn.Module) -> None:
     """Give the model back the forward that it had before `install_fused_head`."""
     state = find_causal_lm(model).__dict__
@@ -92,7 +103,9 @@ def run_in_head(model: nn.Module, head_fn: HeadFn, **inputs: Any) -> Any:
             carries the gradient; the other fields are handed over as they are. Values and types are those that
             `head_fn` made, whatever a mixed-precision wrapper does to the model's output. The gradient of the tensor is
             cast with that output: reduce to a loss inside `head_fn`.
-        **inputs: of the model's forward: input_ids, attention_mask, ...
+        **inputs: of the model's forward: input_ids, attention_mask, ... With `hidden_rows` [N], the flat places of rows
+            in [S T], the head sees these alone, hidden [N, D] and low [N, r]. `segment`, `branch` or `segment_bounds`
+            take the place of a mask (`wrpo.head.attention`).
 
     Raises:
         RuntimeError: the model's forward did not call `head_fn`: it has no fused head.
@@ -200,8 +213,9 @@ def _accept_head_fn(model: nn.Module) -> None:
         plain = self.__dict__.get(_FORWARD_BEFORE) or MethodType(type(self).forward, self)
         if head_fn is None:
             return plain(*args, **kwargs)
-        with _loss_in_place_of_logits(self, head_fn) as call:
-            plain(*args, use_cache=False, **kwargs)
+        hidden_rows = kwargs.pop("hidden_rows", None)
+        with _loss_in_place_of_logits(self, head_fn, hidden_rows) as call:
+            plain(*args, use_cache=False, **with_attention(self, kwargs))
         if call.result is None:
             raise RuntimeError(f"{type(self).__name__} did not run its output head; its logits come from elsewhere")
         return call.result
@@ -219,7 +233,9 @@ def _with_head_fn(bound: inspect.Signature) -> inspect.Signature:
 
 
 @contextmanager
-def _loss_in_place_of_logits(model: nn.Module, head_fn: HeadFn) -> Iterator[SimpleNamespace]:
+def _loss_in_place_of_logits(
+    model: nn.Module, head_fn: HeadFn, hidden_rows: Tensor | None
+) -> Iterator[SimpleNamespace]:
     """While it lasts, the head returns head_fn's tensor as [1, 1, n]; `result` is that tensor behind its hooks."""
     head = model.get_output_embeddings()
     head = getattr(head, "_fsdp_wrapped_module", head)  # FSDP1 gathers around the module that it wraps
@@ -227,6 +243,9 @@ def _loss_in_place_of_logits(model: nn.Module, head_fn: HeadFn) -> Iterator[Simp
 
     @torch.compiler.disable  # a compiled model ends its graph here; the kernels need no compiler
     def forward(hidden: Tensor) -> Tensor:
+        if hidden_rows is not None:
+            # A look-up: where a row is wanted several times, its gradients are added up in one order on every device.
+            hidden = nn.functional.embedding(hidden_rows.to(hidden.device), hidden.flatten(0, -2))
         with _decided_dtype(hidden) as hidden:
             weight, bias, adapter = head_operands(head, hidden)
             lora = {} if adapter is None else {"adapter": adapter}  # a head_fn that knows none then fails loudly

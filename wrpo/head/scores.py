@@ -51,17 +51,25 @@ def transforms_of(config: Any) -> list[HeadScores]:
     return [HeadScores(float(scale), cap) for cap, scale in product(softcaps, scales)]
 
 
-def agreeing_transform(model: nn.Module, candidates: list[HeadScores]) -> HeadScores:
+def agreeing_transform(model: nn.Module, candidates: list[HeadScores], wrapped: nn.Module | None = None) -> HeadScores:
     """The first candidate under which the fused head and the model's own logits give the same log-probs.
+
+    Args:
+        model: a causal language model whose forward takes `head_fn`.
+        candidates: see `transforms_of`.
+        wrapped: what is called in its place, where its weights are there only then. Default: the model itself.
 
     Raises:
         ValueError: none does, or the model's own logits are no numbers.
     """
-    embedding = model.get_input_embeddings().weight  # [V, D]
-    with untouched(model), magnified(model.get_output_embeddings()):
-        ids = torch.linspace(0, embedding.shape[0] - 1, PROBE_TOKENS, device=embedding.device).long()[None]
+    run = model if wrapped is None else wrapped
+    embedding = model.get_input_embeddings().weight
+    tokens, size = getattr(embedding, "ds_shape", embedding.shape)  # [V, D]; ZeRO-3 empties what it has spread
+    found: list[Tensor] = []
+    with untouched(run), magnified(model.get_output_embeddings()):
+        ids = torch.linspace(0, tokens - 1, PROBE_TOKENS, device=embedding.device).long()[None]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        logits = model(**inputs, use_cache=False).logits
+        logits = run(**inputs, use_cache=False).logits
         _refuse_no_numbers(model, logits)
         target = torch.stack([logits.argmax(-1), logits.argmin(-1), ids.roll(1, 1)])  # [3, 1, 8]
         own = logits.float().log_softmax(-1).expand(3, -1, -1, -1).gather(-1, target[..., None])[..., 0]
@@ -72,12 +80,14 @@ def agreeing_transform(model: nn.Module, candidates: list[HeadScores]) -> HeadSc
                 adapter = (adapter[0].expand(3, -1, -1, -1), adapter[1])
             head = {"bias": bias, "adapter": adapter}
             rows = [linear_token_logp(hidden, weight, target, **head, **c._asdict()) for c in candidates]
-            return torch.stack(rows)  # [candidates, 3, 1, 8]
+            found[:] = [torch.stack(rows)]  # [candidates, 3, 1, 8]; what comes through a wrapper may be rounded
+            return found[0]
 
-        error = (model(**inputs, head_fn=fused) - own).abs().amax((1, 2, 3))
+        run(**inputs, head_fn=fused)
+        error = (found[0] - own).abs().amax((1, 2, 3))
     # Both products add up D terms in float32, each in its own order: some sqrt(D) ulps of partial sums as large as the
     # scores (N. J. Higham and T. Mary, SIAM J. Sci. Comput. 41, 2019). It is what shows where the logits are float32.
-    added_up = embedding.shape[1] ** 0.5 * torch.finfo(torch.float32).eps
+    added_up = size**0.5 * torch.finfo(torch.float32).eps
     tolerance = (PROBE_ULPS * rounding_of(logits) + added_up) * PROBE_SCORE
     for candidate, worst in zip(candidates, error.tolist(), strict=True):
         if worst <= tolerance * max(1.0, abs(candidate.logit_scale)):

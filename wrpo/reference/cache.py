@@ -1,4 +1,4 @@
-"""Reference log-probs of a whole data set, computed once before training and kept on disk.
+"""Reference log-probs of a whole data set, computed once and kept on disk.
 
 The file holds the log-probs of all responses, row after row, and the fingerprint of what
 they were made from: the token ids, the model's weights, the tokenizer and the settings. A file made from anything else
@@ -25,62 +25,68 @@ from safetensors.numpy import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from wrpo.data.ranks import data_rank
+
 from .fingerprint import refuse_unequal
 
 logger = logging.getLogger("wrpo.reference")
 
 
-def with_reference(
-    dataset: Any,
-    cache_file: Path,
-    fingerprint: dict[str, str],
-    logp_of: Callable[[list[dict]], Tensor],
-    *,
-    batch_size: int,
-    accelerator: Any,
-    progress: bool = True,
-) -> Any:
-    """The data set with a column `ref_logp`, from `cache_file` if that was made from the same, else computed and kept.
+class ReferenceFile:
+    """The reference log-probs of one data set, and the file that keeps them. Every process must make each call.
 
     Args:
         dataset: rows as `tokenize_examples` makes them; a `datasets.Dataset`, or anything with length and index.
-        cache_file: where the log-probs are kept.
+        path: where the log-probs are kept.
         fingerprint: what they are made from besides the data, see `wrpo.reference.fingerprint`.
-        logp_of: [S] float32 of the rows of one batch, row after row.
-        batch_size: rows in a batch.
         accelerator: of the trainer; shares the work out and gathers it.
-        progress: show a progress bar on the main process. Default: True.
+        weights_of_first: whether all processes will run with the weights of the first one, whatever theirs are now.
+            Default: False.
 
     Raises:
-        ValueError: a log-prob is NaN or infinite, or a process has other weights or data; nothing is kept.
+        ValueError: a process has other weights or data.
     """
-    lengths, counts, data = survey(dataset)
-    fingerprint = {"data": data, **fingerprint}
-    refuse_unequal(gather_object([fingerprint]))
-    values = load(cache_file, fingerprint) if accelerator.is_main_process else None
-    (values,) = broadcast_object_list([values])
-    if values is None:
-        values = compute(dataset, lengths, counts, logp_of, batch_size, accelerator, progress)
-        refuse_not_finite(values, counts)
-        if accelerator.is_main_process:
-            save(cache_file, fingerprint, values)
-    by_row = [part.tolist() for part in np.split(values, np.cumsum(counts)[:-1])]
-    if hasattr(dataset, "add_column"):
-        return dataset.add_column("ref_logp", by_row)
-    return WithReference(dataset, by_row)
 
+    def __init__(
+        self,
+        dataset: Any,
+        path: Path,
+        fingerprint: dict[str, str],
+        accelerator: Any,
+        weights_of_first: bool = False,
+    ):
+        self.dataset, self.path, self.accelerator = dataset, path, accelerator
+        self.lengths, self.counts, data = survey(dataset)
+        fingerprints = gather_object([{"data": data, **fingerprint}])
+        refuse_unequal(fingerprints, but="model" if weights_of_first else None)
+        self.fingerprint = fingerprints[0]
 
-class WithReference(torch.utils.data.Dataset):
-    """Rows of another data set with their reference log-probs."""
+    def read(self) -> np.ndarray | None:
+        """[all responses] float32, what is kept and was made from the same; None: nothing is."""
+        values = load(self.path, self.fingerprint) if self.accelerator.is_main_process else None
+        (values,) = broadcast_object_list([values])
+        return values
 
-    def __init__(self, rows: Any, by_row: list[list[float]]):
-        self.rows, self.by_row = rows, by_row
+    def compute(self, logp_of: Callable[[list[dict]], Tensor], *, batch_size: int, progress: bool) -> np.ndarray:
+        """[all responses] float32, which are kept then.
 
-    def __len__(self) -> int:
-        return len(self.rows)
+        Args:
+            logp_of: [S] float32 of the rows of one batch, row after row.
+            batch_size: rows in a batch.
+            progress: show a progress bar on the main process.
 
-    def __getitem__(self, index: int) -> dict:
-        return {**self.rows[index], "ref_logp": self.by_row[index]}
+        Raises:
+            ValueError: a log-prob is NaN or infinite; nothing is kept.
+        """
+        values = compute(self.dataset, self.lengths, self.counts, logp_of, batch_size, self.accelerator, progress)
+        refuse_not_finite(values, self.counts)
+        if self.accelerator.is_main_process:
+            save(self.path, self.fingerprint, values)
+        return values
+
+    def by_row(self, values: Any) -> list[list[Any]]:
+        """A list for each row, of as many values as it has responses."""
+        return [part.tolist() for part in np.split(values, np.cumsum(self.counts)[:-1])]
 
 
 def survey(dataset: Any) -> tuple[np.ndarray, np.ndarray, str]:
@@ -109,16 +115,17 @@ def compute(
     order = np.argsort(-lengths, kind="stable")
     batches = [order[start : start + batch_size].tolist() for start in range(0, len(order), batch_size)]
     total = torch.zeros(int(counts.sum()), dtype=torch.float32, device=accelerator.device)
-    # Every rank holds the whole model here, before FSDP wraps it, and ZeRO-3 is refused. One that was loaded in shards
-    # gathers them by all ranks together, so each runs it equally often.
-    rounds = range(accelerator.process_index, -(-len(batches) // accelerator.num_processes) * accelerator.num_processes,
-                   accelerator.num_processes)  # fmt: skip
+    # Weights that are spread over processes are gathered by all of them together, so each runs them equally often.
+    index, ranks = data_rank(accelerator)
+    rounds = range(index, -(-len(batches) // ranks) * ranks, ranks)
     for turn in tqdm(rounds, desc="Reference log-probs", disable=not (progress and accelerator.is_main_process)):
         indices = batches[turn % len(batches)]
         logp = logp_of([dataset[index] for index in indices])  # [S]
         if turn < len(batches):
             for index, own in zip(indices, logp.split(counts[indices].tolist()), strict=True):
                 total[first[index] : first[index] + counts[index]] = own
+    if accelerator.process_index % (accelerator.num_processes // ranks):  # another one has the same rows
+        total.zero_()
     return accelerator.reduce(total, "sum").cpu().numpy()
 
 

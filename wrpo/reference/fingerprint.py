@@ -10,11 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from xxhash import xxh3_128
+
+from wrpo.head.operands import kind_of
 
 NOT_ARITHMETIC = ("_name_or_path", "transformers_version", "use_cache")  # config fields that change no number
 NOT_OF_ADAPTERS = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")  # of PEFT's config
@@ -25,8 +28,8 @@ def model_fingerprint(model: Any, tokenizer: Any, settings: dict[str, Any]) -> d
     """Hashes under "model", "tokenizer" and "settings".
 
     Args:
-        model: of transformers, with adapters of PEFT or without. Weights that are spread over ranks are gathered one
-            at a time, so that the hash does not depend on their number; every rank must call it.
+        model: of transformers, with adapters of PEFT or without. Weights that are spread over ranks (DTensor, ZeRO-3)
+            are gathered one at a time, so that the hash does not depend on their number; every rank must call it.
         tokenizer: its template and vocabulary count. None: nothing.
         settings: what else decides the numbers, as JSON can hold it.
     """
@@ -45,10 +48,11 @@ def _of_model(model: Any) -> str:
         for name, adapter in getattr(model, "peft_config", {}).items()
     }
     active = getattr(model, "active_adapters", None) if hasattr(model, "disable_adapter") else None
-    parts = [type(model).__name__.removeprefix("FSDP"), config, adapters, active]
+    parts = [kind_of(model).__name__, config, adapters, active]
     digest = xxh3_128(json.dumps(parts, sort_keys=True, default=_as_json).encode())
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(getattr(value, 'shape', ()))} {getattr(value, 'dtype', '')}".encode())
+    for name, value in sorted(model.state_dict(keep_vars=True).items()):
+        shape = getattr(value, "ds_shape", getattr(value, "shape", ()))
+        digest.update(f"{name} {tuple(shape)} {getattr(value, 'dtype', '')}".encode())
         for piece in _bytes_of(value):
             digest.update(piece)
     return digest.hexdigest()
@@ -62,16 +66,32 @@ def _bytes_of(value: Any) -> Iterator[Any]:
     if not isinstance(value, Tensor):  # the extra state of a module
         yield repr(value).encode()
         return
-    whole = value.full_tensor() if hasattr(value, "full_tensor") else value  # DTensor
-    for piece in whole.detach().reshape(-1).view(torch.uint8).split(PIECE):
-        yield piece.cpu().numpy()
+    if value.is_meta:  # no weights here, but on another process
+        yield b"meta"
+        return
+    with _gathered(value):
+        whole = value.full_tensor() if hasattr(value, "full_tensor") else value  # DTensor
+        for piece in whole.detach().reshape(-1).view(torch.uint8).split(PIECE):
+            yield piece.cpu().numpy()
 
 
-def refuse_unequal(fingerprints: list[dict[str, str]]) -> None:
-    """Raises ValueError where a process has made its fingerprint from something else than the first one."""
+def _gathered(value: Tensor) -> AbstractContextManager:
+    """While it lasts, a parameter that ZeRO-3 has emptied is there."""
+    if not hasattr(value, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([value])
+
+
+def refuse_unequal(fingerprints: list[dict[str, str]], *, but: str | None = None) -> None:
+    """Raises ValueError where a process has made its fingerprint from something else than the first one.
+
+    but: what may differ. Default: None, nothing.
+    """
     first = fingerprints[0]
     for rank, other in enumerate(fingerprints):
-        if changed := [name for name in first if other[name] != first[name]]:
+        if changed := [name for name in first if other[name] != first[name] and name != but]:
             raise ValueError(
                 f"process {rank} has another {', '.join(changed)} than process 0, and each would compute a part of the "
                 "reference log-probs: load the same weights and data everywhere (fsdp_cpu_ram_efficient_loading: false)"

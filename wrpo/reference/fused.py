@@ -23,6 +23,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from wrpo.data.batch import response_lengths
 from wrpo.data.collation import Batch
 from wrpo.data.roles import Role
 
@@ -55,7 +56,7 @@ class FusedReference:
                 f"reference_fusion={self.fusion!r} needs the batch's source_logp and a reference of the policy; give "
                 "PreferenceCollator with_source_logp=True"
             )
-        length = (batch["labels"] != -100).sum(1)  # [S]
+        length = response_lengths(batch)
         return fused_logp(own, batch["source_logp"], length, batch["role"] == Role.REJECTED, self.fusion)
 
 

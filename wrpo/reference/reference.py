@@ -2,14 +2,16 @@
 
     copy         a frozen copy of the model, run beside it
     adapter      the PEFT model itself with its adapters off
-    precompute   one pass over the data before training, see `wrpo.reference.cache`; the batch brings them along
+    precompute   one pass over the data before the first step, see `wrpo.reference.precomputed`; or brought by the data
     none         reference-free
 
-Every pass goes through the same fused head and kernels as the policy, in evaluation mode, without gradients, under the
-policy's autocast. So at step 0, where policy and reference are the same model, both log-probs agree if it has no
-dropout, which is on in the policy's training alone: bit by bit where both passes multiply matrices of the same shapes
-(copy and adapter see the policy's own batches), else up to rounding (precompute batches other rows together). No pass
-draws random numbers or changes the order of the data.
+Every pass goes through the same fused head and kernels as the policy, in evaluation mode, without gradients, in the
+policy's arithmetic: under its autocast, and where FSDP or DeepSpeed have an arithmetic of their own, adapter and
+precompute run through the wrapped policy, copy through a copy that FSDP2 has wrapped like it (beside FSDP1 and
+DeepSpeed a copy runs unwrapped). So at step 0, where policy and reference are the same model, both log-probs agree if
+it has no dropout, which is on in the policy's training alone: bit by bit where both passes multiply matrices of the
+same shapes (copy and adapter see the policy's own batches), else up to rounding (precompute batches other rows
+together). No pass draws random numbers or changes the order of the data.
 """
 
 from __future__ import annotations
@@ -23,16 +25,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wrpo.data.batch import num_counted, sum_by_response
 from wrpo.data.collation import Batch
-from wrpo.head.fused_head import install_fused_head, run_in_head
+from wrpo.head.attention import model_inputs
+from wrpo.head.fused_head import run_in_head
 from wrpo.head.scores import PROBE_TOKENS, untouched
+from wrpo.head.wrapping import is_partitioned
 from wrpo_kernels import linear_token_logp
 
 logger = logging.getLogger("wrpo.reference")
 
-UNSHARDED_FIRST = (
-    "Compute the reference first, in a run without sharding, and give the data the column ref_logp: for each row the "
-    "log-probs of its responses"
+WHILE_SHARDED = (
+    "Take reference='precompute' for the policy's own weights before training, or give the data the column ref_logp, "
+    "which `wrpo logp --reference MODEL` writes"
 )
 Reference = Callable[[nn.Module, Batch], Tensor | None]  # (policy as the trainer wrapped it, batch) -> [S] or None
 
@@ -42,17 +47,17 @@ def sequence_logp(model: nn.Module, batch: Batch, **options: Any) -> Tensor:
 
     Args:
         model: with a fused head, or a wrapper of one.
-        batch: input_ids, attention_mask, labels, each [S, T] int64; labels[s, t] is predicted at position t.
+        batch: of `PreferenceCollator`, in any layout.
         **options: budget_bytes and backend of `linear_token_logp`.
     """
-    labels = batch["labels"]
+    labels, num_rows = batch["labels"], num_counted(batch)
 
     def head_fn(hidden: Tensor, weight: Tensor, **head: Any) -> Tensor:
-        rows = linear_token_logp(hidden, weight, labels, **head, **options)
-        return rows.sum(1, dtype=torch.float64).float()
+        rows = linear_token_logp(hidden, weight, labels, num_rows=num_rows, **head, **options)
+        return sum_by_response(rows, batch).float()
 
     with untouched(model):
-        return run_in_head(model, head_fn, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return run_in_head(model, head_fn, **model_inputs(batch))
 
 
 def choose_reference(
@@ -87,12 +92,12 @@ def choose_reference(
         )
     if wanted != "auto":
         return wanted
-    if is_peft and not has_reference and partitioned:
+    if is_peft and not has_reference and partitioned and not has_length:
         raise ValueError(
             "reference='auto' cannot run a model whose weights are spread over ranks or not there yet (ZeRO-3, meta "
             "device) to see whether its adapters are fresh: use reference='adapter' if they are"
         )
-    if is_peft and not has_reference and adapters_are_fresh(model):
+    if is_peft and not has_reference and not partitioned and adapters_are_fresh(model):
         return "adapter"
     return "precompute" if has_length else "copy"
 
@@ -149,11 +154,10 @@ def adapters_off(model: Any) -> Iterator[None]:
 
 
 class FrozenCopy:
-    """The reference as a model of its own."""
+    """The reference as a model of its own, with a fused head, as it is wrapped."""
 
-    def __init__(self, model: nn.Module, autocast: Callable[[], AbstractContextManager], check: bool, **options: Any):
-        self.model = model.eval().requires_grad_(False)
-        install_fused_head(self.model, check=check)
+    def __init__(self, model: nn.Module, autocast: Callable[[], AbstractContextManager], **options: Any):
+        self.model = model.eval()
         self.autocast, self.options = autocast, options
 
     def __call__(self, _policy: nn.Module, batch: Batch) -> Tensor:
@@ -165,20 +169,16 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     """Raises ValueError for a model whose weights are spread over ranks."""
     refuse_partitioned(model, "copy")
     if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
-        raise ValueError(f"reference='copy' cannot copy weights that are spread over ranks. {UNSHARDED_FIRST}")
+        raise ValueError(f"reference='copy' cannot copy weights that are spread over ranks. {WHILE_SHARDED}")
     return copy.deepcopy(model)
 
 
-def is_partitioned(model: nn.Module) -> bool:
-    """Whether the model cannot run before it is wrapped: ZeRO-3 empties its weights, on `meta` they never were."""
-    return any(hasattr(parameter, "ds_id") or parameter.is_meta for parameter in model.parameters())
-
-
 def refuse_partitioned(model: nn.Module, reference: str) -> None:
+    """Raises ValueError: nothing would put together the weights of a model that runs beside the policy."""
     if is_partitioned(model):
         raise ValueError(
-            f"reference={reference!r} runs the model before it is wrapped, and its weights are spread over ranks or "
-            f"not there yet (ZeRO-3, meta device). {UNSHARDED_FIRST}"
+            f"reference={reference!r} runs this model unwrapped, and its weights are spread over ranks or not there "
+            f"(ZeRO-3, meta device). {WHILE_SHARDED}"
         )
 
 

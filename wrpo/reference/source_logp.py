@@ -27,7 +27,7 @@ from wrpo.pretrained import free_memory, load_model, load_tokenizer
 from wrpo.settings import ModelSettings, SettingsError
 from wrpo.user_error import UserError
 
-from .cache import with_reference
+from .cache import ReferenceFile
 from .fingerprint import model_fingerprint
 from .reference import sequence_logp
 
@@ -50,7 +50,7 @@ def mean_logp(
         triples: what `load_examples` returns.
         model: a causal language model of transformers.
         tokenizer: the model's own.
-        cache_file: where the sums are kept, with a fingerprint of rows, model and tokenizer; see `reference_cache`.
+        cache_file: where the sums are kept, with a fingerprint of rows, model and tokenizer (`wrpo.reference.cache`).
         batch_size: rows in a batch. Default: 8.
         max_length: most tokens in prompt + one response; a response that is cut is scored as far as it goes. Default:
             None, no limit.
@@ -72,10 +72,11 @@ def mean_logp(
         return sequence_logp(model, {name: value.to(accelerator.device) for name, value in collate(rows).items()})
 
     fingerprint = model_fingerprint(model, tokenizer, {"dtype": str(model.dtype), "head": str(head)})
-    scored = with_reference(
-        tokens, cache_file, fingerprint, logp_of, batch_size=batch_size, accelerator=accelerator, progress=progress
-    )
-    rows = ((row["ref_logp"], row["response_ids"]) for row in scored)
+    file = ReferenceFile(tokens, cache_file, fingerprint, accelerator)
+    sums = file.read()
+    if sums is None:
+        sums = file.compute(logp_of, batch_size=batch_size, progress=progress)
+    rows = zip(file.by_row(sums), tokens["response_ids"], strict=True)
     return [[logp / len(ids) for logp, ids in zip(logps, responses, strict=True)] for logps, responses in rows]
 
 

@@ -14,7 +14,6 @@ from transformers import Trainer, get_scheduler
 
 from wrpo.data.model_limits import refuse_beyond
 from wrpo.head.fused_head import adapts_tied_weight
-from wrpo.reference.reference import is_partitioned
 from wrpo.spelling import nearest
 from wrpo.user_error import in_one_line
 from wrpo_kernels import token_logp
@@ -52,15 +51,6 @@ def check_backend(name: str, device: torch.device) -> None:
         token_logp(torch.zeros(1, 1, device=device), torch.zeros(1, dtype=torch.int64, device=device), backend=name)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"kernel_backend={name!r}: {error}. Leave it out for the best that runs here") from error
-
-
-def check_model(model: nn.Module, args: Any) -> None:
-    """Raises ValueError where the head cannot be checked."""
-    if args.check_head and is_partitioned(model):
-        raise ValueError(
-            "check_head runs the model before it is wrapped, and its weights are spread over ranks or not there yet "
-            "(ZeRO-3, meta device): set check_head to false"
-        )
 
 
 def warn_of_tied_adapter(model: nn.Module) -> None:

@@ -20,14 +20,16 @@ from torch import Tensor, nn
 from wrpo.data.collation import Batch, pad_token
 from wrpo.data.model_limits import keep_padding_inside
 from wrpo.data.ranks import rows_that_count
-from wrpo.head.fused_head import install_fused_head
+from wrpo.head.fused_head import check_fused_head, install_fused_head
+from wrpo.head.wrapping import is_partitioned, takes_weights_of_first_process
 from wrpo.user_error import UserError
-from wrpo_kernels.__main__ import budget_on, kernel_on
+from wrpo_kernels.environment import default_backend, default_budget
 
-from .before_training import check_arguments, check_before_training, check_model, packages_named
+from .before_training import check_arguments, check_before_training, packages_named
 from .config import FusedHeadConfig
 from .curves import TrainingCurves
 from .generation import prepare_generation
+from .layout_trainer import LayoutTrainer
 from .length_groups import LengthGroupingTrainer
 from .metrics import Measured, RunningMeans
 from .opening import open_eval_data, open_model, open_tokenizer, open_train_data
@@ -35,7 +37,7 @@ from .saving import SavingTrainer
 from .start_report import StartReport, data_size
 
 
-class HeadTrainer(SavingTrainer, LengthGroupingTrainer):
+class HeadTrainer(SavingTrainer, LengthGroupingTrainer, LayoutTrainer):
     """Base of `SFTTrainer` and `WRPOTrainer`; `batch_loss` says what the loss is, `item_weight` what it counts."""
 
     loss_is_scaled_for_ga = True  # by the count of the whole step
@@ -61,7 +63,6 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer):
         eval_dataset = open_eval_data(eval_dataset, tokenizer, args, self.stage)
         model = open_model(model, peft_config)
         if model is not None:
-            check_model(model, args)
             keep_padding_inside(tokenizer, model)
         with packages_named(f"report_to {args.report_to}"):
             super().__init__(
@@ -74,9 +75,12 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer):
                 **options,
             )
         self.model_accepts_loss_kwargs = True  # what transformers before `loss_is_scaled_for_ga` reads
-        install_fused_head(self.model, check=args.check_head)
+        is_there = not (is_partitioned(self.model) or takes_weights_of_first_process(self.accelerator))
+        install_fused_head(self.model, check=args.check_head and is_there)
+        self.unchecked = self.model if args.check_head and not is_there else None  # until it runs wrapped
         prepare_generation(self.model, self.train_dataset, tokenizer)
         check_before_training(self)
+        self.choose_layout(self.probed_rows())
         self.add_callback(StartReport(self.start_lines))
         self.add_callback(TrainingCurves(draw=args.draw_curves))
         self.train_means, self.eval_means = RunningMeans(), RunningMeans()
@@ -108,12 +112,13 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer):
         args = self.args
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-        kernel = args.kernel_backend or kernel_on(args.device, torch.bfloat16 if args.bf16 else torch.float32)
-        budget = budget_on(args.device) if args.budget_bytes is None else args.budget_bytes
+        kernel = args.kernel_backend or default_backend(args.device, torch.bfloat16 if args.bf16 else torch.float32)
+        budget = default_budget(args.device) if args.budget_bytes is None else args.budget_bytes
         size = data_size(self.train_dataset)
         return [
             f"data       {'a stream' if size is None else size}",
             f"steps      {steps:,}, each of up to {rows} rows, learning rate {args.learning_rate:g} ({schedule})",
+            f"layout     {self.layout_choice}",
             f"kernel     {kernel} on {args.device.type}, logits in pieces of at most {budget / 2**20:.0f} MiB",
         ]
 
@@ -130,6 +135,10 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer):
             for name, data in self.datasets().items()
             if data is not None and (not hasattr(data, "__len__") or len(data))
         }
+
+    def probed_rows(self) -> Any:
+        """The rows that models are asked about: those of training, else of the first evaluation; None: no rows."""
+        return next(iter(self.filled_datasets().values()), None)
 
     def metric_names(self, rows: Any) -> list[str]:
         """Of the values that an evaluation on these rows gives."""
@@ -176,6 +185,7 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
+        self.check_head_through(model)
         weight = self.counted_weight(inputs)
         if num_items_in_batch is None:
             count = weight.sum().clamp(min=1)  # the loss is this rank's own mean
@@ -185,6 +195,12 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer):
         if values:
             self.train_means.add(values, weight)
         return (loss, values) if return_outputs else loss
+
+    def check_head_through(self, wrapped: nn.Module) -> None:
+        """Once, before the first batch, where the weights were not there when the trainer was built."""
+        if self.unchecked is not None:
+            model, self.unchecked = self.unchecked, None
+            check_fused_head(model, wrapped)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:  # a training line; those of evaluation say "eval_loss"
@@ -202,6 +218,7 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
+        self.check_head_through(model)
         inputs = self.with_repeats_marked(self._prepare_inputs(inputs))
         with torch.no_grad():
             _, values = self.batch_loss(model, inputs, None)
@@ -218,6 +235,6 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer):
 
 
 def is_finite(parameter: Tensor) -> bool:
-    """Of a parameter that FSDP has sharded: this rank's share."""
-    own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    """Of a parameter that FSDP or ZeRO-3 has sharded: this rank's share."""
+    own = parameter.to_local() if hasattr(parameter, "to_local") else getattr(parameter, "ds_tensor", parameter)
     return not own.is_floating_point() or own.is_meta or bool(own.detach().isfinite().all())

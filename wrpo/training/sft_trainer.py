@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from wrpo.data import SFTCollator
+from wrpo.data.batch import num_counted, response_lengths, sum_by_response
 from wrpo.data.collation import Batch
+from wrpo.head.attention import model_inputs
 from wrpo.head.fused_head import run_in_head
 from wrpo_kernels import linear_token_logp
 
@@ -46,18 +47,17 @@ class SFTTrainer(HeadTrainer):
         return SFTCollator(pad_token_id)
 
     def item_weight(self, batch: Batch) -> Tensor:
-        return (batch["labels"] != -100).sum(1).float()
+        return response_lengths(batch).float()
 
     def batch_loss(self, model: nn.Module, batch: Batch, count: Tensor | None) -> tuple[Tensor, dict[str, Measured]]:
-        labels = batch["labels"]
+        labels, options = batch["labels"], {"num_rows": num_counted(batch), **self.args.head_options()}
 
         def head_fn(hidden: Tensor, weight: Tensor, **head: Any) -> _Likelihood:
-            rows = linear_token_logp(hidden, weight, labels, **head, **self.args.head_options())
-            nll = -rows.sum(1, dtype=torch.float64)  # [B]
+            nll = -sum_by_response(linear_token_logp(hidden, weight, labels, **head, **options), batch)  # [B]
             counted = nll * batch["is_counted"] if "is_counted" in batch else nll
             return _Likelihood((counted.sum() / (1 if count is None else count)).float(), nll.detach())
 
-        out = run_in_head(model, head_fn, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        out = run_in_head(model, head_fn, **model_inputs(batch))
         if count is None:
             tokens = self.item_weight(batch)
             return out.loss, {"loss": Measured(out.nll / tokens.clamp(min=1), tokens > 0)}

@@ -23,7 +23,7 @@ class WRPOConfig(FusedHeadConfig):
         m = alpha * sum_k q_k r(source_k) + (1 - alpha) * r(target) - r(rejected) - gamma
 
     Settings of the paper's variants: WRPO_IPO loss_type ipo, beta 0.01, alpha 0.1, learning_rate 1e-6;
-    WRPO_SimPO loss_type simpo, beta 10, gamma 0, alpha 0.5, learning_rate 6e-7.
+    WRPO_SimPO loss_type simpo, which sets beta 10 and gamma 0, alpha 0.5, learning_rate 6e-7.
     """
 
     learning_rate: float = knob(3e-7, "Peak learning rate. Default: 3e-7 (paper).", group="training")
@@ -68,11 +68,13 @@ class WRPOConfig(FusedHeadConfig):
         "1 / (1 - this) steps. For source_weighting margin and accuracy, and alpha_schedule adaptive. Default: 0.9.",
         group="loss",
     )
-    beta: float = knob(
-        0.01, "Scale of the implicit reward, 1/nats; for ipo the paper's tau. Default: 0.01 (paper).", group="loss"
+    beta: float | None = knob(
+        None,
+        "Scale of the implicit reward, 1/nats; for ipo the paper's tau. Default: 0.01, for simpo 10 (paper).",
+        group="loss",
     )
-    gamma: float = knob(
-        0.0, "Margin that the chosen reward must win by, in units of reward. Default: 0 (paper).", group="loss"
+    gamma: float | None = knob(
+        None, "Margin that the chosen reward must win by, in units of reward. Default: 0 (paper).", group="loss"
     )
     loss_type: Literal["sigmoid", "hinge", "ipo", "simpo", "dpo"] = knob(
         "sigmoid",
@@ -127,6 +129,9 @@ class WRPOConfig(FusedHeadConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        beta, gamma = self.default_scale()
+        self.beta = beta if self.beta is None else self.beta
+        self.gamma = gamma if self.gamma is None else self.gamma
         check_numbers(self, "alpha", "alpha_start", "alpha_warmup_ratio", low=0, high=1)
         check_numbers(self, "beta", "source_temperature", low=0, open_low=True)
         check_numbers(self, "gamma")
@@ -139,6 +144,10 @@ class WRPOConfig(FusedHeadConfig):
         if self.loss_type == "simpo" and self.reference not in ("auto", "none"):
             raise ValueError(f"reference must be none (or auto) for loss_type 'simpo', got {self.reference!r}")
         self._check_weights_that_adapt()
+
+    def default_scale(self) -> tuple[float, float]:
+        """beta and gamma where nobody sets them. SimPO's log-probs are means over tokens, which beta makes up for."""
+        return (10.0, 0.0) if self.loss_type == "simpo" else (0.01, 0.0)
 
     def _check_weights_that_adapt(self) -> None:
         adaptive, no_alpha = self.alpha_schedule == "adaptive", self.unused_role() == "source"
@@ -190,12 +199,18 @@ class DPOConfig(WRPOConfig):
     """Direct Preference Optimization on pairs: `WRPOConfig` with the defaults that DPO users know, and alpha 0.
 
     m = r(chosen) - r(rejected) - gamma; a row that has an answer of the target leaves its sources' out.
-        Source: DPO, arXiv:2305.18290; defaults as in TRL's DPOConfig.
+        Source: DPO, arXiv:2305.18290; defaults as in TRL's DPOConfig. SimPO, arXiv:2405.14734, and the defaults of its
+        code.
     """
 
     learning_rate: float = knob(1e-6, "Peak learning rate. Default: 1e-6.", group="training")
-    beta: float = knob(
-        0.1, "Scale of the implicit reward, 1/nats; for ipo the paper's tau. Default: 0.1.", group="loss"
+    beta: float | None = knob(
+        None,
+        "Scale of the implicit reward, 1/nats; for ipo the paper's tau. Default: 0.1, for simpo 2.",
+        group="loss",
+    )
+    gamma: float | None = knob(
+        None, "Margin that the chosen reward must win by, in units of reward. Default: 0, for simpo 0.5.", group="loss"
     )
     alpha: float = knob(
         0.0, "0: of a row with an answer of the target the sources' do not count. Default: 0.", group="loss"
@@ -207,3 +222,6 @@ class DPOConfig(WRPOConfig):
             raise ValueError(
                 f"alpha and alpha_start must be 0 for DPO, got {self.alpha} and {self.alpha_start}; WRPOConfig has them"
             )
+
+    def default_scale(self) -> tuple[float, float]:
+        return (2.0, 0.5) if self.loss_type == "simpo" else (0.1, 0.0)

@@ -58,12 +58,13 @@ def linear_preference_loss(
         logp[s] = sum_t log softmax(z[s, t])[labels[s, t]]            over the labels that count; z as linear_token_logp
         loss    = preference_loss(logp, ref_logp, ...)                formula and remaining arguments: see there
 
+    Labels are NOT shifted here: labels[s, t] is predicted from hidden[s, t]. With a batch of Hugging Face pass
+    hidden[:, :-1] and labels[:, 1:].
+
     Args:
         hidden: [S, T, D] float32 | bfloat16 | float16, or packed [N, D] with `cu_seqlens`.
         weight: [V, D] head.
-        labels: [S, T] int64 (or [N]). They are not shifted here: labels[s, t] is predicted from hidden[s, t], so a
-            Hugging Face batch needs `labels[:, 1:]` with `hidden[:, :-1]`. `ignore_index` marks prompt and padding,
-            which never reach the head.
+        labels: [S, T] int64 (or [N]); `ignore_index` marks prompt and padding, which never reach the head.
         ref_logp: [S] float32, summed reference log-prob of each response; None is reference-free.
         seq_weight, group, beta, gamma, loss_type, label_smoothing, length_normalize, nll_weight, group_weight,
             num_groups, reduction, normalizer, empty: as preference_loss; lengths are counted from `labels`.
@@ -91,10 +92,11 @@ def linear_preference_loss(
     Compiled: as preference_loss; `num_rows` may change from call to call too.
     Numerics: as linear_token_logp and preference_loss.
     Memory: `budget_bytes`. A 16-bit trained head whose rows do not fit at once keeps its dW in float32 until the
-        backward has rounded it.
-    Cost: forward alone 2NDV flops, frozen head 4NDV whatever the length, trained head 6NDV while the rows of one group
-        fit the budget; 2DV more for each row that does not. An adapter of rank r on a frozen head: 4NDV while those
-        rows fit, and 6NrV. N counts only the labels that count.
+        backward has rounded it, and a second one while a second group that does not fit by itself is added.
+    Cost: forward alone 2NDV flops, frozen head 4NDV, trained head 6NDV, whatever the length and the budget; an adapter
+        of rank r on a frozen head 4NDV and 6NrV. N counts only the labels that count. 2DV more for each row beyond the
+        budget of a group with both a margin and a likelihood term (`nll_weight`), or where that costs less than adding
+        a second dW.
     Source: WRPO, arXiv:2412.03187.
     """
     tensors = checked_tensors(hidden, weight, labels, bias, adapter, "labels")

@@ -1,7 +1,8 @@
 """The registered op `wrpo::linear_preference_loss`, of the one-pass form: its schema, kernel, fake and derivative.
 
 The op returns the sum or the mean of the losses of all groups together with its gradients, so that the backward only
-scales them. Rows that fit the budget together take another way: see the public function.
+scales them: by the upstream gradient, and by `factor` where the rows did not fit the budget together. Rows that did may
+take another way: see the public function.
 """
 
 from __future__ import annotations
@@ -41,8 +42,10 @@ def _linear_preference_loss(
         gradients = Gradients(tensors.hidden, head, options.asked, chunks, options.grad_filter)
         kernel = choose("preference_loss", options.backend, preference.CANDIDATES, sequences.seq_weight)
         loss = LossArguments(sequences, num_groups, family)
-        result = one_pass.run(head, rows, loss, divisor, fit, gradients, kernel)
-        return result.total, result.logp, result.reward, result.margin, *gradients.totals()
+        result, factor = one_pass.run(head, rows, loss, divisor, fit, gradients, kernel)
+        if factor is None and chunks > 1:
+            factor = torch.ones_like(result.total)
+        return result.total, result.logp, result.reward, result.margin, factor, *gradients.totals()
 
 
 def _chunks(tensors: HeadTensors, options: HeadOptions) -> tuple[int, int]:
@@ -61,7 +64,8 @@ def _fake(
     kinds = HeadGradients(hidden.dtype, dw, wide, hidden.dtype, dup)
     each = zip(options.asked, (hidden, weight, *rest), kinds, strict=True)
     grads = [hidden.new_empty(x.shape, dtype=kind) if asked else hidden.new_empty(0) for asked, x, kind in each]
-    return logp.new_empty(()), logp, torch.empty_like(logp), logp.new_empty(num_groups), *grads
+    factor = logp.new_empty(()) if chunks > 1 else hidden.new_empty(0)
+    return logp.new_empty(()), logp, torch.empty_like(logp), logp.new_empty(num_groups), factor, *grads
 
 
 def _save(
@@ -73,16 +77,20 @@ def _save(
     *_: Any,
 ) -> None:
     hidden, weight, _target, *rest = tensors
-    _loss, logp, reward, margin, *totals = outputs
+    _loss, logp, reward, margin, factor, *totals = outputs
     ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, *rest)]
     ctx.asked = options.asked
-    ctx.mark_non_differentiable(logp, reward, margin, *[x for x in totals if x is not None])
-    ctx.save_for_backward(*totals)
+    constants = (logp, reward, margin, factor, *totals)
+    ctx.mark_non_differentiable(*[x for x in constants if x is not None])
+    ctx.save_for_backward(factor, *totals)
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: None) -> dict[str, Tensor]:
     scaled = _scaled_in_place if owns_saved(ctx) else _scaled
-    each = zip(ctx.asked._asdict().items(), ctx.saved_tensors, ctx.dtypes, strict=True)
+    factor, *totals = ctx.saved_tensors
+    if factor is not None and factor.dim() == 0:
+        grad_loss = grad_loss * factor
+    each = zip(ctx.asked._asdict().items(), totals, ctx.dtypes, strict=True)
     return {name: scaled(total, grad_loss, dtype) for (name, asked), total, dtype in each if asked}
 
 
@@ -147,7 +155,8 @@ scaled_to = register(
 linear_preference_loss = register_differentiable(
     "linear_preference_loss",
     Arguments(HeadTensors, Sequences, HeadOptions, "SymInt num_groups", Family, "bool averages"),
-    "Tensor loss, Tensor logp, Tensor reward, Tensor margin, Tensor dh, Tensor dw, Tensor db, Tensor dlow, Tensor dup",
+    "Tensor loss, Tensor logp, Tensor reward, Tensor margin, Tensor factor, "
+    "Tensor dh, Tensor dw, Tensor db, Tensor dlow, Tensor dup",
     kernel=_linear_preference_loss,
     fake=_fake,
     save=_save,

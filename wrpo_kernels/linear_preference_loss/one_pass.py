@@ -7,8 +7,7 @@ allows, and each is finished before the next one starts:
     logits of the groups' rows -> log-probs and delta -> sequence sums -> margins -> one coefficient a sequence
                                -> dh = c (delta W), dW += delta^T (c h), of an adapter dlow and dup likewise
 
-A group that is larger than the budget is taken in pieces. The last one fills the budget and waits there for the
-coefficients; the rows of the others are recomputed once (2DV a row).
+A group that is larger than the budget is taken in pieces: `passes` says in which of three ways.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from wrpo_kernels.dispatch.backends import Backend
 from wrpo_kernels.dispatch.transfer import to_device
+from wrpo_kernels.linear_preference_loss.passes import facts_of, plan_passes, rows_of_a_total
 from wrpo_kernels.linear_token_logp.passes import chunks
 from wrpo_kernels.lm_head.budget import even_chunk
 from wrpo_kernels.lm_head.gradients import Gradients
@@ -37,86 +37,115 @@ class Result(NamedTuple):
     margin: Tensor  # [G]
 
 
-def passes_of_groups(length: list[int], group: list[int], num_groups: int, fit: int) -> list[list[int]]:
-    """Sequences of each pass: whole groups in order, as many as have at most `fit` rows together, at least one."""
-    members: list[list[int]] = [[] for _ in range(num_groups)]
-    for sequence, g in enumerate(group):
-        members[g].append(sequence)
-    passes: list[list[int]] = []
-    room = -1
-    for sequences in members:
-        rows = sum(length[s] for s in sequences)
-        if rows > room or not passes:
-            passes.append([])
-            room = fit
-        passes[-1] += sequences
-        room -= rows
-    return [sequences for sequences in passes if sequences]
+class GroupPass:
+    """One pass after the other over the rows of whole groups: their values returned, their gradients added.
+
+    Attributes:
+        pending: [] what all gradients are still to be multiplied by; None: nothing.
+    """
+
+    def __init__(self, head: Head, divisor: int, buffer: Tensor, gradients: Gradients, kernel: Backend) -> None:
+        self.pending: Tensor | None = None
+        self._head, self._divisor, self._buffer = head, divisor, buffer
+        self._gradients, self._kernel = gradients, kernel
+
+    def whole(self, rows: Rows, loss: LossArguments) -> Result:
+        """Rows that fit the buffer together."""
+        number = len(rows)
+        token_logp = self._head.weight.new_empty(number, dtype=self._head.logp_dtype)
+        if number:
+            delta = self._head.delta_into(token_logp, rows, 0, number, self._buffer)
+        result, coef = self._values_and_coefficients(token_logp, loss)
+        if number:
+            self._gradients.add(rows, 0, delta, coef)
+        return result
+
+    def known(self, rows: Rows, loss: LossArguments) -> Result:
+        """No log-prob counts in a margin, so that any log-probs give the coefficients."""
+        anything = self._buffer.new_zeros(len(rows), dtype=self._head.logp_dtype)
+        _, coef = self._values_and_coefficients(anything, loss)
+        token_logp = self._walk(rows, coef, self._gradients)
+        result, _ = self._values_and_coefficients(token_logp, loss)
+        return result
+
+    def scaled(self, rows: Rows, loss: LossArguments, is_alone: bool) -> Result:
+        """One group, whose coefficients are known but for one factor: that is what is left of them after the walk."""
+        share = loss.sequences.share_of_coefficient(loss.family)  # [S]
+        coef = share.repeat_interleave(loss.sequences.length, output_size=len(rows))[:, None]
+        gradients = self._gradients if self._gradients.is_empty else self._gradients.apart()
+        token_logp = self._walk(rows, coef, gradients)
+        result, final = self._values_and_coefficients(token_logp, loss)
+        largest = coef.abs().argmax(0)  # of any row the same, but for rounding and where it is zero
+        factor = (final.take(largest) / coef.take(largest)).reshape(())
+        if is_alone:
+            self.pending = factor
+        else:
+            self._gradients.take_in_(gradients, rows, factor)
+        return result
+
+    def twice(self, rows: Rows, loss: LossArguments) -> Result:
+        """Log-probs of all pieces, the last of which waits in the buffer; then the gradients, from the last one on."""
+        number, buffer = len(rows), self._buffer
+        token_logp = buffer.new_empty(number, dtype=self._head.logp_dtype)
+        before = number - len(buffer)
+        pieces = chunks(0, before, even_chunk(before, len(buffer)))
+        for first, last in pieces:
+            self._head.logp_into(token_logp[first:last], rows, first, last, buffer)
+        delta = self._head.delta_into(token_logp[before:], rows, before, number, buffer)
+        result, coef = self._values_and_coefficients(token_logp, loss)
+        self._gradients.add(rows, before, delta, coef[before:])
+        for first, last in reversed(pieces):
+            delta = self._head.delta_into(token_logp[first:last], rows, first, last, buffer)
+            self._gradients.add(rows, first, delta, coef[first:last])
+        return result
+
+    def _walk(self, rows: Rows, coef: Tensor, gradients: Gradients) -> Tensor:
+        """Adds the gradients with these coefficients [N, 1], a piece at a time; returns the log-probs [N]."""
+        token_logp = torch.empty_like(coef[:, 0])
+        for first, last in chunks(0, len(rows), even_chunk(len(rows), len(self._buffer))):
+            delta = self._head.delta_into(token_logp[first:last], rows, first, last, self._buffer)
+            gradients.add(rows, first, delta, slice_rows(coef, first, last))
+        return token_logp
+
+    def _values_and_coefficients(self, token_logp: Tensor, loss: LossArguments) -> tuple[Result, Tensor]:
+        """The values, and coef [N, 1] = d total / d token_logp; a backend may make them in one call."""
+        kernel, length = self._kernel, loss.sequences.length
+        if hasattr(kernel, "of_rows"):
+            *values, coef = kernel.of_rows(token_logp, loss, self._divisor)
+            return Result(*values), coef
+        logp = kernel.sequence_sum(token_logp, length)
+        value, reward, margin, coef = kernel.forward(logp, loss)
+        coef = kernel.over_rows(coef / self._divisor, length, len(token_logp))
+        return Result(value.sum() / self._divisor, value, logp, reward, margin), coef[:, None]
 
 
 def run(
     head: Head, rows: Rows, loss: LossArguments, divisor: int, fit: int, gradients: Gradients, kernel: Backend
-) -> Result:
-    """Adds the gradients of the summed loss over `divisor` to `gradients`; returns the values."""
+) -> tuple[Result, Tensor | None]:
+    """Adds the gradients of the summed loss over `divisor` to `gradients`; returns the values, and what is left to
+    multiply all gradients by, or None."""
     buffer = head.weight.new_empty(min(fit, len(rows)), len(head.weight))
+    passes = GroupPass(head, divisor, buffer, gradients, kernel)
     if len(rows) <= fit:
-        return _values_and_gradients(head, rows, loss, divisor, buffer, gradients, kernel)
+        return passes.whole(rows, loss), None
     sequences, num_groups, family = loss
     logp = torch.zeros(len(sequences.seq_weight), dtype=head.logp_dtype, device=buffer.device)
     value, margin, reward = logp.new_empty(num_groups), logp.new_empty(num_groups), torch.zeros_like(logp)
-    # The one place that waits for an accelerator: which rows share a pass depends on the lengths.
-    length, group = torch.stack([sequences.length, sequences.group]).tolist()
-    check_group_numbers(group, num_groups)
-    of_sequence = rows.positions().split(length)
-    for members in passes_of_groups(length, group, num_groups, fit):
+    facts = facts_of(sequences)
+    check_group_numbers(facts.group, num_groups)
+    of_sequence = rows.positions().split(facts.length)
+    plan = plan_passes(facts, num_groups, fit, rows_of_a_total(buffer.device) if gradients.dw is not None else 0)
+    for members, walk in plan:
         some = rows.at(torch.cat([of_sequence[s] for s in members]))
-        numbers = sorted({group[s] for s in members})
+        numbers = sorted({facts.group[s] for s in members})
         chosen, groups = (to_device(values, torch.int64, buffer.device) for values in (members, numbers))
         local = {g: number for number, g in enumerate(numbers)}
-        renumbered = to_device([local[group[s]] for s in members], torch.int64, buffer.device)
+        renumbered = to_device([local[facts.group[s]] for s in members], torch.int64, buffer.device)
         part = LossArguments(sequences.at(chosen, groups, renumbered), len(numbers), family)
-        values = _values_and_gradients(head, some, part, divisor, buffer, gradients, kernel)
+        if walk == "scaled":
+            values = passes.scaled(some, part, is_alone=len(plan) == 1)
+        else:
+            values = getattr(passes, walk)(some, part)
         logp[chosen], reward[chosen] = values.logp, values.reward
         value[groups], margin[groups] = values.loss, values.margin
-    return Result(value.sum() / divisor, value, logp, reward, margin)
-
-
-def _values_and_gradients(
-    head: Head, rows: Rows, loss: LossArguments, divisor: int, buffer: Tensor, gradients: Gradients, kernel: Backend
-) -> Result:
-    """Of whole groups, whose rows come sequence after sequence."""
-    number = len(rows)
-    token_logp = torch.empty(number, dtype=head.logp_dtype, device=buffer.device)
-    pieces = _pieces(number, buffer.shape[0])
-    for first, last in pieces[:-1]:
-        head.logp_into(token_logp[first:last], rows, first, last, buffer)
-    for first, last in pieces[-1:]:
-        delta = head.delta_into(slice_rows(token_logp, first, last), rows, first, last, buffer)
-    result, coef = _values_and_coefficients(token_logp, loss, divisor, kernel)
-    for first, last in reversed(pieces):
-        if last < number:
-            delta = head.delta_into(token_logp[first:last], rows, first, last, buffer)
-        gradients.add(rows, first, delta, slice_rows(coef, first, last))
-    return result
-
-
-def _pieces(number: int, fit: int) -> list[tuple[int, int]]:
-    """Bounds of `number` rows in pieces of at most `fit`, the last as large as possible: it alone is not recomputed."""
-    if number <= fit:
-        return [(0, number)] if number else []
-    before = number - fit
-    return [*chunks(0, before, even_chunk(before, fit)), (before, number)]
-
-
-def _values_and_coefficients(
-    token_logp: Tensor, loss: LossArguments, divisor: int, kernel: Backend
-) -> tuple[Result, Tensor]:
-    """The values, and coef [N, 1] = d total / d token_logp; a backend may make them in one call."""
-    if hasattr(kernel, "of_rows"):
-        *values, coef = kernel.of_rows(token_logp, loss, divisor)
-        return Result(*values), coef
-    length = loss.sequences.length
-    logp = kernel.sequence_sum(token_logp, length)
-    value, reward, margin, coef = kernel.forward(logp, loss)
-    coef = kernel.over_rows(coef / divisor, length, len(token_logp))
-    return Result(value.sum() / divisor, value, logp, reward, margin), coef[:, None]
+    return Result(value.sum() / divisor, value, logp, reward, margin), passes.pending

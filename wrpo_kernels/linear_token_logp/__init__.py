@@ -31,12 +31,14 @@ def linear_token_logp(
         z = softcap * tanh(logit_scale * (hidden W^T + bias) / softcap) / temperature      (no softcap: no tanh)
         logp[n] = z[n, target[n]] - logsumexp_v z[n, v]
 
+    Targets are NOT shifted here: target[s, t] is predicted from hidden[s, t]. With a batch of Hugging Face pass
+    hidden[:, :-1] and labels[:, 1:].
+
     Args:
         hidden: [..., D] float32 | bfloat16 | float16, the hidden states that the head receives. Their type is the
             type of the matrix products.
         weight: [V, D] head, any floating type (another than `hidden`'s is converted for the products).
-        target: [...] int64 in [0, V), or `ignore_index`. It is not shifted here: target[..., t] is predicted from
-            hidden[..., t], so a Hugging Face batch needs `labels[:, 1:]` with `hidden[:, :-1]`.
+        target: [...] int64 in [0, V), or `ignore_index`.
         bias: [V] of the head. Default: none.
         adapter: (low [..., r], up [V, r]) of a LoRA on the head, which adds low up^T to hidden W^T: low = s A(hidden),
             up = B. Nothing of size [V, D] is made for it. Both are rounded to the type of `hidden`, whose range they

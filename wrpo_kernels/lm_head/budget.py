@@ -49,9 +49,21 @@ def even_chunk(num_rows: int, most: int) -> int:
     return -(-num_rows // chunks)
 
 
+def default_budget(device: torch.device) -> int:
+    """Bytes that the logits which exist at a time may take where `budget_bytes` is None.
+
+    Args:
+        device: where the hidden states are.
+
+    Returns:
+        512 MiB on the CPU, 1 GiB on an accelerator.
+    """
+    return DEFAULT_BUDGET if device.type == "cpu" else DEFAULT_BUDGET_OF_ACCELERATOR
+
+
 def check_budget(budget_bytes: int | None, device: torch.device) -> int:
     if budget_bytes is None:
-        return DEFAULT_BUDGET if device.type == "cpu" else DEFAULT_BUDGET_OF_ACCELERATOR
+        return default_budget(device)
     if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, int):
         raise TypeError(f"budget_bytes must be an int, got {type(budget_bytes).__name__}")
     if budget_bytes <= 0:

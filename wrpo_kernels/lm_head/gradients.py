@@ -8,6 +8,8 @@ low [N, r] and up [V, r] of an adapter are to each other what h and W are.
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -54,7 +56,8 @@ class Gradients:
             self.dup = up.new_empty(up.shape, dtype=total_dtype(products, head.up_dtype, chunks))
         self._weight, self._up = weight, up
         self._filter = grad_filter
-        self._is_empty = True
+        self.is_empty = True  # nothing is in the totals of the head
+        self._has_rows = False  # dh and dlow are zero where no row has come
 
     def add(self, rows: Rows, first: int, delta: Tensor, coef: Tensor) -> None:
         """The share of rows [first, first + n): delta [n, V], coef [n, 1]."""
@@ -72,12 +75,33 @@ class Gradients:
             self._put_rows(self.dlow, rows, first, delta, coef, self._up, None)
         if self.dup is not None:
             self._add_weight(self.dup, delta, scaled_rows(rows.low(first, last), coef), None)
-        self._is_empty = False
+        self.is_empty = False
+        self._has_rows = True
+
+    def apart(self) -> Gradients:
+        """The same dh and dlow, and dW, db and dup of their own."""
+        other = copy(self)
+        other.dw, other.dup = (None if x is None else torch.empty_like(x) for x in (self.dw, self.dup))
+        other.db = None if self.db is None else torch.zeros_like(self.db)
+        other.is_empty = True
+        return other
+
+    def take_in_(self, other: Gradients, rows: Rows, factor: Tensor) -> None:
+        """factor [] times what `other` has of these rows, and nothing else is in `other`: self, or `apart` from it."""
+        for total, share in ((self.dw, other.dw), (self.db, other.db), (self.dup, other.dup)):
+            if total is share is not None:
+                total.mul_(factor)
+            elif total is not None:
+                total.addcmul_(share, factor)
+        for out in (self.dh, self.dlow):
+            if out is not None:
+                out = out.view(-1, out.shape[-1])
+                rows.put_(out, 0, scale_rows_(rows.take(out), factor))
 
     def totals(self) -> HeadGradients:
         """As they were accumulated."""
         for total in (self.dh, self.dw, self.dlow, self.dup):
-            if self._is_empty and total is not None:
+            if self.is_empty and total is not None:
                 total.zero_()
         return HeadGradients(self.dh, self.dw, self.db, self.dlow, self.dup)
 
@@ -93,7 +117,7 @@ class Gradients:
     ) -> None:
         """c_t (delta_t operand) of rows [first, first + n) to their places in `out`."""
         out = out.view(-1, out.shape[-1])
-        if self._is_empty and rows.index is not None:
+        if not self._has_rows and rows.index is not None:
             out.zero_()
         share = rows.output_for(out, first, first + delta.shape[0])
         column_filter.grad_hidden_into(share, delta, operand, columns)
@@ -101,14 +125,14 @@ class Gradients:
 
     def _add_weight(self, total: Tensor, delta: Tensor, scaled: Tensor, columns: Tensor | None) -> None:
         if columns is not None:
-            if self._is_empty:
+            if self.is_empty:
                 total.zero_()
             column_filter.add_grad_weight(total, delta, scaled, columns)
         elif total.dtype != delta.dtype and writes_float32(delta):
-            add_grad_weight(total, delta, scaled, first=self._is_empty)
+            add_grad_weight(total, delta, scaled, first=self.is_empty)
         elif total.dtype != delta.dtype:
             self._widen_in_stripes(total, delta, scaled)
-        elif self._is_empty:
+        elif self.is_empty:
             grad_weight_into(total, delta, scaled)
         else:
             total.addmm_(delta.t(), scaled)
@@ -121,7 +145,7 @@ class Gradients:
         for first in range(0, vocabulary, step):
             some = total[first : first + step]
             grad_weight_into(part[: len(some)], delta[:, first : first + step], scaled)
-            some.copy_(part[: len(some)]) if self._is_empty else some.add_(part[: len(some)])
+            some.copy_(part[: len(some)]) if self.is_empty else some.add_(part[: len(some)])
 
     def _add_bias(self, delta: Tensor, coef: Tensor) -> None:
         step = stripe_of(len(delta), self.db.dtype)

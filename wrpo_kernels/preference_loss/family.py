@@ -31,6 +31,12 @@ class Sequences(NamedTuple):
         chosen = [None if x is None else x[positions] for x in self._replace(group_weight=None)]
         return Sequences(*chosen)._replace(group=group, group_weight=weight)
 
+    def share_of_coefficient(self, family: Family) -> Tensor:
+        """w_s n_s [S]: without a likelihood term, d loss / d logp of a group's sequences is a multiple of it."""
+        if not family.length_normalize:
+            return self.seq_weight
+        return (self.seq_weight / self.length).where(self.length > 0, 0.0)
+
 
 class Family(NamedTuple):
     """Which loss; none of it is a tensor."""

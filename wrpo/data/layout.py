@@ -1,0 +1,168 @@
+"""Where the tokens of a batch stand: rows of tokens, in which a prompt may stand once for all its responses.
+
+    padded   [x y1 0] [x y2 .] [x y3 .]      each response behind its own copy of the prompt, one to a row
+    packed   [x y1 | x y2 | x' y1' ..]       the same, several to a row
+    shared   [x | y1 | y2 | y3]              the prompt once: its responses see it and themselves, not each other
+
+A segment is a prompt with the responses that share this copy of it. Segments go into rows first-fit, longest first. In
+packed and shared rows every token has
+
+    position_ids   where it would stand in a padded row: each response goes on from the prompt
+    segment        the number of its segment in the batch, -1 on padding
+    branch         0 in a prompt, k in the k-th response of its segment
+
+and it sees the earlier tokens of its segment that are in the prompt or in its own branch (`wrpo.head.attention`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Example = tuple[list[int], Sequence[list[int]]]  # ids of the prompt, of each response
+
+
+class Layout(NamedTuple):
+    """How rows are made up.
+
+    Fields:
+        name: padded, packed or shared.
+        attention: what the model's attention is told (`wrpo.head.attention`), which decides how long a row gets.
+            mask: a matrix [T, T] a row, whose cost grows with T squared: no longer than the batch's longest segment.
+            blocks: a `BlockMask`, whose empty blocks cost nothing: up to `ROW_TOKENS`.
+            bounds: of segments that do not branch, so packed ones: all in one row without padding.
+    """
+
+    name: str = "padded"
+    attention: str = "mask"
+
+
+PADDED = Layout()
+# Most tokens of a row. mask: 64 MiB of bools, which CPUs turn into 256 MiB of float32; blocks: 512 KiB of indices. An
+# example that does not fit is spread over several segments, each with the prompt; one sequence is never cut.
+ROW_TOKENS = {"mask": 8192, "blocks": 32768, "bounds": 1 << 62}
+BLOCK = 128  # tokens of a side of a block of flex_attention
+
+
+class Segment(NamedTuple):
+    example: int  # its place in the batch
+    first: int  # its responses are [first, last) of the example's
+    last: int
+    tokens: int
+
+
+def rows_of(sizes: Sequence[tuple[int, Sequence[int]]], layout: Layout) -> list[list[Segment]]:
+    """The segments of each row of a batch.
+
+    Args:
+        sizes: of each example the tokens of its prompt and of each response.
+    """
+    limit = ROW_TOKENS[layout.attention] if layout.name == "shared" else 0
+    segments = [segment for place, size in enumerate(sizes) for segment in _segments(place, *size, limit)]
+    if layout.name == "padded":
+        return [[segment] for segment in segments]
+    longest = max(segment.tokens for segment in segments)
+    capacity = longest if layout.attention == "mask" else ROW_TOKENS[layout.attention]
+    rows: list[list[Segment]] = []
+    free: list[int] = []
+    for segment in sorted(segments, key=lambda segment: -segment.tokens):
+        row = next((row for row, room in enumerate(free) if room >= segment.tokens), len(rows))
+        if row == len(rows):
+            rows.append([])
+            free.append(capacity)
+        rows[row].append(segment)
+        free[row] -= segment.tokens
+    return rows
+
+
+def _segments(example: int, prompt: int, responses: Sequence[int], limit: int) -> list[Segment]:
+    """As many responses behind one prompt as fit into `limit` tokens, at least one."""
+    segments: list[Segment] = []
+    for number, length in enumerate(responses):
+        if segments and segments[-1].tokens + length <= limit:
+            segments[-1] = segments[-1]._replace(last=number + 1, tokens=segments[-1].tokens + length)
+        else:
+            segments.append(Segment(example, number, number + 1, prompt + length))
+    return segments
+
+
+def width_of(rows: Sequence[Sequence[Segment]], layout: Layout, multiple: int | None = None) -> int:
+    """Tokens of a row, padding among them: as many as the fullest has, rounded up."""
+    fullest = max(sum(segment.tokens for segment in row) for row in rows)
+    block = BLOCK if layout.attention == "blocks" and layout.name != "padded" else 1
+    step = math.lcm(block, multiple or 1)
+    return max(1, -(-fullest // step)) * step
+
+
+def place_tokens(
+    examples: Sequence[Example], pad_token_id: int, layout: Layout, multiple: int | None = None
+) -> dict[str, Tensor]:
+    """A batch in packed or shared rows; S responses, those of the first example, then those of the second, ...
+
+    Returns:
+        input_ids, attention_mask (0 on padding), position_ids, segment, branch: [R, T] int64;
+        hidden_rows [N] int64: of each response token that counts, the flat place in [R T] of the token that predicts
+            it; for the first token of every response that is the last of the prompt;
+        labels [N] int64: these tokens, response after response;
+        cu_seqlens [S+1] int64: the bounds of the responses in the two;
+        segment_bounds int32, where attention takes bounds: those of segments and paddings in the flat rows.
+    """
+    sizes = [(len(prompt), [len(response) for response in responses]) for prompt, responses in examples]
+    rows = rows_of(sizes, layout)
+    width = width_of(rows, layout, multiple)
+    padding = {"input_ids": pad_token_id, "attention_mask": 0, "position_ids": 0, "segment": -1, "branch": 0}
+    flat: dict[str, list[int]] = {name: [] for name in padding}
+    predicting: dict[tuple[int, int], list[int]] = {}  # by example and number of the response
+    bounds = [0]
+    for row_end, row in zip(range(width, width * len(rows) + 1, width), rows, strict=True):
+        for segment in row:
+            prompt, lengths = sizes[segment.example]
+            places = _predicting(len(flat["input_ids"]), prompt, lengths[segment.first : segment.last])
+            predicting.update(((segment.example, number), own) for number, own in enumerate(places, segment.first))
+            for name, values in _columns(segment, *examples[segment.example]).items():
+                flat[name] += values
+            flat["segment"] += [len(bounds)] * segment.tokens
+            bounds.append(len(flat["input_ids"]))
+        rest = row_end - len(flat["input_ids"])
+        if rest:
+            bounds.append(row_end)
+        for name, value in padding.items():
+            flat[name] += [value] * rest
+    batch = {name: torch.tensor(values).view(len(rows), width) for name, values in flat.items()}
+    labels = [counted(prompt, response) for prompt, responses in examples for response in responses]
+    batch["hidden_rows"] = torch.tensor([place for key in sorted(predicting) for place in predicting[key]]).long()
+    batch["labels"] = torch.tensor([id for ids in labels for id in ids]).long()
+    batch["cu_seqlens"] = torch.tensor([0, *accumulate(map(len, labels))])
+    if layout.attention == "bounds":
+        batch["segment_bounds"] = torch.tensor(bounds, dtype=torch.int32)
+    return batch
+
+
+def counted(prompt: list[int], response: list[int]) -> list[int]:
+    """The response's tokens that something precedes."""
+    return response if prompt else response[1:]
+
+
+def _predicting(start: int, prompt: int, responses: Sequence[int]) -> list[list[int]]:
+    """Of each response of a segment that begins at `start`, the places that predict its tokens."""
+    places, at = [], start + prompt
+    for length in responses:
+        first = [start + prompt - 1] if prompt and length else []
+        places.append([*first, *range(at, at + length - 1)])
+        at += length
+    return places
+
+
+def _columns(segment: Segment, prompt: list[int], responses: Sequence[list[int]]) -> dict[str, list[int]]:
+    """What a segment writes into its row."""
+    ids, positions, branch = [*prompt], [*range(len(prompt))], [0] * len(prompt)
+    for number, response in enumerate(responses[segment.first : segment.last], 1):
+        ids += response
+        positions += range(len(prompt), len(prompt) + len(response))
+        branch += [number] * len(response)
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "position_ids": positions, "branch": branch}

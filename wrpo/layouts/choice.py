@@ -1,0 +1,135 @@
+"""The layout of a run: the one that saves most of the body's operations, of those under which the model agrees.
+
+    auto     the least operations (`wrpo.layouts.work`) over batches of the data, if that is at most `PAYS` of those of
+             padded rows and the probe (`wrpo.layouts.probe`) finds the same log-probs; else the next best; else padded
+    a name   that one; an error where the probe finds others
+
+So short prompts with responses of like length stay padded, and pay nothing for it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from wrpo.data.layout import PADDED, Layout
+from wrpo.data.lengths import longest_sequences
+from wrpo.head.attention import attention_form
+from wrpo.head.fused_head import find_causal_lm
+
+from .probe import disagreement
+from .work import Body, Sizes
+
+# Longer rows and the gather of hidden states cost a little that `work` does not count.
+PAYS = 0.9
+SAMPLED = 256  # rows of the data whose lengths are looked at
+PROBED = 2  # of the shortest of them, beside the longest: rows that share a row
+
+
+class Choice(NamedTuple):
+    """A layout and why it is that one, for the report of the run."""
+
+    layout: Layout
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.layout.name}, {self.reason}"
+
+
+def choose_layout(
+    wanted: str,
+    model: nn.Module,
+    rows: Any,
+    collator: Any,
+    *,
+    batch_size: int,
+    sorted_by_length: bool = False,
+    probe: bool = True,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> Choice:
+    """What `layout` of the settings means for this model and these rows.
+
+    Args:
+        wanted: auto, padded, packed or shared.
+        model: with a fused head, on the device where it will run.
+        rows: tokenised rows.
+        collator: of `wrpo.data`; what it makes of a row is what counts.
+        batch_size: rows in a batch.
+        sorted_by_length: whether rows of like length come together. Default: False.
+        probe: ask the model. Without it a name is believed and auto is padded. Default: True.
+        autocast: under which the model runs. Default: none.
+
+    Raises:
+        ValueError: a layout that was asked for by name and the model cannot have.
+    """
+    if wanted == "padded":
+        return Choice(PADDED, "as asked for")
+    try:
+        form = attention_form(find_causal_lm(model))
+    except ValueError as error:
+        return _without(wanted, str(error))
+    if wanted == "shared" and form == "bounds":
+        return _without(wanted, "flash-attention takes no mask: use packed, or attn_implementation sdpa")
+    if wanted != "auto":
+        layout = Layout(wanted, form)
+        reason = disagreement(model, probed(rows), collator, layout, autocast) if probe else None
+        return Choice(layout, "as asked for") if reason is None else _without(wanted, reason)
+    if not hasattr(rows, "__len__"):
+        return Choice(PADDED, "a stream cannot be looked at before training; name another layout")
+    share = shares_of_work(model, sampled_sizes(rows, collator, batch_size, sorted_by_length), form)
+    reasons = []
+    for layout in sorted(share, key=share.__getitem__):
+        if share[layout] > PAYS:
+            continue
+        if not probe:
+            return Choice(
+                PADDED,
+                f"{layout.name} rows would pay, but nothing asked the model (check_head, ZeRO-3): name it",
+            )
+        reason = disagreement(model, probed(rows), collator, layout, autocast)
+        if reason is None:
+            return Choice(layout, f"{share[layout]:.2f} of the operations of padded rows")
+        reasons.append(reason)
+    if reasons:
+        return Choice(PADDED, reasons[0])
+    least = min(share.values(), default=1.0)
+    return Choice(PADDED, f"no layout saves much ({least:.2f} of the operations)")
+
+
+def _without(wanted: str, reason: str) -> Choice:
+    if wanted == "auto":
+        return Choice(PADDED, reason)
+    raise ValueError(f"layout {wanted!r}: {reason}. Use layout padded, or auto")
+
+
+def shares_of_work(model: nn.Module, batches: list[Sizes], form: str) -> dict[Layout, float]:
+    """Of each layout that these batches could have, its operations over those of padded rows."""
+    several = any(len(responses) > 1 for sizes in batches for _, responses in sizes)
+    names = ["packed", *(["shared"] if several and form != "bounds" else [])]
+    body = Body(find_causal_lm(model))
+    padded = body.operations(batches, Layout("padded", form))
+    return {layout: body.operations(batches, layout) / padded for layout in (Layout(name, form) for name in names)}
+
+
+def sampled_sizes(rows: Any, collator: Any, batch_size: int, sorted_by_length: bool) -> list[Sizes]:
+    """Lengths of batches like those of training: the same ones on every process."""
+    count = min(len(rows), max(SAMPLED, batch_size))
+    drawn = [rows[index] for index in random.Random(0).sample(range(len(rows)), count)]
+    sizes = [(len(prompt), [len(ids) for ids in responses]) for prompt, responses in collator.examples(drawn)]
+    if sorted_by_length:
+        sizes.sort(key=lambda size: size[0] + max(size[1]))
+    return [sizes[start : start + batch_size] for start in range(0, count, batch_size)]
+
+
+def probed(rows: Any) -> list[dict]:
+    """The longest row and two of the shortest; of a stream the first ones."""
+    if not hasattr(rows, "__len__"):
+        return list(islice(iter(rows), PROBED + 1))
+    lengths = longest_sequences(rows)
+    order = sorted(range(len(rows)), key=lambda index: -lengths[index])
+    return [rows[index] for index in dict.fromkeys([*order[:1], *order[-PROBED:]])]

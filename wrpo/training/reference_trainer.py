@@ -1,0 +1,172 @@
+"""A trainer whose loss compares the policy with a reference: where the reference comes from in this run."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch import Tensor, nn
+
+from wrpo.head.fused_head import install_fused_head
+from wrpo.head.wrapping import arithmetic_of_wrapper, is_partitioned, takes_weights_of_first_process
+from wrpo.reference.cache import ReferenceFile
+from wrpo.reference.fingerprint import model_fingerprint, refuse_unequal
+from wrpo.reference.precomputed import Precomputed
+from wrpo.reference.reference import (
+    AdaptersOff,
+    FrozenCopy,
+    Reference,
+    brings_reference,
+    choose_reference,
+    from_batch,
+    frozen_copy,
+    no_reference,
+    refuse_partitioned,
+    sequence_logp,
+)
+
+from .head_trainer import HeadTrainer
+
+logger = logging.getLogger("wrpo.reference")
+
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # what DeepSpeed casts all parameters to
+
+
+class ReferenceTrainer(HeadTrainer):
+    """Base of `WRPOTrainer`: `open_reference` says what gives the reference log-probs of a batch."""
+
+    args: Any
+    train_dataset: Any
+    eval_dataset: Any
+
+    def open_reference(self, ref_model: nn.Module | None) -> Reference:
+        """What gives the reference log-probs of a batch; goes through the data here if they are precomputed."""
+        options = self.args.head_options()
+        source, is_brought = self.find_reference(ref_model)
+        self.reference_source = "of the data" if is_brought else source
+        if source == "adapter":
+            return AdaptersOff(self.model, **options)
+        if source == "none":
+            return no_reference
+        if is_brought:
+            return from_batch
+        if source == "copy":
+            return self.copy_reference(ref_model)
+        return self.precompute(ref_model)
+
+    def find_reference(self, ref_model: nn.Module | None) -> tuple[str, bool]:
+        """(copy, adapter, precompute or none; whether every data set brings its log-probs along).
+
+        Raises:
+            ValueError: `ref_model` or a column `ref_logp` that would not be used; else as `choose_reference`.
+        """
+        args, datasets = self.args, self.filled_datasets()
+        has_length = all(hasattr(data, "__len__") for data in datasets.values())
+        bringing = [name for name, data in datasets.items() if brings_reference(data)]
+        is_brought = has_length and bool(datasets) and len(bringing) == len(datasets)
+        wanted = "copy" if ref_model is not None and args.reference == "auto" else args.reference
+        source = choose_reference(wanted, self.model, args.loss_type, has_length=has_length, has_reference=is_brought)
+        (source,) = broadcast_object_list([source])  # where the first process alone has loaded the weights, it decides
+        if ref_model is not None and source in ("adapter", "none"):
+            raise ValueError(f"ref_model is given but reference={source!r} does not use it; use copy or precompute")
+        if bringing and source != "precompute":
+            raise ValueError(
+                f"{', '.join(bringing)} of the data sets {', '.join(datasets)}: the column ref_logp would not be used "
+                f"by reference={source!r}; use precompute, or remove the column"
+            )
+        if bringing and not is_brought:
+            logger.warning(
+                "Only %s of the data sets %s bring the column ref_logp: the reference model computes it for the others",
+                ", ".join(bringing), ", ".join(datasets),
+            )  # fmt: skip
+        return source, is_brought
+
+    def copy_reference(self, ref_model: nn.Module | None) -> FrozenCopy:
+        """Of the policy, or the other model; sharded as the policy will be, and run in the same arithmetic."""
+        model = frozen_copy(self.model) if ref_model is None else ref_model
+        refuse_partitioned(model, "copy")
+        if not takes_weights_of_first_process(self.accelerator):
+            refuse_unequal(gather_object([model_fingerprint(model, None, {})]))
+        model.requires_grad_(False)
+        check = self.args.check_head and not takes_weights_of_first_process(self.accelerator)
+        install_fused_head(model, check=check)
+        is_wrapped = arithmetic_of_wrapper(self.accelerator) is not None
+        if not is_wrapped or self.is_deepspeed_enabled:
+            self.place_reference(model, is_own=ref_model is None)
+        if ref_model is not None:
+            self.agree_on_layout(model, self.probed_rows())
+        if not is_wrapped:
+            return FrozenCopy(model, self.accelerator.autocast, **self.args.head_options())
+        if self.is_deepspeed_enabled:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(HALVES.get(self.accelerator.mixed_precision, parameter.dtype))
+        elif self.accelerator.is_fsdp2:
+            model = fsdp2_prepare_model(self.accelerator, model)
+        else:
+            model = self.accelerator.prepare_model(model)
+            self.accelerator._models.remove(model)  # those are trained
+        return FrozenCopy(model, nullcontext, **self.args.head_options())
+
+    def place_reference(self, model: nn.Module, is_own: bool) -> None:
+        """On the device: the Trainer never saw `ref_model`, and under FSDP and DeepSpeed leaves its own on the CPU."""
+        parts = set((getattr(model, "hf_device_map", None) or {}).values())
+        is_spread = len(parts) > 1 or any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+        if not is_spread and not (is_own and (self.place_model_on_device or self.is_model_parallel)):
+            model.to(self.args.device)
+
+    def precompute(self, ref_model: nn.Module | None) -> Precomputed:
+        """Give every data set its places in the table of reference log-probs. One that brings its own keeps them.
+
+        The table is filled here if the model runs now as it will run in training. Else it is filled through the wrapped
+        policy, when the first batch asks for it.
+        """
+        args, model = self.args, self.model if ref_model is None else ref_model
+        wrapper = arithmetic_of_wrapper(self.accelerator)
+        waits = ref_model is None and wrapper is not None
+        if not waits:
+            if not is_partitioned(model):
+                self.place_reference(model, is_own=ref_model is None)
+            install_fused_head(model, check=args.check_head and not is_partitioned(model))
+        if ref_model is not None:
+            self.agree_on_layout(ref_model, self.probed_rows())
+        settings = {"mixed_precision": self.accelerator.mixed_precision, "head": str(install_fused_head(model))}
+        if waits:
+            settings["wrapper"] = str(wrapper)
+        fingerprint = model_fingerprint(model, self.processing_class, settings)
+        folder = Path(args.reference_cache_dir or Path(args.output_dir) / "reference")
+
+        def logp_of(policy: nn.Module, rows: list[dict]) -> Tensor:
+            batch = self._prepare_input(self.data_collator(rows))
+            with nullcontext() if waits else self.accelerator.autocast():
+                return sequence_logp(policy, batch, **args.head_options())
+
+        reference = Precomputed(
+            logp_of,
+            batch_size=args.per_device_eval_batch_size,
+            progress=not args.disable_tqdm,
+            has_trained=lambda: self.state.global_step > 0,
+        )
+        lacking = [name for name, data in self.filled_datasets().items() if not brings_reference(data)]
+        of_first = waits and takes_weights_of_first_process(self.accelerator)
+        done = {
+            name: data
+            if name not in lacking
+            else reference.add(
+                ReferenceFile(data, folder / f"{name}.safetensors", fingerprint, self.accelerator, of_first)
+            )
+            for name, data in self.datasets().items()
+        }
+        self.train_dataset = done.pop("train")
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = dict(zip(self.eval_dataset, done.values(), strict=True))
+        else:
+            (self.eval_dataset,) = done.values()
+        if not waits and not reference.is_complete():
+            refuse_partitioned(model, "precompute")
+            reference.fill(model)
+        return reference

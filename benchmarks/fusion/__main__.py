@@ -26,6 +26,7 @@ import datasets
 import torch
 import transformers
 
+from benchmarks.suite.machine import processor
 from wrpo.user_error import UserError
 from wrpo_kernels import __version__
 
@@ -130,15 +131,6 @@ def about(command: str, seed: int) -> dict[str, object]:
         "machine": f"{processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads",
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from wrpo.building import BuildSettings, Built, build_rows
+from wrpo.rows.json_lines import write_json_lines
 from wrpo.user_error import UserError
 
 from .arms import SFT, WEIGHT_TEMPERATURE, Arm, copied, train_preference, train_sft
@@ -105,7 +106,7 @@ class SeedRun:
                 )
                 for k, said in enumerate(several)
             ]
-            write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+            write_json_lines(path, rows)
         if path not in self.answered:
             self.answered[path] = [json.loads(line) for line in path.read_bytes().splitlines()]
         return self.answered[path]

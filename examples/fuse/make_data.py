@@ -10,13 +10,12 @@ Writes the small files beside it, from the demo's skills and experts (`wrpo.demo
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Iterable
 from pathlib import Path
 
 from wrpo.demo.skills import SKILLS, Task, tasks
 from wrpo.demo.sources import ask
+from wrpo.rows.json_lines import write_json_lines
 
 FOLDER = Path(__file__).parent
 TRAINING, HELD_OUT = 14, 8  # prompts of each skill
@@ -40,12 +39,8 @@ def expert_answers(asked: list[tuple[Task, dict]]) -> list[dict]:
     ]
 
 
-def write(name: str, rows: Iterable[dict]) -> None:
-    (FOLDER / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
 if __name__ == "__main__":
     training = prompts(TRAINING, held_out=False)
-    write("prompts.jsonl", [row for _, row in training])
-    write("held_out.jsonl", [row for _, row in prompts(HELD_OUT, held_out=True)])
-    write("experts.jsonl", expert_answers(training))
+    write_json_lines(FOLDER / "prompts.jsonl", (row for _, row in training))
+    write_json_lines(FOLDER / "held_out.jsonl", (row for _, row in prompts(HELD_OUT, held_out=True)))
+    write_json_lines(FOLDER / "experts.jsonl", expert_answers(training))

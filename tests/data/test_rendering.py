@@ -107,6 +107,6 @@ def test_a_template_that_ends_no_turn_is_known():
 
 
 def test_a_tokenizer_without_a_chat_template_is_told_the_ways_out():
-    ways = "Take the tokenizer of a chat model, name a template with chat_template_file, or write chat_template: none"
+    ways = "Take that of the chat version of the model, or set tokenizer.chat_template: to a template, or to wrpo"
     with pytest.raises(DataError, match=rf"expected a tokenizer with a chat template, got one without\. {ways}"):
         Renderer(tiny_tokenizer(None))

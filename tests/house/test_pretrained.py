@@ -76,9 +76,10 @@ def test_chat_template_none_needs_an_end_of_sequence(saved, tmp_path):
 
 def test_a_tokenizer_without_a_template_is_refused_and_one_with_is_not(saved):
     settings = saved(None)
-    with pytest.raises(
-        SettingsError, match=r"its tokenizer has none\. Name one with chat_template_file, or set chat_te"
-    ):
-        require_template(load_tokenizer(settings), settings)
+    refused = "reward_model 'm': expected a tokenizer with a chat template, got one without. Take .* chat_template_file"
+    with pytest.raises(SettingsError, match=f"{refused}$"):
+        require_template(load_tokenizer(settings), "reward_model 'm'", may_be_none=False)
+    with pytest.raises(SettingsError, match=f"{refused}, or set chat_template to none"):
+        require_template(load_tokenizer(settings), "reward_model 'm'", may_be_none=True)
     settings = saved(None, chat_template="none")
-    require_template(load_tokenizer(settings), settings)
+    require_template(load_tokenizer(settings), "reward_model 'm'", may_be_none=True)

@@ -247,7 +247,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(sample, written, tmp_pa
 @pytest.mark.parametrize(
     ("template", "source", "words"),
     [
-        (None, {}, "target: its tokenizer has no chat template; name one: chat_template_file"),
+        (None, {}, "target: expected a tokenizer with a chat template, got one without. Take the chat version of"),
         (REFUSES_SYSTEM, {"path": "nowhere"}, ": path 'nowhere': "),
         (REFUSES_SYSTEM, {"kind": "vllm"}, "pip install 'wrpo[vllm]'"),
         (REFUSES_SYSTEM, {"batch_size": 0}, "batch_size: expected a whole number >= 1, got 0"),

@@ -500,7 +500,7 @@ def test_a_model_without_a_chat_template_is_refused(score, tmp_path, capsys):
     tiny_tokenizer(chat_template=None).save_pretrained(tmp_path / "rm")
     (tmp_path / "rm" / "chat_template.jinja").unlink(missing_ok=True)
     assert score(ANSWERS, "--reward-model", str(tmp_path / "rm")) == 2
-    assert "no chat template; name one with chat_template_file" in capsys.readouterr().err
+    assert "a chat template, got one without. Take the chat version of the model, or name" in capsys.readouterr().err
 
 
 CUSTOM = """

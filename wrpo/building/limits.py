@@ -12,7 +12,7 @@ from wrpo.user_error import UserError
 
 from .settings import BuildSettings
 
-CUT = "cut before the model had ended it"
+WAS_CUT = "cut before the model had ended it"
 
 
 class Limits:
@@ -54,7 +54,7 @@ class Limits:
         return [answer for answer, count in zip(kept, counts, strict=True) if count <= most]
 
     def _refuse_cut(self, answer: Answer) -> str | None:
-        return CUT if answer.cut and self._settings.cut_answers == "drop" else None
+        return WAS_CUT if answer.cut and self._settings.cut_answers == "drop" else None
 
     def _refuse_chars(self, text: str) -> str | None:
         length = len(text.strip())

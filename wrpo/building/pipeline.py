@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from wrpo.rows.candidate import checked_candidate, checked_text
+from wrpo.rows.candidate import checked_candidate
 from wrpo.rows.errors import BadRows, DataError
+from wrpo.rows.messages import text_of
 from wrpo.rows.reading import read_rows
 from wrpo.rows.shards import Shard, place
 from wrpo.user_error import UserError
@@ -20,7 +21,7 @@ from wrpo.user_error import UserError
 from .answers import Prompt, one_prompt
 from .choice import Unusable, choose_sources, preference_row, sft_row
 from .grouping import PARTITION_BYTES, PromptGroups, Record
-from .limits import CUT, Limits, distinct
+from .limits import WAS_CUT, Limits, distinct
 from .picture import draw_rewards
 from .report import BuildReport
 from .scorers import OF_ANOTHER, Scorers
@@ -136,7 +137,7 @@ def _records(candidates: Any, settings: BuildSettings, bad: BadRows, report: Bui
         try:
             if isinstance(row, DataError):
                 raise row
-            prompt_id = checked_text(row, "prompt_id")
+            prompt_id = text_of(row, "prompt_id")
             order, _ = place(prompt_id, settings.seed)
             taken = scorers.takes(row, file, number)  # in all shards, so that all refuse a second scorer
             if shard.holds(order) and taken:
@@ -185,7 +186,7 @@ def _row(prompt: Prompt, settings: BuildSettings, limits: Limits, report: BuildR
 
 
 def _refuse_empty(settings: BuildSettings, report: BuildReport) -> None:
-    cut = "Give wrpo sample more max_tokens, or say --cut_answers keep. " if report.dropped_answers[CUT] else ""
+    cut = "Give wrpo sample more max_tokens, or say --cut_answers keep. " if report.dropped_answers[WAS_CUT] else ""
     if not report.sft + report.preferences + report.unanswered:
         todo = f"{cut}Check the model names, or loosen the limits."
         raise DataError("at least one SFT row or triple", report.summary(), todo)

@@ -11,7 +11,6 @@ and the next run of the same shard clears it. `unfinished.lock` beside it keeps 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -23,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from wrpo.rows.errors import DataError, shown
+from wrpo.rows.json_lines import json_line
 from wrpo.rows.lock import held
 from wrpo.rows.messages import Message, json_text, prompt_messages
 from wrpo.rows.shards import Shard
@@ -81,7 +81,7 @@ class Output:
         self.tag = f"-{shard.index:05d}-of-{shard.count:05d}" if shard.count > 1 else ""
         self.unfinished = folder / f"unfinished{self.tag}"
         self._held = ExitStack()
-        self._open: dict[str, _RowFile] = {}
+        self._unfinished_files: dict[str, _RowFile] = {}
         self._files: dict[str, int] = {}  # kind -> files begun
 
     def __enter__(self) -> Output:
@@ -96,12 +96,12 @@ class Output:
         return self
 
     def write(self, kind: str, row: dict[str, Any]) -> None:
-        file = self._open.get(kind)
+        file = self._unfinished_files.get(kind)
         if file is not None and file.rows == self._rows_per_file:
             file.close()
             file = None
         if file is None:
-            file = self._open[kind] = self._begin(kind)
+            file = self._unfinished_files[kind] = self._begin(kind)
         file.write(row)
         file.rows += 1
 
@@ -119,8 +119,8 @@ class Output:
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         try:
-            while self._open:
-                self._open.popitem()[1].close()
+            while self._unfinished_files:
+                self._unfinished_files.popitem()[1].close()
             if kind is None:
                 self._publish()
         finally:
@@ -174,10 +174,10 @@ class _RowFile(Protocol):
 class _JsonLines:
     def __init__(self, path: Path):
         self.rows = 0
-        self._file = path.open("w", encoding="utf-8", newline="\n")
+        self._file = path.open("wb")
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.write(json_line(row))
 
     def close(self) -> None:
         with self._file:
@@ -194,7 +194,9 @@ class _Parquet:
 
     def write(self, row: dict[str, Any]) -> None:
         beside = {name: json_text(row[name], name) for name in ("tools", "chat_template_kwargs") if name in row}
-        self._held.append(row | {"prompt": [_of_table(message) for message in prompt_messages(row["prompt"])]} | beside)
+        self._held.append(
+            row | {"prompt": [_for_table(message) for message in prompt_messages(row["prompt"])]} | beside
+        )
         if len(self._held) == ROWS_PER_GROUP:
             self._flush()
 
@@ -211,7 +213,7 @@ class _Parquet:
             self._held = []
 
 
-def _of_table(message: Message) -> Message:
+def _for_table(message: Message) -> Message:
     """The message with its tool calls as JSON text.
 
     Raises:

@@ -46,8 +46,8 @@ class ChatTemplate:
             raise DataError(
                 "a tokenizer with a chat template",
                 "one without",
-                "Take the tokenizer of a chat model, name a template with chat_template_file, or write chat_template: "
-                "none to train on the prompt, the answer and the end-of-sequence token alone.",
+                "Take that of the chat version of the model, or set tokenizer.chat_template: to a template, or to "
+                "wrpo.pretrained.plain_template(tokenizer) for prompt and answer as they are.",
             )
         as_text, as_parts = self._tried(wants_parts=False), self._tried(wants_parts=True)
         self._wants_parts = _ANSWERED not in as_text and _ANSWERED in as_parts

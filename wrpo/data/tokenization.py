@@ -22,6 +22,7 @@ from wrpo_kernels import __version__
 
 from . import call_arguments, chat_template, continuation, control_tokens, left_out, rendering, truncation
 from .continuation import response_ids, token_ids
+from .loading import FEATURES
 from .rendering import Renderer, Rendering, log_remarks
 from .roles import REJECTED
 from .truncation import truncate
@@ -37,14 +38,7 @@ SAME_TEXT = "rejected response that is the same as a preferred one: it teaches n
 _IDS = [Value("int32")]
 _TOKENS = {"prompt_ids": _IDS, "response_ids": [_IDS]}
 # What each response has, handed on as it is; null where the rows do not have it.
-_OF_RESPONSES = {
-    "role": [Value("string")],
-    "share": [Value("float64")],
-    "model": [Value("string")],
-    "reward": [Value("float64")],
-    "ref_logp": [Value("float64")],
-    "source_logp": [[Value("float64")]],
-}
+_OF_RESPONSES = {name: FEATURES[name] for name in ("role", "share", "model", "reward", "ref_logp", "source_logp")}
 # Tokens cut from the prompt and from each response, what else was changed, and why a row is unusable: read for the
 # report, then dropped.
 _NOTES = {

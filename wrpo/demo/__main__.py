@@ -28,6 +28,7 @@ from transformers import ProgressCallback, set_seed
 
 from wrpo import WRPOConfig, WRPOTrainer
 from wrpo.data import load_examples, tokenize_examples
+from wrpo.rows.json_lines import write_json_lines
 from wrpo.user_error import UserError
 
 from . import model as demo_model
@@ -167,9 +168,7 @@ def write_metrics(
 def write_answers(options: argparse.Namespace, before: list[Judged], after: list[Judged]) -> None:
     """Every held-out answer as `wrpo eval` reads it; runs with other seeds are other samples of one model."""
     for name, judged, model in (("before", before, "before"), ("after", after, f"ties {options.ties}")):
-        rows = answer_rows(judged, model, options.seed)
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (options.out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        write_json_lines(options.out / f"{name}.jsonl", answer_rows(judged, model, options.seed))
 
 
 def say_where(folder: Path, seconds: float) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from wrpo.building import BuildSettings, build_rows
+from wrpo.rows.json_lines import write_json_lines
 
 from . import model as demo_model
 from .skills import SKILLS, Task, score, tasks
@@ -70,7 +71,7 @@ def main() -> None:
     ]
     built = build_rows(rows, BuildSettings(sft_share=0, seed=options.seed, ties="source"))
     kept = [row for row in built.triples if row["source_reward"][0] >= row.get("target_reward", 0)]
-    options.output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), "utf-8")
+    write_json_lines(options.output, kept)
     print(built.report)
     print(f"{len(kept)} rows in which an expert is at least as good as the model")
     print(f"triples  {options.output}")

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wrpo.rows.candidate import checked_candidate, checked_text, scorer_of
+from wrpo.rows.candidate import checked_candidate, scorer_of
 from wrpo.rows.errors import DataError, shown
-from wrpo.rows.messages import Asked, Message
+from wrpo.rows.messages import Asked, Message, text_of
 from wrpo.rows.reading import read_rows
 
 from .comparison import Scores
@@ -78,7 +78,7 @@ def read_answers(
 
 
 def _checked(row: dict) -> Answer:
-    prompt_id = checked_text(row, "prompt_id")
+    prompt_id = text_of(row, "prompt_id")
     is_scored = row.get("reward") is not None
     asked, cost, model, sample, response, _ = checked_candidate(row if is_scored else row | {"reward": 0})
     others = {name: value for name, value in row.items() if name not in _KNOWN}

@@ -23,7 +23,7 @@ from wrpo.data.model_limits import refuse_beyond
 from wrpo.data.roles import Role
 from wrpo.head.fused_head import install_fused_head
 from wrpo.layouts import in_best_layout
-from wrpo.pretrained import free_memory, load_model, load_tokenizer
+from wrpo.pretrained import free_memory, load_model, load_tokenizer, require_template
 from wrpo.reference.reference import sequence_logp
 from wrpo.settings import ModelSettings
 from wrpo.training.metrics import preference_metrics
@@ -101,6 +101,7 @@ def accuracy_of_models(options: TriplesSettings) -> dict[str, Accuracy]:
 
     assert options.policy is not None and options.reference is not None  # the settings saw to it
     tokenizer = load_tokenizer(settings(options.policy), "--policy")
+    require_template(tokenizer, f"--policy {options.policy!r}", may_be_none=False)
     if load_tokenizer(settings(options.reference), "--reference").get_vocab() != tokenizer.get_vocab():
         raise UserError("--reference has another vocabulary than --policy: name the model that the policy started from")
     rows = list(

@@ -34,7 +34,7 @@ def answers_table(comparison: Comparison) -> str:
 
 def _line(comparison: Comparison, model: str, group: str) -> list[str]:
     own = comparison.worth[model][group]
-    solved = "" if own.solved is None or own.solved_interval is None else percent(own.solved, own.solved_interval)
+    solved = "" if own.solved is None or own.solved_interval is None else with_interval(own.solved, own.solved_interval)
     line = [model, group, str(own.prompts), solved, f"{own.mean_score:.3f}"]
     if comparison.wins and model == comparison.baseline:
         return [*line, "", "", ""]
@@ -43,7 +43,7 @@ def _line(comparison: Comparison, model: str, group: str) -> list[str]:
         gain = f"{won.score_gain:+.3f}"
         if won.gain_interval is not None:
             gain += f" [{won.gain_interval.low:+.3f}, {won.gain_interval.high:+.3f}]"
-        line += [percent(won.win_rate, won.win_interval), f"{won.better} / {won.worse}", gain]
+        line += [with_interval(won.win_rate, won.win_interval), f"{won.better} / {won.worse}", gain]
     return line
 
 
@@ -51,11 +51,11 @@ def triples_table(accuracies: dict[str, Accuracy]) -> str:
     """One line for each chosen answer: how often its implicit reward is above the rejected one's, and by how much."""
     rows: Rows = [["r(chosen) > r(rejected)", "triples", "accuracy", "mean margin"]]
     for name, one in accuracies.items():
-        rows.append([name, str(one.triples), percent(one.accuracy, one.interval), f"{one.margin:+.4g}"])
+        rows.append([name, str(one.triples), with_interval(one.accuracy, one.interval), f"{one.margin:+.4g}"])
     return aligned(rows)
 
 
-def percent(share: float, interval: Interval) -> str:
+def with_interval(share: float, interval: Interval) -> str:
     return f"{share:6.1%} [{interval.low:.1%}, {interval.high:.1%}]"
 
 

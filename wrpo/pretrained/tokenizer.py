@@ -65,10 +65,14 @@ def plain_template(tokenizer: Any, place: str = "tokenizer") -> str:
     return PLAIN_WITH_START if starts else PLAIN
 
 
-def require_template(tokenizer: Any, settings: ModelSettings) -> None:
-    """Raises SettingsError for a tokenizer without a chat template: nobody could ask the model as it was trained."""
+def require_template(tokenizer: Any, place: str, *, may_be_none: bool) -> None:
+    """Raises SettingsError for a tokenizer without a chat template: nobody could ask the model as it was trained.
+
+    Args:
+        place: the setting that names the model, and its value, for the message.
+        may_be_none: whether a setting chat_template, which may be none, stands beside chat_template_file.
+    """
     if not tokenizer.chat_template:
-        raise SettingsError(
-            f"model_name_or_path {settings.model_name_or_path!r}: expected a chat template, its tokenizer has none. "
-            "Name one with chat_template_file, or set chat_template to none: prompt and answer as they are"
-        )
+        ways = "Take the chat version of the model, or name a template with chat_template_file"
+        plain = ", or set chat_template to none: prompt and answer as they are" if may_be_none else ""
+        raise SettingsError(f"{place}: expected a tokenizer with a chat template, got one without. {ways}{plain}")

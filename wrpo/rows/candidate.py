@@ -6,12 +6,11 @@ import math
 from typing import Any, NamedTuple
 
 from .errors import DataError, shown
-from .messages import Asked, asked, utf8
-
-LARGEST_REWARD = 1e30  # sums, gaps and softmax stay finite far below the limits of float64
+from .messages import Asked, asked, text_of
+from .numbers import LARGEST_NUMBER, is_bounded
 
 # What servers say of a text that ended before the model had ended it: at a limit, by a filter, or in a fault.
-CUT = frozenset(
+CUT_REASONS = frozenset(
     "length max_tokens max_length max_output_tokens model_length token_limit content_filter safety recitation "
     "incomplete abort cancelled error".split()
 )
@@ -35,7 +34,7 @@ class Answer(NamedTuple):
 
 def is_cut(finish_reason: str | None) -> bool:
     """Whether an answer that ended so is only the beginning of one; None: nobody said how it ended."""
-    return finish_reason is not None and finish_reason.lower() in CUT
+    return finish_reason is not None and finish_reason.lower() in CUT_REASONS
 
 
 def scorer_of(row: dict) -> str | None:
@@ -56,26 +55,15 @@ def checked_candidate(row: dict) -> tuple[Asked, float, str, int, str, bool]:
     Raises:
         DataError: with the field, without file and row.
     """
-    model, response = checked_text(row, "model"), checked_text(row, "response", may_be_empty=True)
+    model, response = text_of(row, "model"), text_of(row, "response", may_be_empty=True)
     finish_reason = _text_or_none(row, "finish_reason", "Write how the answer ended, or leave it out.")
     reward, sample = _reward(row.get("reward")), _sample(row.get("sample", 0))
     return asked(row), -reward, model, sample, response, is_cut(finish_reason)
 
 
-def checked_text(row: dict, name: str, may_be_empty: bool = False) -> str:
-    value = row.get(name)
-    if not isinstance(value, str) or not (may_be_empty or (value and not value.isspace())):
-        expected = "text" if may_be_empty else "text that is not empty"
-        got = shown(value) if name in row else "no such field"
-        raise DataError(expected, got, "Fill it in, or drop the row.", field=name)
-    return utf8(value, name)
-
-
 def _reward(value: Any) -> float:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    # An integer may be too large for a float, so it is compared before it is converted; NaN fails the comparison.
-    if not is_number or not -LARGEST_REWARD <= value <= LARGEST_REWARD:
-        expected = f"a finite number, at most {LARGEST_REWARD:g} in size"
+    if not is_bounded(value):
+        expected = f"a finite number, at most {LARGEST_NUMBER:g} in size"
         raise DataError(expected, shown(value), "Score the answer, or drop the row.", field="reward")
     return float(value)
 

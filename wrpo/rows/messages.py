@@ -153,12 +153,19 @@ def refuse_other_media(row: dict) -> None:
 # -- text -------------------------------------------------------------------------------------------------------------
 
 
-def checked_text(value: Any, field: str) -> str:
+def checked_text(value: Any, field: str, may_be_empty: bool = False) -> str:
     if not isinstance(value, str):
         raise DataError("text", f"{type(value).__name__} {shown(value)}", "Write it as a string.", field=field)
-    if not value.strip():
+    if not may_be_empty and not value.strip():
         raise DataError("text that is not empty", shown(value), "Fill it in, or drop the row.", field=field)
     return utf8(value, field)
+
+
+def text_of(row: dict, field: str, may_be_empty: bool = False) -> str:
+    """What a row says in a field that it must have."""
+    if field not in row:
+        raise DataError("text", "no such field", "Fill it in, or drop the row.", field=field)
+    return checked_text(row[field], field, may_be_empty)
 
 
 def utf8(value: str, field: str) -> str:

@@ -22,7 +22,7 @@ from wrpo.rows.appending import AppendedRows, KeySet
 from wrpo.rows.candidate import is_cut
 from wrpo.rows.errors import DataError, shown
 
-from .halving import Refusal
+from .halving import RowFault
 from .prompts import Prompts, Request
 from .settings import Sampling
 from .sources import LocalSource, ServerSource, Source, VllmSource
@@ -179,7 +179,7 @@ def _ask_local(run: _Run, source: Source, model: Any) -> None:
         for request, result, seed in model.answers(window, sampling):
             if isinstance(result, str):
                 run.tally.fail(source.model, result, request.place)
-                in_a_row += not isinstance(result, Refusal)
+                in_a_row += not isinstance(result, RowFault)
             else:
                 run.write(request, result.text, result.finish_reason, seed)
                 in_a_row = 0

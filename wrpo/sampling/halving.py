@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Refusal(str):
+class RowFault(str):
     """Why one row has no result, where that says nothing about the next row."""
 
 
@@ -19,13 +19,13 @@ def halving(batch: list[Item], compute: Callable[[list[Item]], list[Result]]) ->
     """Every item with its result, or with the reason why there is none.
 
     `compute` gives one result an item. A RuntimeError (torch's, also of memory), ValueError or IndexError halves the
-    batch; anything else is raised. A reason is a `Refusal`, unless it is an error of torch's other than memory.
+    batch; anything else is raised. A reason is a `RowFault`, unless it is an error of torch's other than memory.
     """
     try:
         results = compute(batch)
     except (RuntimeError, ValueError, IndexError) as error:
         is_torchs = isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError"
-        reason = in_one_line(error) if is_torchs else Refusal(in_one_line(error))
+        reason = in_one_line(error) if is_torchs else RowFault(in_one_line(error))
     else:
         yield from zip(batch, results, strict=True)
         return

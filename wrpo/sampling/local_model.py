@@ -17,8 +17,8 @@ from transformers import GenerationConfig
 from wrpo.data.continuation import continued_text
 from wrpo.data.model_limits import keep_padding_inside, position_table, refuse_unknown, vocabulary_size
 from wrpo.data.rendering import Renderer
-from wrpo.pretrained import free_memory, load_model, load_tokenizer
-from wrpo.settings import ModelSettings, SettingsError
+from wrpo.pretrained import free_memory, load_model, load_tokenizer, require_template
+from wrpo.settings import ModelSettings
 from wrpo.training.generation import end_tokens
 
 from .halving import halving
@@ -57,8 +57,7 @@ class LocalModel:
         )
         self._name, self._field = source.model, "path" if source.path else "model"
         self._tokenizer: Any = load_tokenizer(self._settings, self._field)
-        if not self._tokenizer.chat_template:
-            raise SettingsError(f"{source.model}: its tokenizer has no chat template; name one: chat_template_file")
+        require_template(self._tokenizer, source.model, may_be_none=True)
         self._prompt_ids = PromptIds(Renderer(self._tokenizer))
         self._model: Any = None
 

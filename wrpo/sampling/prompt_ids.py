@@ -8,7 +8,7 @@ from wrpo.data.continuation import token_ids
 from wrpo.data.rendering import Renderer, log_remarks
 from wrpo.rows.errors import DataError
 
-from .halving import Refusal
+from .halving import RowFault
 from .prompts import Request
 
 
@@ -24,14 +24,14 @@ class PromptIds:
 
     def __call__(
         self, requests: list[Request]
-    ) -> tuple[list[tuple[list[int], Request]], list[tuple[Request, Refusal]]]:
+    ) -> tuple[list[tuple[list[int], Request]], list[tuple[Request, RowFault]]]:
         texts, asked, refused = [], [], []
         for request in requests:
             question = request.prompt.asked
             try:
                 rendering = self._renderer(question.messages, {}, **question.beside)
             except DataError as error:
-                refused.append((request, Refusal(str(error))))
+                refused.append((request, RowFault(str(error))))
                 continue
             texts.append(rendering.prompt)
             asked.append(request)

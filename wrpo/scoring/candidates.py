@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wrpo.rows.candidate import checked_candidate, checked_text
+from wrpo.rows.candidate import checked_candidate
 from wrpo.rows.errors import BadRows, DataError
 from wrpo.rows.files import files_once
-from wrpo.rows.messages import Asked, Message, asked, message_text
+from wrpo.rows.messages import Asked, Message, asked, message_text, text_of
 from wrpo.rows.reading import read_rows
 from wrpo.user_error import UserError
 
@@ -114,7 +114,7 @@ def checked(row: dict) -> dict:
     Raises:
         DataError: with the field, without file and row.
     """
-    checked_text(row, "prompt_id")
+    text_of(row, "prompt_id")
     _, _, _, sample, _, _ = checked_candidate(row | {"reward": 0})
     return row | {"sample": sample}
 

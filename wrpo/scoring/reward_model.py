@@ -19,9 +19,9 @@ from transformers import AutoModelForSequenceClassification
 
 from wrpo.data.model_limits import position_table, refuse_unknown, vocabulary_size
 from wrpo.data.rendering import Renderer, log_remarks
-from wrpo.pretrained import load_model, load_tokenizer
+from wrpo.pretrained import load_model, load_tokenizer, require_template
 from wrpo.rows.errors import DataError
-from wrpo.sampling.halving import Refusal, halving
+from wrpo.sampling.halving import RowFault, halving
 from wrpo.settings import ModelSettings
 from wrpo.user_error import UserError
 
@@ -55,8 +55,7 @@ class RewardModel:
     ):
         path = settings.model_name_or_path
         self._tokenizer: Any = load_tokenizer(settings, "reward_model")
-        if not self._tokenizer.chat_template:
-            raise UserError(f"{path}: its tokenizer has no chat template; name one with chat_template_file")
+        require_template(self._tokenizer, f"reward_model {path!r}", may_be_none=False)
         self._renderer = Renderer(self._tokenizer)
         model = load_model(settings, "reward_model", auto=AutoModelForSequenceClassification)
         self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -86,7 +85,7 @@ class RewardModel:
             for start in range(0, len(rendered), self._batch_size):
                 for (_, candidate), reward in halving(rendered[start : start + self._batch_size], self._rewards):
                     if isinstance(reward, str):
-                        rewards.fail(candidate, reward, is_scorers=not isinstance(reward, Refusal))
+                        rewards.fail(candidate, reward, is_scorers=not isinstance(reward, RowFault))
                     else:
                         rewards.add(candidate, reward)
         log_remarks(remarks, "answer")

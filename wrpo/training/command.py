@@ -77,7 +77,7 @@ def _fit(trainer_class: Any, model: ModelSettings, data: DataSettings, config: A
             f"{model.model_name_or_path} is an adapter. Leave it out, or take precompute or copy"
         )
     tokenizer = load_tokenizer(model)
-    require_template(tokenizer, model)
+    require_template(tokenizer, f"model_name_or_path {model.model_name_or_path!r}", may_be_none=True)
     with config.main_process_first(desc="tokenising"):  # the others read what the first has put on disk
         rows = {
             name: _tokenised(source, split, tokenizer, config, data, trainer_class.stage)

@@ -9,11 +9,11 @@ from typing import Any
 from wrpo.data.roles import REJECTED, ROLES, SOURCE, TARGET
 from wrpo.rows.errors import DataError, shown
 from wrpo.rows.messages import utf8
+from wrpo.rows.numbers import LARGEST_NUMBER, is_bounded, is_number
 
 from .response import Response
 
 SHARE_TOLERANCE = 1e-4  # what ten shares written with five decimals can miss 1 by
-LARGEST_NUMBER = 1e30  # sums and differences stay finite, in float32 too
 LARGEST_LOGP = 1e-3  # what rounding can make of log 1
 
 _OMIT = "or leave the field out."
@@ -22,8 +22,7 @@ _OMIT = "or leave the field out."
 def numbers(value: Any, count: int, field: str, may_be_none: bool = False) -> list:
     values = _listed(value, count)
     known = [number for number in values if not (may_be_none and number is None)]
-    # An integer may be too large for a float, so it is compared before it is converted; NaN fails the comparison.
-    if len(values) != count or not all(_is_number(number) and abs(number) <= LARGEST_NUMBER for number in known):
+    if len(values) != count or not all(map(is_bounded, known)):
         todo = f"Give one number for each response, at most {LARGEST_NUMBER:g} in size, {_OMIT}"
         raise DataError(f"{count} finite number{'s' * (count > 1)}", shown(value), todo, field=field)
     return [None if number is None else float(number) for number in values]
@@ -42,10 +41,10 @@ def shares(value: Any, count: int, field: str) -> list[float]:
     if value is None:
         return [1.0 / count] * count
     values = _listed(value, count)
-    if len(values) != count or not all(map(_is_number, values)):
+    if len(values) != count or not all(map(is_number, values)):
         todo = "Give one number for each response, or leave the field out for equal shares."
         raise DataError(f"{count} number{'s' * (count > 1)}", shown(value), todo, field=field)
-    total = math.fsum(values) if all(abs(share) <= LARGEST_NUMBER for share in values) else math.inf
+    total = math.fsum(values) if all(map(is_bounded, values)) else math.inf
     if not (all(share >= 0 for share in values) and abs(total - 1) <= SHARE_TOLERANCE):
         todo = "Divide each by their sum."
         raise DataError("shares >= 0 that sum to 1", f"{shown(value)}, sum {total:g}", todo, field=field)
@@ -68,7 +67,7 @@ def logp_by_model(value: Any, count: int, field: str) -> list[list[float] | None
     if len(of_all) != count or len(lengths) != 1 or 0 in lengths:
         todo = f"Give one list for each response, in the order of the row, {_OMIT}"
         raise DataError(f"{count} lists with one number for each model", shown(value), todo, field=field)
-    if not all(_is_number(logp) and -LARGEST_NUMBER <= logp <= LARGEST_LOGP for row in rows for logp in row):
+    if not all(is_bounded(logp) and logp <= LARGEST_LOGP for row in rows for logp in row):
         todo = "Divide the sum over the response's tokens by their number."
         raise DataError("finite mean log-probs, at most 0", shown(value), todo, field=field)
     return [None if row is None else [float(logp) for logp in row] for row in of_all]
@@ -84,10 +83,6 @@ def truth_values(value: Any, count: int, field: str) -> list[bool]:
 
 def _listed(value: Any, count: int) -> list:
     return value if isinstance(value, list) else [value] * (count if value is None else 1)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _numbers_or_none(value: Any, count: int, field: str) -> list:

@@ -1,8 +1,10 @@
 """The trainers that `benchmarks.whole_steps` compares: same model, same rows, one optimizer step whenever asked.
 
-    fused          `WRPOTrainer`
-    full logits    the same trainer and loss, from the model's own logits as plain torch takes their log-softmax
-    TRL            `trl.DPOTrainer`, on pairs
+    fused          `WRPOTrainer` as it comes, in the layout that it chooses
+    padded         the same in padded rows, each response behind its own copy of the prompt
+    full logits    the same trainer and loss in padded rows, from the model's own logits as plain torch takes their
+                   log-softmax
+    TRL            `trl.DPOTrainer` as it comes, on pairs
 
 All use the reference log-probs that the rows bring along, AdamW and the same seed, none recomputes activations.
 """
@@ -14,6 +16,7 @@ import logging
 import tempfile
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -29,6 +32,7 @@ from benchmarks.suite.memory import MIB, peak_above_now
 from benchmarks.suite.training_models import work_of
 from wrpo import WRPOConfig, WRPOTrainer
 from wrpo.training.response_weights import response_weights, row_of
+from wrpo.training.start_report import StartReport
 from wrpo_kernels import PreferenceOutput, preference_loss
 
 BETA = 0.01
@@ -37,7 +41,7 @@ ALPHA = 0.1  # of the source, in triples
 
 class Step(NamedTuple):
     seconds: float  # from the batch to the changed weights
-    tokens: int  # that went through the model; padding is not counted
+    tokens: int  # of prompts and answers, the prompt again for each answer; padding is not counted
     loss: float
 
 
@@ -58,7 +62,19 @@ class FullLogits(WRPOTrainer):
         )
 
 
-CONTESTANTS = {"triples": ("fused", "full logits"), "pairs": ("fused", "full logits", "TRL DPOTrainer")}
+OURS = ("fused", "padded", "full logits")
+CONTESTANTS = {"triples": OURS, "pairs": (*OURS, "TRL DPOTrainer")}
+
+
+class Setting(NamedTuple):
+    """What all contestants train."""
+
+    model: str
+    comparison: str  # a name of `CONTESTANTS`
+    batch: int  # rows a step
+    steps: int
+    lengths: tuple[int, int] | None = None  # tokens of every prompt and of every answer; None: those of the rows
+    dtype: str = "float32"  # bfloat16: by autocast, weights in float32
 
 
 def why_not(contestant: str) -> str | None:
@@ -68,37 +84,42 @@ def why_not(contestant: str) -> str | None:
 
 
 def trainer_of(
-    contestant: str, model: nn.Module, tokenizer: Any, rows: list[dict], batch: int, steps: int, folder: str
+    contestant: str, setting: Setting, model: nn.Module, tokenizer: Any, rows: list[dict], folder: str
 ) -> Trainer:
     """A trainer that has not started.
 
     Args:
         contestant: a name of `CONTESTANTS`.
         rows: tokenised triples or pairs with `ref_logp`.
-        batch: rows a step.  steps: how many it will take.
     """
     common = {
         "output_dir": folder,
-        "per_device_train_batch_size": batch,
+        "per_device_train_batch_size": setting.batch,
         "gradient_accumulation_steps": 1,
         "gradient_checkpointing": False,
-        "max_steps": steps,
+        "max_steps": setting.steps,
         "learning_rate": 1e-6,
         "lr_scheduler_type": "constant",
         "warmup_steps": 0,
-        "logging_steps": steps,
+        "logging_steps": setting.steps,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
-        "bf16": torch.cuda.is_available(),
+        "bf16": setting.dtype == "bfloat16",
         "seed": 42,
         "beta": BETA,
     }
     if contestant == "TRL DPOTrainer":
         return dpo_trainer(common, model, tokenizer, rows)
     kind = FullLogits if contestant == "full logits" else WRPOTrainer
-    ours = {"alpha": ALPHA, "alpha_schedule": "constant", "reference": "precompute", "draw_curves": False}
+    ours = {
+        "alpha": ALPHA,
+        "alpha_schedule": "constant",
+        "reference": "precompute",
+        "draw_curves": False,
+        "layout": "auto" if contestant == "fused" else "padded",
+    }
     return kind(model, WRPOConfig(**common, **ours), train_dataset=rows, processing_class=tokenizer)
 
 
@@ -139,7 +160,7 @@ class OneStepAtATime(TrainerCallback):
         inner = trainer.training_step
 
         def training_step(model: nn.Module, inputs: dict[str, Tensor], *args: Any, **options: Any) -> Tensor:
-            self.tokens = int(inputs["attention_mask"].sum())
+            self.tokens = padded_tokens(inputs)
             loss = inner(model, inputs, *args, **options)
             self.loss = float(loss)
             return loss
@@ -157,21 +178,32 @@ class OneStepAtATime(TrainerCallback):
         self.connection.send(Step(time.perf_counter() - self.start, self.tokens, self.loss))
 
 
-def serve(
-    connection: Connection, model: str, comparison: str, contestant: str, batch: int, steps: int, threads: int
-) -> None:
-    """A process's whole life: says True when it is ready, takes its steps, and says its peak in MiB at the end.
+def padded_tokens(batch: dict[str, Tensor]) -> int:
+    """Tokens of the batch in padded rows without the padding: a shared prompt counts once for each of its answers."""
+    if "branch" not in batch:
+        return int(batch["attention_mask"].sum())
+    answers: dict[int, int] = defaultdict(int)
+    for segment, branch in zip(batch["segment"].flatten().tolist(), batch["branch"].flatten().tolist(), strict=True):
+        answers[segment] = max(answers[segment], branch)
+    of_prompt = batch["segment"][(batch["branch"] == 0) & (batch["segment"] >= 0)].tolist()
+    return int((batch["branch"] > 0).sum()) + sum(answers[segment] for segment in of_prompt)
+
+
+def serve(connection: Connection, contestant: str, setting: Setting, threads: int) -> None:
+    """A process's whole life: says its layout when it is ready, takes its steps, and says its peak in MiB at the end.
 
     The peak is what training added to the process that held model and data: gradients, the optimizer's states,
     activations and logits.
     """
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder, quiet():
-        work = work_of(model, batch * steps, pairs=comparison == "pairs")
-        trainer = trainer_of(contestant, *work, batch, steps, folder)
-        trainer.remove_callback(PrinterCallback)
+        rows = setting.batch * setting.steps
+        work = work_of(setting.model, rows, pairs=setting.comparison == "pairs", lengths=setting.lengths)
+        trainer = trainer_of(contestant, setting, *work, folder)
+        for teller in (PrinterCallback, StartReport):
+            trainer.remove_callback(teller)
         OneStepAtATime(connection).watch(trainer)
-        connection.send(True)
+        connection.send(trainer.layout_choice.layout.name if isinstance(trainer, WRPOTrainer) else "padded")
         connection.send(peak_mib(trainer))
 
 

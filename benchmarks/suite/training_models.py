@@ -5,8 +5,9 @@
                    prompts of 64 to 192, answers of 64 to 256
     tiny           for tests and `--quick`
 
-Every row brings the log-probs of a reference along, -log(V) / 2 for each token: as good as any for time and memory,
-and the loss of the first step is then one that contestants have to find, not the log 2 of a reference like the model.
+Every row brings the log-probs of a reference along, -log(V) / 2 for each token and 10 nats less for each next answer,
+so that answers of one length do not cancel. They are as good as any for time and memory, and the loss of the first step
+is then one that contestants have to find, not the log 2 of a reference like the model.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ class Work(NamedTuple):
     rows: list[dict]  # tokenised triples with `ref_logp`
 
 
-def work_of(name: str, count: int, *, pairs: bool) -> Work:
+def work_of(name: str, count: int, *, pairs: bool, lengths: tuple[int, int] | None = None) -> Work:
     """A model on this machine's device, its tokenizer and `count` rows; pairs are triples without their source.
+
+    lengths: tokens of every prompt and of every answer, then random ones; None: those of the model's own rows.
 
     Raises:
         UserError: the package with the weights of SmolLM2-135M is not installed.
@@ -46,18 +49,22 @@ def work_of(name: str, count: int, *, pairs: bool) -> Work:
         from wrpo.demo.model import load
 
         model, tokenizer = load()
-        rows = demo_rows(tokenizer, count)
     else:
         model, tokenizer = random_llama(name), padding_only()
-        rows = random_rows(count, model.config.vocab_size, *LENGTHS[name])
     vocabulary = model.config.vocab_size
+    if lengths is not None:
+        rows = random_rows(count, vocabulary, *((length, length) for length in lengths))
+    elif name == "SmolLM2-135M":
+        rows = demo_rows(tokenizer, count)
+    else:
+        rows = random_rows(count, vocabulary, *LENGTHS[name])
     rows = [without(row, "source") for row in rows] if pairs else rows
     return Work(model, tokenizer, [with_reference(row, vocabulary) for row in rows])
 
 
 def random_llama(name: str) -> nn.Module:
     torch.manual_seed(0)
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1024}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 8192}
     model = LlamaForCausalLM(LlamaConfig(**SIZES[name], **heads, tie_word_embeddings=True, pad_token_id=0))
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -96,4 +103,5 @@ def random_rows(count: int, vocabulary: int, prompt: tuple[int, int], answer: tu
 
 
 def with_reference(row: dict, vocabulary: int) -> dict:
-    return row | {"ref_logp": [-math.log(vocabulary) / 2 * len(ids) for ids in row["response_ids"]]}
+    token = -math.log(vocabulary) / 2
+    return row | {"ref_logp": [token * len(ids) - 10.0 * place for place, ids in enumerate(row["response_ids"])]}

@@ -21,7 +21,9 @@ from benchmarks.suite.results import Figure, Row
 from benchmarks.suite.scenarios import Scenario
 from wrpo.picture_style import GREEN
 
-STEP = whole_steps.Figure("Llama", "pairs", "fused", 9, 600.0, 300.0, 200.0, 400.0, 1.0, 1.0, 1.0, 1024.0, 0.5)
+STEP = whole_steps.Figure(
+    "Llama", "pairs", 0, 0, "float32", "fused", "shared", 9, 600.0, 300.0, 200.0, 400.0, 1.0, 1.0, 1.0, 1024.0, 0.5
+)
 PLAIN = STEP._replace(contestant="full logits", tokens_s=150.0, tokens_s_low=100.0, times_fused=2.0, peak_mib=2048.0)
 TRL = PLAIN._replace(contestant="TRL DPOTrainer", times_fused=3.0, peak_mib=1280.0)
 DRAWN = {

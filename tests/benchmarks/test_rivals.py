@@ -154,11 +154,16 @@ def test_all_trainers_of_whole_steps_find_the_same_first_loss_and_gradient(compa
     for name in training.CONTESTANTS[comparison]:
         if training.why_not(name):
             continue
-        work = work_of("tiny", 2, pairs=comparison == "pairs")
+        setting = training.Setting("tiny", comparison, batch=2, steps=1, lengths=(40, 16))
+        work = work_of("tiny", 2, pairs=comparison == "pairs", lengths=setting.lengths)
         with training.quiet():
-            trainer = training.trainer_of(name, *work, 2, 1, str(tmp_path / name))
+            trainer = training.trainer_of(name, setting, *work, str(tmp_path / name))
             batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
             loss = trainer.compute_loss(trainer.model, batch)
+        if name != "TRL DPOTrainer":
+            assert trainer.layout_choice.layout.name == ("shared" if name == "fused" else "padded")
+        responses = 3 if comparison == "triples" else 2
+        assert training.padded_tokens(batch) == 2 * responses * (40 + 16)
         loss.backward()
         losses[name], gradients[name] = float(loss.detach()), trainer.model.get_input_embeddings().weight.grad
     assert abs(losses["fused"] - math.log(2)) > 0.01, "log 2 says nothing about the log-probs"

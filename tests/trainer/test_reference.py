@@ -6,8 +6,9 @@ import logging
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import datasets
 import numpy as np
@@ -158,7 +159,10 @@ def partitioned(monkeypatch) -> Callable[[nn.Module], nn.Module]:
         for parameter in parameters:
             parameter.data = torch.empty(0)
 
-    monkeypatch.setitem(sys.modules, "deepspeed.zero", SimpleNamespace(GatheredParameters=gathered))
+    deepspeed = ModuleType("deepspeed")
+    deepspeed.__spec__ = ModuleSpec("deepspeed", None)  # others look whether it is installed
+    deepspeed.zero = SimpleNamespace(GatheredParameters=gathered)
+    monkeypatch.setitem(sys.modules, "deepspeed", deepspeed)
     empty.whole = whole
     return empty
 

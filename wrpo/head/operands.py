@@ -56,10 +56,7 @@ def _whole(weight: Tensor) -> Tensor:
     if not weight.is_floating_point():
         raise ValueError(f"the output head is quantised to {weight.dtype}; keep it in a floating type")
     if weight.dim() != 2 or weight.numel() == 0:
-        raise ValueError(
-            f"the output head's weight is {list(weight.shape)} when it runs, expected [V, D]: FSDP1 gathers an adapter "
-            "on the head apart from it. Take FSDP2 (fsdp_version: 2), or leave the head without an adapter"
-        )
+        raise ValueError(f"the output head's weight is {list(weight.shape)} when it runs, expected [V, D]")
     return weight
 
 
@@ -91,6 +88,11 @@ def _with_lora(head: Any, hidden: Tensor) -> HeadOperands:
             kind = "lora_bias" if variant is None else getattr(variant, "__name__", type(variant).__name__)
             raise TypeError(f"adapter {name!r} on the output head uses {kind}; only plain LoRA is known there")
         down = head.lora_A[name]
+        if hasattr(down, "_fsdp_wrapped_module"):
+            raise ValueError(
+                f"adapter {name!r} on the output head: FSDP1 gathers it apart from the head. Take FSDP2 (fsdp_version: "
+                "2), or leave the head without an adapter"
+            )
         low.append(down(head.lora_dropout[name](hidden.to(down.weight.dtype))) * head.scaling[name])
         up.append(_whole(head.lora_B[name].weight))
     return plain._replace(adapter=(torch.cat(low, -1), torch.cat(up, 1)))

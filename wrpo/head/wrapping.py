@@ -12,9 +12,12 @@ def is_partitioned(model: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") or parameter.is_meta for parameter in model.parameters())
 
 
-def runs_otherwise_when_wrapped(accelerator: Any) -> bool:
-    """Whether the wrapped model rounds otherwise (FSDP's and DeepSpeed's own mixed precision), or is in shards."""
-    return accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
+def arithmetic_of_wrapper(accelerator: Any) -> str | None:
+    """In words, where the wrapped model rounds otherwise, or is in shards; None: it runs as it does now."""
+    kind = accelerator.distributed_type.value
+    if kind == "FSDP":
+        return f"FSDP {accelerator.state.fsdp_plugin.mixed_precision_policy}"
+    return kind if kind == "DEEPSPEED" else None
 
 
 def takes_weights_of_first_process(accelerator: Any) -> bool:

@@ -79,9 +79,9 @@ def _gathered(value: Tensor) -> AbstractContextManager:
     """While it lasts, a parameter that ZeRO-3 has emptied is there."""
     if not hasattr(value, "ds_id"):
         return nullcontext()
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    return GatheredParameters([value])
+    return deepspeed.zero.GatheredParameters([value])
 
 
 def refuse_unequal(fingerprints: list[dict[str, str]], *, but: str | None = None) -> None:

@@ -235,6 +235,6 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer, LayoutTrainer):
 
 
 def is_finite(parameter: Tensor) -> bool:
-    """Of a parameter that FSDP has sharded: this rank's share."""
-    own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    """Of a parameter that FSDP or ZeRO-3 has sharded: this rank's share."""
+    own = parameter.to_local() if hasattr(parameter, "to_local") else getattr(parameter, "ds_tensor", parameter)
     return not own.is_floating_point() or own.is_meta or bool(own.detach().isfinite().all())

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 
 from wrpo.head.fused_head import install_fused_head
-from wrpo.head.wrapping import is_partitioned, runs_otherwise_when_wrapped, takes_weights_of_first_process
+from wrpo.head.wrapping import arithmetic_of_wrapper, is_partitioned, takes_weights_of_first_process
 from wrpo.reference.cache import ReferenceFile
 from wrpo.reference.fingerprint import model_fingerprint, refuse_unequal
 from wrpo.reference.precomputed import Precomputed
@@ -33,6 +33,8 @@ from wrpo.reference.reference import (
 from .head_trainer import HeadTrainer
 
 logger = logging.getLogger("wrpo.reference")
+
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # what DeepSpeed casts all parameters to
 
 
 class ReferenceTrainer(HeadTrainer):
@@ -93,14 +95,22 @@ class ReferenceTrainer(HeadTrainer):
         model.requires_grad_(False)
         check = self.args.check_head and not takes_weights_of_first_process(self.accelerator)
         install_fused_head(model, check=check)
-        autocast: Callable[[], AbstractContextManager] = self.accelerator.autocast
-        if self.accelerator.is_fsdp2:
-            model, autocast = fsdp2_prepare_model(self.accelerator, model), nullcontext
-        else:
+        is_wrapped = arithmetic_of_wrapper(self.accelerator) is not None
+        if not is_wrapped or self.is_deepspeed_enabled:
             self.place_reference(model, is_own=ref_model is None)
         if ref_model is not None:
             self.agree_on_layout(model, self.probed_rows())
-        return FrozenCopy(model, autocast, **self.args.head_options())
+        if not is_wrapped:
+            return FrozenCopy(model, self.accelerator.autocast, **self.args.head_options())
+        if self.is_deepspeed_enabled:
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(HALVES.get(self.accelerator.mixed_precision, parameter.dtype))
+        elif self.accelerator.is_fsdp2:
+            model = fsdp2_prepare_model(self.accelerator, model)
+        else:
+            model = self.accelerator.prepare_model(model)
+            self.accelerator._models.remove(model)  # those are trained
+        return FrozenCopy(model, nullcontext, **self.args.head_options())
 
     def place_reference(self, model: nn.Module, is_own: bool) -> None:
         """On the device: the Trainer never saw `ref_model`, and under FSDP and DeepSpeed leaves its own on the CPU."""
@@ -116,7 +126,8 @@ class ReferenceTrainer(HeadTrainer):
         policy, when the first batch asks for it.
         """
         args, model = self.args, self.model if ref_model is None else ref_model
-        waits = ref_model is None and runs_otherwise_when_wrapped(self.accelerator)
+        wrapper = arithmetic_of_wrapper(self.accelerator)
+        waits = ref_model is None and wrapper is not None
         if not waits:
             if not is_partitioned(model):
                 self.place_reference(model, is_own=ref_model is None)
@@ -125,7 +136,7 @@ class ReferenceTrainer(HeadTrainer):
             self.agree_on_layout(ref_model, self.probed_rows())
         settings = {"mixed_precision": self.accelerator.mixed_precision, "head": str(install_fused_head(model))}
         if waits:
-            settings["wrapped"] = self.accelerator.distributed_type.value
+            settings["wrapper"] = str(wrapper)
         fingerprint = model_fingerprint(model, self.processing_class, settings)
         folder = Path(args.reference_cache_dir or Path(args.output_dir) / "reference")
 

@@ -3,9 +3,12 @@
 #   WRPO_CUDA_ARCHS=90 make test-gpu   build for one generation of devices only
 #   make test ARGS="-k softcap -x"   more words for pytest, the demo or the benchmarks
 #   make test ARGS="-n 0 --pdb"    in one process
+#   make test-torch TORCH=2.8.0    the ops with another torch; TORCH_INDEX=https://download.pytorch.org/whl/cpu spares 6 GB
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+TORCH ?=
+TORCH_INDEX ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -17,13 +20,15 @@ NATIVE := setup.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/
 
 .DEFAULT_GOAL := menu
 .DELETE_ON_ERROR:
-.PHONY: menu demo fuse experiment test fuzz sanitize-cpu bench lint format docs wheel test-gpu sanitize bench-gpu bench-gpu-steps clean
+.PHONY: menu demo fuse experiment test test-torch fuzz sanitize-cpu bench lint format docs wheel test-gpu sanitize \
+	bench-gpu bench-gpu-steps clean
 
 menu:
 	@echo "make demo        fine-tune a real language model on this machine: answers before and after, a curve, a saved model"
 	@echo "make fuse        from candidates to a fused model, each public command shown as it runs, into fuse-output/"
 	@echo "make experiment  does fusion work? tiny specialists fused, every arm of the paper, into docs/fusion.md"
 	@echo "make test        every test that needs no GPU"
+	@echo "make test-torch  TORCH=2.8.0: the ops with that torch, in an environment of its own (gigabytes; make clean)"
 	@echo "make fuzz        ten minutes of random calls of every op against float64 formulas"
 	@echo "make sanitize-cpu  random calls and tests of the CPU kernels under AddressSanitizer and UBSan, 5 minutes"
 	@echo "make bench       the fused loss beside every rival: time, memory, errors; a table and pictures, under 5 minutes"
@@ -48,6 +53,18 @@ experiment: $(VENV)/installed-demo
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m "not gpu" $(WORKERS) $(ARGS)
+
+# Not the constraints of this repository, which name one torch. numpy: the interpreter of Triton 3.4, which torch 2.8
+# brings, makes numbers of arrays as numpy 2.4 no longer does.
+OTHER := build/torch-$(TORCH)
+
+test-torch:
+	@test -n "$(TORCH)" || { echo "say which torch: make test-torch TORCH=2.8.0"; exit 2; }
+	$(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/python -m pip install --quiet "torch==$(TORCH)" "numpy<2.4" pytest setuptools pybind11 ninja \
+		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX) --extra-index-url https://pypi.org/simple)
+	WRPO_BUILD=cpu $(OTHER)/bin/python setup.py --quiet build_ext --inplace
+	$(OTHER)/bin/python -m pytest -m "not gpu and not slow" tests/kernels $(ARGS)
 
 fuzz: $(VENV)/installed-test
 	$(BIN)/python tests/kernels/fuzz.py --seconds 600 $(ARGS)

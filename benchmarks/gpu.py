@@ -137,7 +137,7 @@ def rows(sizes: Sizes, device: str, watch: Stopwatch) -> Iterator[Figure]:
 
 
 def row_contestants(kind: str, logits: Tensor, labels: Tensor) -> dict[str, Callable[[], object]]:
-    logp, lse = (torch.empty(len(logits), device=logits.device) for _ in range(2))
+    logp, lse = (torch.empty(*size, len(logits), device=logits.device) for size in ((), (2,)))
 
     def runs(kernel) -> Callable[[], object]:
         function = getattr(kernel, kind)

@@ -52,6 +52,15 @@ WRPO_INLINE float fused(float a, float b, float c) {
 #endif
 }
 
+// a * b + c with the product as it is, for a difference of large scores: in doubles where there is no FMA unit.
+WRPO_INLINE float fused_exactly(float a, float b, float c) {
+#if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(a, b, c);
+#else
+  return float(double(a) * double(b) + double(c));
+#endif
+}
+
 // elementary functions
 
 // 2^x for x < 127, relative error < 2e-7. Below 2^-126 (also -inf) exactly 0; NaN stays NaN; pow2(0) == 1.
@@ -188,6 +197,28 @@ template <class Real>
 WRPO_INLINE LogSumExp<Real> rebase(LogSumExp<Real> a, float top) {
   if (a.top == top || a.sum == Real(0)) return LogSumExp<Real>{top, a.sum};
   return LogSumExp<Real>{top, a.sum * pow2(Real(a.top) - Real(top))};
+}
+
+// What the label has of a row, from sums relative to one reference: its own term `mine` = 2^relative and the `rest`.
+// Where the label is nearly certain 1 - p is the small number, so it is never computed as a difference.
+struct OfLabel {
+  double logp;     // nats
+  double missing;  // 1 - p
+};
+
+WRPO_INLINE OfLabel of_label(double relative, double mine, double rest) {
+  const double logp = mine > rest ? -log1p(rest / mine) : relative * kLn2 - log(mine + rest);
+  return OfLabel{logp >= 0 ? 0.0 : logp, rest / (mine + rest)};
+}
+
+// A log-sum-exp as two floats: one alone has fewer digits after the point the larger the scores are.
+struct Halves {
+  float high, low;
+};
+
+WRPO_INLINE Halves halves_of(double value) {
+  const float high = float(value);
+  return Halves{high, float(value - double(high))};
 }
 
 // margin losses

@@ -70,13 +70,14 @@ void token_logp(Pointer logits, int dtype, int64_t n, int64_t V, int64_t row_str
 
 void token_logp_grad(Pointer logits, int dtype, int64_t n, int64_t V, int64_t row_stride, Pointer target,
                      int64_t ignore_index, Pointer bias, double scale, double softcap, double inv_temperature,
-                     Pointer lse, Pointer grad_logp, Pointer grad_logits, int64_t grad_row_stride, int threads) {
+                     Pointer logp, Pointer lse, Pointer grad_logp, Pointer grad_logits, int64_t grad_row_stride,
+                     int threads) {
   if (n == 0) return;
-  require_present({{"lse", lse}, {"grad_logp", grad_logp}, {"grad_logits", grad_logits}});
+  require_present({{"logp", logp}, {"lse", lse}, {"grad_logp", grad_logp}, {"grad_logits", grad_logits}});
   const auto args = token_logp_args(logits, dtype, n, V, row_stride, target, ignore_index, bias, scale, softcap,
                                     inv_temperature, threads);
-  wrpo::level_in_use().token_logp_grad(args, as<const float>(lse), as<const float>(grad_logp), as<void>(grad_logits),
-                                       grad_row_stride);
+  wrpo::level_in_use().token_logp_grad(args, as<const float>(logp), as<const float>(lse), as<const float>(grad_logp),
+                                       as<void>(grad_logits), grad_row_stride);
 }
 
 // transpose
@@ -205,13 +206,13 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_simd", &wrpo::use_level, "level"_a, "Choose the instruction set: generic, avx2 or avx512.");
   m.def("token_logp", &token_logp<&wrpo::Level::token_logp>, Unlocked(), "logits"_a, "dtype"_a, "n"_a, "V"_a,
         "row_stride"_a, "target"_a, "ignore_index"_a, "bias"_a, "scale"_a, "softcap"_a, "inv_temperature"_a, "logp"_a,
-        "lse"_a, "threads"_a, "logp[n] and lse[n] of each row.");
+        "lse"_a, "threads"_a, "logp [n] and lse [2, n] of each row.");
   m.def("token_logp_delta_", &token_logp<&wrpo::Level::token_logp_delta>, Unlocked(), "logits"_a, "dtype"_a, "n"_a,
         "V"_a, "row_stride"_a, "target"_a, "ignore_index"_a, "bias"_a, "scale"_a, "softcap"_a, "inv_temperature"_a,
         "logp"_a, "lse"_a, "threads"_a, "The same, and overwrites the logits with d logp[n] / d logits[n, v].");
   m.def("token_logp_grad", &token_logp_grad, Unlocked(), "logits"_a, "dtype"_a, "n"_a, "V"_a, "row_stride"_a,
-        "target"_a, "ignore_index"_a, "bias"_a, "scale"_a, "softcap"_a, "inv_temperature"_a, "lse"_a, "grad_logp"_a,
-        "grad_logits"_a, "grad_row_stride"_a, "threads"_a,
+        "target"_a, "ignore_index"_a, "bias"_a, "scale"_a, "softcap"_a, "inv_temperature"_a, "logp"_a, "lse"_a,
+        "grad_logp"_a, "grad_logits"_a, "grad_row_stride"_a, "threads"_a,
         "grad_logits[n, v] = grad_logp[n] * d logp[n] / d logits[n, v].");
   m.def("transpose", &transpose, Unlocked(), "src"_a, "itemsize"_a, "rows"_a, "cols"_a, "src_row_stride"_a, "dst"_a,
         "dst_row_stride"_a, "threads"_a, "dst[c, r] = src[r, c]");

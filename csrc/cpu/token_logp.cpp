@@ -94,7 +94,9 @@ struct Scores {
     return Tanh{linear, 1.f};
   }
 
-  WRPO_INLINE float relative(float linear, float top) const { return fused(capped(linear).value, multiplier, -top); }
+  WRPO_INLINE float relative(float linear, float top) const {
+    return fused_exactly(capped(linear).value, multiplier, -top);
+  }
 };
 
 WRPO_INLINE float larger(float a, float b) { return a > b ? a : b; }  // b where a is NaN
@@ -132,10 +134,21 @@ BlockSum block_sum(S row, int64_t begin, int count, float top) {
   return BlockSum{(s0 + s1) + (s2 + s3), larger(larger(m0, m1), larger(m2, m3))};
 }
 
-// One read of the row; a block whose scores are far from the reference is summed again, from L1. kTooFar where even
-// the reference is out of reach.
+// The same without the label.
 template <class S>
-LogSumExp<double> row_logsumexp(S row, int64_t V) {
+BlockSum block_sum_of_others(S row, int64_t begin, int count, float top, int64_t label) {
+  const int64_t end = begin + count;
+  if (label < begin || label >= end) return block_sum(row, begin, count, top);
+  const BlockSum before = block_sum(row, begin, int(label - begin), top);
+  const BlockSum after = block_sum(row, label + 1, int(end - label - 1), top);
+  return BlockSum{before.sum + after.sum, larger(before.max, after.max)};
+}
+
+// The sum over all but the label, whose term would hide the others where it is nearly certain. One read of the row; a
+// block whose scores are far from the reference is summed again, from L1. kTooFar where even the reference is out of
+// reach.
+template <class S>
+LogSumExp<double> sum_of_others(S row, int64_t V, int64_t label) {
   LogSumExp<double> total{-kInf, 0.0};
   float max = -kInf;
   for (int64_t begin = 0; begin < V; begin += kBlock) {
@@ -143,11 +156,11 @@ LogSumExp<double> row_logsumexp(S row, int64_t V) {
     const bool is_empty = total.sum == 0;  // nothing above -inf so far: the reference may still fall
     float top = is_empty ? sample_max(row, begin, count) : total.top;
     if (!(std::fabs(top) <= kFar)) return kTooFar;
-    BlockSum block = block_sum(row, begin, count, top);
+    BlockSum block = block_sum_of_others(row, begin, count, top, label);
     while (block.max > kStale || (is_empty && block.max < -kStale && block.max > -kInf)) {
       top += block.max;
       if (!(std::fabs(top) <= kFar)) return kTooFar;
-      block = block_sum(row, begin, count, top);
+      block = block_sum_of_others(row, begin, count, top, label);
     }
     total = rebase(total, top);
     total.sum += block.sum;
@@ -168,16 +181,16 @@ void prefetch_piece(const T* x, int64_t count) {
     __builtin_prefetch(reinterpret_cast<const char*>(x) + i, 0, 2);
 }
 
-// out[v] = coef * d z/dx * (1[v = target] - 2^(z2_v - top) / sum); out may be the row itself. Meanwhile `next`, the
-// row after this one or nullptr, comes into L2.
+// out[v] = coef * d z/dx * (1[v = target] - 2^(z2_v - top) / sum), of the target by `missing`, its 1 - p; out may be
+// the row itself. Meanwhile `next`, the row after this one or nullptr, comes into L2.
 template <class T, bool has_bias, bool has_softcap>
 void row_delta(Scores<T, has_bias, has_softcap> row, int64_t V, LogSumExp<double> total, double coef, int64_t target,
-               T* out, const T* next) {
-  const float top = total.top, target_factor = float(coef), factor = float(-coef / total.sum);
-  const float linear_target = row.linear(target);
+               double missing, T* out, const T* next) {
+  const float top = total.top, factor = float(-coef / total.sum);
+  const float of_target = float(coef * missing) * row.capped(row.linear(target)).slope;
   const auto softmax_part = [&](float linear) {
     const Tanh t = row.capped(linear);
-    return factor * t.slope * pow2(fused(t.value, row.multiplier, -top));
+    return factor * t.slope * pow2(fused_exactly(t.value, row.multiplier, -top));
   };
   for (int64_t begin = 0; begin < V; begin += kPiece) {
     const int64_t count = V - begin < kPiece ? V - begin : kPiece, quarter = quarter_of(count);
@@ -188,13 +201,13 @@ void row_delta(Scores<T, has_bias, has_softcap> row, int64_t V, LogSumExp<double
 #pragma omp simd
     for (int64_t v = begin + 4 * quarter; v < begin + count; ++v) out[v] = store<T>(softmax_part(row.linear(v)));
   }
-  out[target] = store<T>(target_factor * row.capped(linear_target).slope + softmax_part(linear_target));
+  out[target] = store<T>(of_target);
 }
 
 // The same in doubles, an element at a time: slow, and right for every score that is finite in
 // units of log 2.
 struct Wide {
-  double top, sum;  // log-sum-exp, base 2: top + log2(sum)
+  double top, relative, mine, rest;  // log-sum-exp, base 2: top + log2(mine + rest)
 };
 
 template <class S>
@@ -203,18 +216,21 @@ double wide_score(S row, int64_t v) {
 }
 
 template <class S>
-Wide wide_logsumexp(S row, int64_t V) {
-  Wide total{-double(kInf), 0.0};
-  for (int64_t v = 0; v < V; ++v) total.top = wide_score(row, v) > total.top ? wide_score(row, v) : total.top;
-  for (int64_t v = 0; v < V; ++v) total.sum += exp2(wide_score(row, v) - total.top);
-  return total;
+Wide wide_logsumexp(S row, int64_t V, int64_t label) {
+  double top = -double(kInf), rest = 0;
+  for (int64_t v = 0; v < V; ++v) top = wide_score(row, v) > top ? wide_score(row, v) : top;
+  for (int64_t v = 0; v < V; ++v)
+    if (v != label) rest += exp2(wide_score(row, v) - top);
+  const double relative = wide_score(row, label) - top;
+  return Wide{top, relative, exp2(relative), rest};
 }
 
 template <class S, class T>
 void wide_delta(S row, int64_t V, Wide total, double coef, int64_t target, T* out) {
+  const double sum = total.mine + total.rest;
   for (int64_t v = 0; v < V; ++v) {
-    const double p = exp2(wide_score(row, v) - total.top) / total.sum;
-    out[v] = store<T>(float(coef * row.capped(row.linear(v)).slope * ((v == target ? 1.0 : 0.0) - p)));
+    const double delta = v == target ? total.rest / sum : -exp2(wide_score(row, v) - total.top) / sum;
+    out[v] = store<T>(float(coef * row.capped(row.linear(v)).slope * delta));
   }
 }
 
@@ -241,24 +257,29 @@ void forward(const TokenLogp& a, Scores<T, has_bias, has_softcap> row, int64_t n
   T* x = static_cast<T*>(a.logits) + n * a.row_stride;
   const int64_t y = a.target[n];
   if (y == a.ignore_index) {
-    logp[n] = lse[n] = 0.f;
+    logp[n] = lse[n] = lse[a.n + n] = 0.f;
     if (overwrite) fill_zero(x, a.V);
     return;
   }
   row.x = x;
-  const LogSumExp<double> total = row_logsumexp(row, a.V);
-  if (total.top == kInf) {
-    const Wide wide = wide_logsumexp(row, a.V);
-    logp[n] = float((wide_score(row, y) - wide.top - log2(wide.sum)) * kLn2);
-    lse[n] = float((wide.top + log2(wide.sum)) * kLn2);
+  const auto write = [&](OfLabel label, double total) {
+    const Halves halves = halves_of(total);
+    logp[n] = float(label.logp), lse[n] = halves.high, lse[a.n + n] = halves.low;
+  };
+  const LogSumExp<double> others = sum_of_others(row, a.V, y);
+  const float linear = row.linear(y), score = row.relative(linear, 0.f);
+  if (others.top == kInf || !(score <= kFar)) {
+    const Wide wide = wide_logsumexp(row, a.V, y);
+    write(of_label(wide.relative, wide.mine, wide.rest), (wide.top + log2(wide.mine + wide.rest)) * kLn2);
     if (overwrite) wide_delta(row, a.V, wide, outer_slope(a), y, x);
     return;
   }
-  const double log2_sum = log2(total.sum);
-  const float l = float((double(row.relative(row.linear(y), total.top)) - log2_sum) * kLn2);
-  logp[n] = l > 0.f ? 0.f : l;
-  lse[n] = float((double(total.top) + log2_sum) * kLn2);
-  if (overwrite) row_delta(row, a.V, total, outer_slope(a), y, x, n + 1 < a.n ? x + a.row_stride : nullptr);
+  const float top = larger(score, others.top);
+  const double relative = row.relative(linear, top), mine = exp2(relative), rest = rebase(others, top).sum;
+  const OfLabel label = of_label(relative, mine, rest);
+  write(label, (double(top) + log2(mine + rest)) * kLn2);
+  const T* next = n + 1 < a.n ? x + a.row_stride : nullptr;
+  if (overwrite) row_delta(row, a.V, {top, mine + rest}, outer_slope(a), y, label.missing, x, next);
 }
 
 template <bool overwrite>
@@ -270,16 +291,16 @@ void all_rows(const TokenLogp& a, float* logp, float* lse) {
 }
 
 template <class T, bool has_bias, bool has_softcap>
-void backward(const TokenLogp& a, Scores<T, has_bias, has_softcap> row, int64_t n, float lse, float grad, T* out) {
+void backward(const TokenLogp& a, Scores<T, has_bias, has_softcap> row, int64_t n, float logp, double lse, float grad,
+              T* out) {
   const int64_t y = a.target[n];
   if (y == a.ignore_index) return fill_zero(out, a.V);
   row.x = static_cast<const T*>(a.logits) + n * a.row_stride;
-  const double lse2 = double(lse) * kLog2E;
+  const double lse2 = lse * kLog2E, coef = double(grad) * outer_slope(a);
   const float top = float(lse2);
-  if (!(std::fabs(top) <= kFar))
-    return wide_delta(row, a.V, wide_logsumexp(row, a.V), double(grad) * outer_slope(a), y, out);
+  if (!(std::fabs(top) <= kFar)) return wide_delta(row, a.V, wide_logsumexp(row, a.V, y), coef, y, out);
   const T* nothing = nullptr;
-  row_delta(row, a.V, {top, pow2(lse2 - double(top))}, double(grad) * outer_slope(a), y, out, nothing);
+  row_delta(row, a.V, {top, pow2(lse2 - double(top))}, coef, y, -expm1(double(logp)), out, nothing);
 }
 
 }  // namespace
@@ -288,13 +309,14 @@ void token_logp(const TokenLogp& a, float* logp, float* lse) { all_rows<false>(a
 
 void token_logp_delta(const TokenLogp& a, float* logp, float* lse) { all_rows<true>(a, logp, lse); }
 
-void token_logp_grad(const TokenLogp& a, const float* lse, const float* grad_logp, void* grad_logits,
+void token_logp_grad(const TokenLogp& a, const float* logp, const float* lse, const float* grad_logp, void* grad_logits,
                      int64_t grad_row_stride) {
   dispatch(a, [&](auto row) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(row.x)>>;
 #pragma omp parallel for schedule(static) num_threads(a.threads)
     for (int64_t n = 0; n < a.n; ++n)
-      backward(a, row, n, lse[n], grad_logp[n], static_cast<T*>(grad_logits) + n * grad_row_stride);
+      backward(a, row, n, logp[n], double(lse[n]) + double(lse[a.n + n]), grad_logp[n],
+               static_cast<T*>(grad_logits) + n * grad_row_stride);
   });
 }
 

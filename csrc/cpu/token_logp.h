@@ -23,15 +23,16 @@ struct TokenLogp {
 
 }  // namespace wrpo
 
-#define WRPO_DECLARE_TOKEN_LOGP(level)                                                                          \
-  namespace wrpo::level {                                                                                       \
-  /* logp[n] = z[n, y] - log sum_v exp z[n, v];  lse[n] = that logarithm, nats; both 0 on ignored rows */       \
-  void token_logp(const TokenLogp&, float* logp, float* lse);                                                   \
-  /* the same, and overwrites the logits with d logp[n] / d logits[n, v]; 0 on ignored rows */                  \
-  void token_logp_delta(const TokenLogp&, float* logp, float* lse);                                             \
-  /* grad_logits[n, v] = grad_logp[n] * d logp[n] / d logits[n, v]; grad_logits may be the logits themselves */ \
-  void token_logp_grad(const TokenLogp&, const float* lse, const float* grad_logp, void* grad_logits,           \
-                       int64_t grad_row_stride);                                                                \
+#define WRPO_DECLARE_TOKEN_LOGP(level)                                                                            \
+  namespace wrpo::level {                                                                                         \
+  /* logp[n] = z[n, y] - log sum_v exp z[n, v];  lse [2, n]: that logarithm, nats, is the sum of both; all of  */ \
+  /* them are 0 on ignored rows */                                                                                \
+  void token_logp(const TokenLogp&, float* logp, float* lse);                                                     \
+  /* the same, and overwrites the logits with d logp[n] / d logits[n, v]; 0 on ignored rows */                    \
+  void token_logp_delta(const TokenLogp&, float* logp, float* lse);                                               \
+  /* grad_logits[n, v] = grad_logp[n] * d logp[n] / d logits[n, v]; grad_logits may be the logits themselves */   \
+  void token_logp_grad(const TokenLogp&, const float* logp, const float* lse, const float* grad_logp,             \
+                       void* grad_logits, int64_t grad_row_stride);                                               \
   }
 
 WRPO_DECLARE_TOKEN_LOGP(generic)

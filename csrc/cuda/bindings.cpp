@@ -61,14 +61,14 @@ void token_logp(Pointer logits, int dtype, int64_t n, int64_t V, int64_t row_str
 
 void token_logp_grad(Pointer logits, int dtype, int64_t n, int64_t V, int64_t row_stride, Pointer target,
                      int64_t ignore_index, Pointer bias, double scale, double softcap, double inv_temperature,
-                     Pointer lse, Pointer grad_logp, Pointer grad_logits, int64_t grad_row_stride, int device,
-                     Stream stream) {
+                     Pointer logp, Pointer lse, Pointer grad_logp, Pointer grad_logits, int64_t grad_row_stride,
+                     int device, Stream stream) {
   if (n == 0) return;
-  require_present({{"lse", lse}, {"grad_logp", grad_logp}, {"grad_logits", grad_logits}});
+  require_present({{"logp", logp}, {"lse", lse}, {"grad_logp", grad_logp}, {"grad_logits", grad_logits}});
   const auto args =
       token_logp_args(logits, dtype, n, V, row_stride, target, ignore_index, bias, scale, softcap, inv_temperature);
-  wrpo::cuda::token_logp_grad(args, as<const float>(lse), as<const float>(grad_logp), as<void>(grad_logits),
-                              grad_row_stride, device, stream);
+  wrpo::cuda::token_logp_grad(args, as<const float>(logp), as<const float>(lse), as<const float>(grad_logp),
+                              as<void>(grad_logits), grad_row_stride, device, stream);
 }
 
 // ---- preference_loss ------------------------------------------------------------------------------------------
@@ -136,14 +136,14 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("archs", &archs, "Architectures of the machine code inside; the last one is there as PTX as well.");
   m.def("token_logp", &token_logp<&wrpo::cuda::token_logp>, Unlocked(), "logits"_a, "dtype"_a, "n"_a, "V"_a,
         "row_stride"_a, "target"_a, "ignore_index"_a, "bias"_a, "scale"_a, "softcap"_a, "inv_temperature"_a, "logp"_a,
-        "lse"_a, "device"_a, "stream"_a, "logp[n] and lse[n] of each row.");
+        "lse"_a, "device"_a, "stream"_a, "logp [n] and lse [2, n] of each row.");
   m.def("token_logp_delta_", &token_logp<&wrpo::cuda::token_logp_delta>, Unlocked(), "logits"_a, "dtype"_a, "n"_a,
         "V"_a, "row_stride"_a, "target"_a, "ignore_index"_a, "bias"_a, "scale"_a, "softcap"_a, "inv_temperature"_a,
         "logp"_a, "lse"_a, "device"_a, "stream"_a,
         "The same, and overwrites the logits with d logp[n] / d logits[n, v].");
   m.def("token_logp_grad", &token_logp_grad, Unlocked(), "logits"_a, "dtype"_a, "n"_a, "V"_a, "row_stride"_a,
-        "target"_a, "ignore_index"_a, "bias"_a, "scale"_a, "softcap"_a, "inv_temperature"_a, "lse"_a, "grad_logp"_a,
-        "grad_logits"_a, "grad_row_stride"_a, "device"_a, "stream"_a,
+        "target"_a, "ignore_index"_a, "bias"_a, "scale"_a, "softcap"_a, "inv_temperature"_a, "logp"_a, "lse"_a,
+        "grad_logp"_a, "grad_logits"_a, "grad_row_stride"_a, "device"_a, "stream"_a,
         "grad_logits[n, v] = grad_logp[n] * d logp[n] / d logits[n, v].");
   m.def("preference_loss", &preference_loss, Unlocked(), "logp"_a, "ref_logp"_a, "seq_weight"_a, "group"_a, "length"_a,
         "nll_weight"_a, "group_weight"_a, "S"_a, "G"_a, "beta"_a, "gamma"_a, "loss_kind"_a, "label_smoothing"_a,

@@ -17,11 +17,11 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
 
 template <class S>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
-    token_logp_grad_kernel(const __grid_constant__ Rows a, const float* lse, const float* grad_logp, void* grad_logits,
-                           int64_t grad_row_stride) {
+    token_logp_grad_kernel(const __grid_constant__ Rows a, const float* logp, const float* lse, const float* grad_logp,
+                           void* grad_logits, int64_t grad_row_stride) {
   typename S::T* out = static_cast<typename S::T*>(grad_logits) + int64_t(blockIdx.x) * grad_row_stride;
   __shared__ Sum partial[kRowThreads / 32];
-  token_logp_grad_body<S>(CudaBlock<kRowThreads>{}, blockIdx.x, a, lse, grad_logp, out, partial);
+  token_logp_grad_body<S>(CudaBlock<kRowThreads>{}, blockIdx.x, a, logp, lse, grad_logp, out, partial);
 }
 
 // Bytes of a row that a block of `kernel` keeps in shared memory: two blocks share an SM, so that one reads while the
@@ -58,12 +58,12 @@ void token_logp_delta(const TokenLogp& a, float* logp, float* lse, int device, S
   check(cudaGetLastError());
 }
 
-void token_logp_grad(const TokenLogp& a, const float* lse, const float* grad_logp, void* grad_logits,
+void token_logp_grad(const TokenLogp& a, const float* logp, const float* lse, const float* grad_logp, void* grad_logits,
                      int64_t grad_row_stride, int device, Stream stream) {
   const OnDevice guard(device);
   dispatch(a, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
-    token_logp_grad_kernel<S><<<unsigned(a.n), kRowThreads, 0, cudaStream_t(stream)>>>(rows_of(a), lse, grad_logp,
+    token_logp_grad_kernel<S><<<unsigned(a.n), kRowThreads, 0, cudaStream_t(stream)>>>(rows_of(a), logp, lse, grad_logp,
                                                                                        grad_logits, grad_row_stride);
   });
   check(cudaGetLastError());

@@ -18,13 +18,13 @@ constexpr int kAhead = 4;  // packs of a thread under way at a time: 64 KB on an
 // A pack is summed against a past reference unless it holds a score more than 2^kStale times above it.
 constexpr float kStale = 8.f;
 
-// Beyond this log-sum-exp, base 2, its float32 has no digits left for a difference to a score.
+// Beyond this log-sum-exp, base 2, its two floats have too few digits left for a difference to a score.
 constexpr float kFar = 4194304.f;  // 2^22
 
 // What a kernel knows of its problem; the factors are settled on the host, in double.
 struct Rows {
   void* logits;
-  int64_t row_stride;
+  int64_t n, row_stride;
   int V;
   const int64_t* target;
   int64_t ignore_index;
@@ -40,9 +40,8 @@ inline Rows rows_of(const TokenLogp& a) {
                             (a.softcap != 0 ? a.softcap
                              : a.scale < 0  ? -a.scale
                                             : a.scale);
-  return {a.logits,     a.row_stride,      int(a.V),
-          a.target,     a.ignore_index,    a.bias,
-          float(inner), float(multiplier), float(a.scale * a.inv_temperature)};
+  return {a.logits,       a.n,    a.row_stride, int(a.V),          a.target,
+          a.ignore_index, a.bias, float(inner), float(multiplier), float(a.scale * a.inv_temperature)};
 }
 
 WRPO_BODY float larger(float a, float b) {
@@ -105,14 +104,14 @@ struct Scores {
 
   WRPO_BODY float relative(float capped, float top) const { return (capped - top) * multiplier; }
 
-  // Takes `y` into the sum; its reference moves only where it must.
-  template <int size>
-  WRPO_BODY void add(Sum& total, Floats<size> y) const {
+  // Takes `y` into the sum, but for the element `label` if that is one of them; its reference moves only where it must.
+  template <bool has_label, int size>
+  WRPO_BODY void add(Sum& total, Floats<size> y, int label = -1) const {
     float max = -kInf;
     WRPO_UNROLL
     for (int j = 0; j < size; ++j) {
       y.of[j] = capped(y.of[j]).value;
-      max = larger(y.of[j], max);
+      if (!has_label || j != label) max = larger(y.of[j], max);
     }
     float top = total.top;
     if (total.sum == 0.f)  // nothing above -inf so far: the reference may still fall
@@ -121,7 +120,8 @@ struct Scores {
       top = max;
     total = Sum{top, Merge{multiplier}.moved(total, top)};
     WRPO_UNROLL
-    for (int j = 0; j < size; ++j) total.sum += pow2(relative(y.of[j], top));
+    for (int j = 0; j < size; ++j)
+      if (!has_label || j != label) total.sum += pow2(relative(y.of[j], top));
   }
 
   // factor * d z/dx * 2^(relative to top)
@@ -171,30 +171,49 @@ WRPO_BODY void fill(Block block, T* out, int V, float value) {
   });
 }
 
-// The sum over a row; the first `num_kept` packs are left in `kept`, each by the thread that will want it again.
+// The sum over a row but for its label, whose term would hide the others where it is nearly certain. The first
+// `num_kept` packs are left in `kept`, each by the thread that will want it again.
 template <class Block, class S>
-WRPO_BODY Sum row_logsumexp(Block block, S row, Cut<typename S::T> cut, Sum* partial, Pack<typename S::T>* kept,
-                            int num_kept) {
+WRPO_BODY Sum sum_of_others(Block block, S row, Cut<typename S::T> cut, int64_t label, Sum* partial,
+                            Pack<typename S::T>* kept, int num_kept) {
   using T = typename S::T;
   const Pack<T>* packs = reinterpret_cast<const Pack<T>*>(row.x + cut.head);
   return block.reduced(partial, Merge{row.multiplier}, [&](int t) {
     Sum sum{0.f, 0.f};
-    if (t < cut.edges()) row.add(sum, row.linear(cut.edge(t)));
+    if (t < cut.edges() && cut.edge(t) != label) row.template add<false>(sum, row.linear(cut.edge(t)));
     each_pack<T, false>(
         t, Block::kThreads, cut.packs, [&](int i) { return i < num_kept ? read_last(packs + i) : packs[i]; },
         [&](const Pack<T>& pack, int i) {
           if (i < num_kept) kept[i] = pack;
-          row.add(sum, row.linear(pack, cut.first_of(i)));
+          const int first = cut.first_of(i);
+          if (label >= first && label < first + S::kSize)
+            row.template add<true>(sum, row.linear(pack, first), int(label - first));
+          else
+            row.template add<false>(sum, row.linear(pack, first));
         });
     return sum;
   });
 }
 
-// out[v] = coef * d z/dx * (1[v = target] - 2^(relative to top) / sum); out may be the row itself. `linear_target` was
-// read before any thread came here.
+// A row's sum in its two parts, relative to `top`, and the score of the label, relative to it too, base 2.
+struct Parts {
+  float top, relative, mine, rest;
+};
+
+// `linear_target` NaN makes NaN of all.
+template <class S>
+WRPO_BODY Parts with_label(const S& row, Sum others, float linear_target) {
+  const float label = row.capped(linear_target).value, top = others.sum == 0.f ? label : larger(label, others.top);
+  const float relative = row.relative(label, top);
+  return {top, relative, pow2(relative), Merge{row.multiplier}.moved(others, top)};
+}
+
+// out[v] = coef * d z/dx * (1[v = target] - 2^(relative to top) / sum), of the target by `missing`, its 1 - p; out may
+// be the row itself. `linear_target` was read before any thread came here.
 template <class Block, class S>
 WRPO_BODY void row_delta(Block block, S row, Cut<typename S::T> cut, Sum total, float coef, int64_t target,
-                         float linear_target, typename S::T* out, const Pack<typename S::T>* kept, int num_kept) {
+                         float missing, float linear_target, typename S::T* out, const Pack<typename S::T>* kept,
+                         int num_kept) {
   using T = typename S::T;
   const float top = total.top, factor = -coef / total.sum;
   const Pack<T>* packs = reinterpret_cast<const Pack<T>*>(row.x + cut.head);
@@ -213,8 +232,7 @@ WRPO_BODY void row_delta(Block block, S row, Cut<typename S::T> cut, Sum total, 
   });
   block.one([&] {
     if (target < 0 || target >= cut.V) return;  // the row is NaN
-    const float slope = row.capped(linear_target).slope;
-    out[target] = store<T>(coef * slope + row.softmax_part(Floats<1>{linear_target}, factor, top).of[0]);
+    out[target] = store<T>(coef * missing * row.capped(linear_target).slope);
   });
 }
 
@@ -230,34 +248,34 @@ WRPO_BODY void token_logp_body(Block block, int64_t n, const Rows& a, float* log
   T* x = static_cast<T*>(a.logits) + n * a.row_stride;
   const int64_t y = a.target[n];
   if (y == a.ignore_index) {
-    block.one([&] { logp[n] = lse[n] = 0.f; });
+    block.one([&] { logp[n] = lse[n] = lse[a.n + n] = 0.f; });
     if constexpr (overwrite) fill(block, x, a.V, 0.f);
     return;
   }
   const S row(a, n);
   const Cut<T> cut(row.x, a.V);
   const float linear_target = linear_or_nan(row, y, a.V);
-  Sum total = row_logsumexp(block, row, cut, partial, kept, num_kept);
-  if (linear_target != linear_target) total.sum = linear_target;
+  const Parts parts = with_label(row, sum_of_others(block, row, cut, y, partial, kept, num_kept), linear_target);
+  const float sum = parts.mine + parts.rest;
   block.one([&] {
-    const double log2_sum = log2(double(total.sum));
-    const float l = float((double(row.relative(row.capped(linear_target).value, total.top)) - log2_sum) * kLn2);
-    logp[n] = l > 0.f ? 0.f : l;
-    lse[n] = float((double(total.top) * double(row.multiplier) + log2_sum) * kLn2);
+    logp[n] = float(of_label(parts.relative, parts.mine, parts.rest).logp);
+    const Halves halves = halves_of((double(parts.top) * double(row.multiplier) + log2(double(sum))) * kLn2);
+    lse[n] = halves.high, lse[a.n + n] = halves.low;
   });
-  if constexpr (overwrite) row_delta(block, row, cut, total, a.slope, y, linear_target, x, kept, num_kept);
+  if constexpr (overwrite)
+    row_delta(block, row, cut, {parts.top, sum}, a.slope, y, parts.rest / sum, linear_target, x, kept, num_kept);
 }
 
 // The sum over a row from its log-sum-exp in nats.
 template <class S>
-WRPO_BODY Sum sum_from(const S& row, float lse) {
-  const float top = row.multiplier > 0.f ? lse * (float(kLog2E) / row.multiplier) : 0.f;
-  return {top, pow2(float(double(lse) * kLog2E - double(top) * double(row.multiplier)))};
+WRPO_BODY Sum sum_from(const S& row, double lse) {
+  const float top = row.multiplier > 0.f ? float(lse * (kLog2E / double(row.multiplier))) : 0.f;
+  return {top, pow2(float(lse * kLog2E - double(top) * double(row.multiplier)))};
 }
 
 template <class S, class Block>
-WRPO_BODY void token_logp_grad_body(Block block, int64_t n, const Rows& a, const float* lse, const float* grad_logp,
-                                    typename S::T* out, Sum* partial) {
+WRPO_BODY void token_logp_grad_body(Block block, int64_t n, const Rows& a, const float* logp, const float* lse,
+                                    const float* grad_logp, typename S::T* out, Sum* partial) {
   using T = typename S::T;
   const int64_t y = a.target[n];
   if (y == a.ignore_index) return fill(block, out, a.V, 0.f);
@@ -266,10 +284,14 @@ WRPO_BODY void token_logp_grad_body(Block block, int64_t n, const Rows& a, const
   const float linear_target = linear_or_nan(row, y, a.V);
   block.each([](int) {});  // every thread has read the target's logit before any overwrites it
   Pack<T>* nothing = nullptr;
-  const float magnitude = lse[n] < 0.f ? -lse[n] : lse[n];
-  const Sum total =
-      magnitude * float(kLog2E) > kFar ? row_logsumexp(block, row, cut, partial, nothing, 0) : sum_from(row, lse[n]);
-  row_delta(block, row, cut, total, grad_logp[n] * a.slope, y, linear_target, out, nothing, 0);
+  Sum total = sum_from(row, double(lse[n]) + double(lse[a.n + n]));
+  float missing = -expm1f(logp[n]);
+  if ((lse[n] < 0.f ? -lse[n] : lse[n]) * float(kLog2E) > kFar) {
+    const Parts parts = with_label(row, sum_of_others(block, row, cut, y, partial, nothing, 0), linear_target);
+    total = {parts.top, parts.mine + parts.rest};
+    missing = parts.rest / total.sum;
+  }
+  row_delta(block, row, cut, total, grad_logp[n] * a.slope, y, missing, linear_target, out, nothing, 0);
 }
 
 // Calls f with a null pointer to the Scores of the right type.

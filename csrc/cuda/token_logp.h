@@ -1,7 +1,7 @@
 // Log-probability of the target token of each row of logits, and its gradient, on a CUDA device.
 //
 //   z = scale * (x + bias);  z = softcap * tanh(z / softcap) if softcap;  z = z * inv_temperature
-//   logp[n] = z[n, y] - log sum_v exp z[n, v];  lse[n] = that logarithm, nats
+//   logp[n] = z[n, y] - log sum_v exp z[n, v];  lse [2, n]: that logarithm, nats, is the sum of both
 //
 // Ignored rows: logp, lse, delta and gradient are 0. A target outside [0, V) makes all of them NaN in its row: the host
 // cannot know of it without waiting for the device.
@@ -35,7 +35,7 @@ void token_logp(const TokenLogp&, float* logp, float* lse, int device, Stream);
 void token_logp_delta(const TokenLogp&, float* logp, float* lse, int device, Stream);
 
 // grad_logits[n, v] = grad_logp[n] * delta[n, v]; grad_logits may be the logits themselves.
-void token_logp_grad(const TokenLogp&, const float* lse, const float* grad_logp, void* grad_logits,
+void token_logp_grad(const TokenLogp&, const float* logp, const float* lse, const float* grad_logp, void* grad_logits,
                      int64_t grad_row_stride, int device, Stream);
 
 }  // namespace wrpo::cuda

@@ -96,11 +96,11 @@ def row_problem(dtype: torch.dtype, vocabulary: int, capped: bool) -> tuple[tupl
 def row_launch(entry: str, dtype: torch.dtype, vocabulary: int = 128256, capped: bool = False) -> Callable[[], object]:
     def launch():
         (logits, *rest), transform = row_problem(dtype, vocabulary, capped)
-        row = torch.zeros(2)
+        row, halves = torch.zeros(2), torch.zeros(2, 2)
         if entry == "grad":
-            token_logp.grad(logits, *rest, transform, row, row, torch.empty_like(logits))
+            token_logp.grad(logits, *rest, transform, row, halves, row, torch.empty_like(logits))
         else:
-            getattr(token_logp, entry)(logits, *rest, transform, row, row)
+            getattr(token_logp, entry)(logits, *rest, transform, row, halves)
 
     return launch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import NamedTuple
@@ -55,13 +56,14 @@ class Truth(NamedTuple):
     """float64; ignored rows 0."""
 
     logp: Tensor  # [n]
-    lse: Tensor  # [n]
+    lse: Tensor  # [n], what the two halves [2, n] add up to
     delta: Tensor  # [n, V]
     size: Tensor  # [n, V] slope * (onehot + p): what cancels in delta
     bend: Tensor  # [n, 1] largest argument of the tanh
-    error: (
-        Tensor  # [n] 8 half ulps of the largest score, or of 1: bias, scale, cap, tanh, multiplier, z - top, 2^x, sum
-    )
+    # [n] 8 half ulps of the largest score where anything is done to it, else of the largest difference of two, or of
+    # log V, and of 1 at least: bias, scale, cap, tanh, multiplier, z - top, 2^x, sum.
+    error: Tensor
+    lse_error: Tensor  # [n] 8 half ulps of the largest score: that of the multiplier is relative to it
 
 
 class Call:
@@ -78,10 +80,11 @@ class Call:
         return (*layout, self.target.data_ptr(), IGNORED, bias, *self.transform)
 
     def _forward(self, kernel: Callable, logits: Tensor) -> tuple[Tensor, Tensor]:
-        out = torch.full((2, len(self.target) + 2), 77.0)
-        kernel(*self._front(logits), out[0, 1:].data_ptr(), out[1, 1:].data_ptr(), self.threads)
-        assert (out[:, [0, -1]] == 77.0).all(), "the kernel wrote outside logp or lse"
-        return out[0, 1:-1], out[1, 1:-1]
+        n = len(self.target)
+        logp, lse = torch.full((n + 2,), 77.0), torch.full((2 * n + 2,), 77.0)
+        kernel(*self._front(logits), logp[1:].data_ptr(), lse[1:].data_ptr(), self.threads)
+        assert all(out[end] == 77.0 for out in (logp, lse) for end in (0, -1)), "the kernel wrote outside logp or lse"
+        return logp[1:-1], lse[1:-1].view(2, n)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         return self._forward(_cpu.token_logp, self.logits)
@@ -92,11 +95,11 @@ class Call:
         work.assert_untouched_around()
         return logp, lse, work.rows
 
-    def grad(self, lse: Tensor, grad_logp: Tensor, *, in_place: bool = False) -> Tensor:
+    def grad(self, logp: Tensor, lse: Tensor, grad_logp: Tensor, *, in_place: bool = False) -> Tensor:
         source = Guarded(self.logits)
         out = source if in_place else Guarded(torch.full_like(self.logits, torch.nan))
-        back = (lse.data_ptr(), grad_logp.data_ptr(), out.rows.data_ptr(), out.rows.stride(0), self.threads)
-        _cpu.token_logp_grad(*self._front(source.rows), *back)
+        back = [x.data_ptr() for x in (logp, lse, grad_logp, out.rows)]
+        _cpu.token_logp_grad(*self._front(source.rows), *back, out.rows.stride(0), self.threads)
         out.assert_untouched_around()
         return out.rows
 
@@ -114,10 +117,12 @@ class Call:
         lse, onehot = torch.logsumexp(z, -1), torch.zeros_like(z).scatter_(1, index, 1.0)
         p = torch.exp(z - lse[:, None])
         logp = z.gather(1, index)[:, 0] - lse
-        largest = z.where(z.isfinite(), 0.0).abs().amax(-1).clamp(min=1.0)
+        finite = z.where(z.isfinite(), 0.0)
+        largest, changed = finite.abs().amax(-1).clamp(min=1.0), self.bias is not None or softcap
+        felt = largest if changed else (finite.amax(-1) - finite.amin(-1)).clamp(min=max(1.0, math.log(x.shape[1])))
         size, delta = (slope * (onehot + sign * p) for sign in (1, -1))
         logp, lse, delta = (x.where(counts.view(-1, *[1] * (x.dim() - 1)), 0.0) for x in (logp, lse, delta))
-        return Truth(logp, lse, delta, size, bend, 4 * EPS * largest)
+        return Truth(logp, lse, delta, size, bend, 4 * EPS * felt, 4 * EPS * largest)
 
     def check(self) -> None:
         """All kernels at all levels against float64: `Truth.error` for a score, relative to onehot + p for delta."""
@@ -128,7 +133,7 @@ class Call:
         truth = self.truth
         logp, lse = self.forward()
         assert_within(f"{level} logp", logp, truth.logp, truth.error)
-        assert_within(f"{level} lse", lse, truth.lse, truth.error)
+        assert_within(f"{level} lse", lse.double().sum(0), truth.lse, truth.lse_error)
         assert (logp <= 0).logical_or(logp.isnan()).all()
 
         # Two scores (z_v and lse), 4 roundings of 1 - p and its factors, the slope of the cap: 1 / cosh^2 amplifies a
@@ -140,12 +145,11 @@ class Call:
         assert torch.equal(delta_lse, lse)
         assert_within(f"{level} delta", delta, truth.delta, lost + 0.51 * ulp(truth.delta, self.logits.dtype))
 
-        # The way back starts from lse rounded to float32: half an ulp more in each exponent.
         c = torch.randn(len(self.target))
-        expected, lost = c.double()[:, None] * truth.delta, c.abs().double()[:, None] * (lost + truth.size * relative)
-        grad = self.grad(lse, c)
+        expected, lost = c.double()[:, None] * truth.delta, c.abs().double()[:, None] * lost
+        grad = self.grad(logp, lse, c)
         assert_within(f"{level} grad", grad, expected, lost + 0.51 * ulp(expected, self.logits.dtype))
-        assert torch.equal(grad, self.grad(lse, c, in_place=True))
+        assert torch.equal(grad, self.grad(logp, lse, c, in_place=True))
 
 
 def assert_within(name: str, got: Tensor, truth: Tensor, allowed: Tensor) -> None:

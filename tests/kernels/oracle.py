@@ -22,9 +22,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Roundings in float32 from a logit to its log-probability, in half ulps of the largest score: bias, scale, division by
-# the cap, tanh (two), cap, temperature, exp (two), log, the sum of max and log: 11. A sum of V positive terms adds the
-# random walk of its lanes, sqrt(V / 16) / 2 half ulps at worst; for V = 262144 that is 64 halves of ulp(1).
+# Roundings in float32 from a logit to its log-probability, in half ulps: bias, scale, division by the cap, tanh (two),
+# cap, temperature, exp (two), log, the sum of max and log: 11. Those before exp are of the largest score if anything is
+# done to the scores; else only differences of them are rounded, and an offset of all costs nothing. A sum of V
+# positive terms adds the random walk of its lanes, sqrt(V / 16) / 2 half ulps at worst; for V = 262144 that is 64
+# halves of ulp(1).
 ROW_ULPS = 6.0
 # A dot product of K terms in float32 walks sqrt(K) half ulps of its partial sums, which stay well below the sum of
 # absolute terms that this multiplies; 4 covers K = 64 even if all partial sums were as large as that.
@@ -74,10 +76,13 @@ def pick(z: Tensor, target: Tensor, ignore_index: int) -> Tensor:
 
 def row_slack(z: Tensor, logit_error: Tensor, transform: Transform) -> Tensor:
     """Error of a score and of the log-sum-exp beneath it [N, V]: what the logits carry, and the float32 arithmetic."""
-    largest = z.where(z.isfinite(), 0.0).abs().amax(-1, keepdim=True).clamp(min=1.0)
-    largest = largest.clamp(min=(transform.softcap or 0.0) / transform.temperature)
+    finite = z.where(z.isfinite(), 0.0)
+    if transform == Transform():
+        size = finite.amax(-1, keepdim=True) - finite
+    else:
+        size = finite.abs().amax(-1, keepdim=True).clamp(min=(transform.softcap or 0.0) / transform.temperature)
     walk = math.sqrt(z.shape[-1] / 16) / 4 * torch.finfo(torch.float32).eps
-    return logit_error * transform.slope + ROW_ULPS * ulp(largest, torch.float32) + walk
+    return logit_error * transform.slope + ROW_ULPS * ulp(size.clamp(min=1.0), torch.float32) + walk
 
 
 class Row(NamedTuple):
@@ -97,8 +102,8 @@ def delta_slack(
     row_error = error + (p * error).sum(-1, keepdim=True)  # of z_v - lse
     logp_slack = (row_error * onehot).sum(-1).where(counts[:, 0], 0.0)
     size = ((onehot - p).abs() * transform.slope).where(counts, 0.0)
-    # Both `1 - p` and `1 - tanh^2` cancel, so their float32 error is one of (onehot + p), not of delta. Where p is no
-    # normal float32 number it may be 0.
+    # `1 - tanh^2` cancels, and so does plain torch's `1 - p`, so the float32 error is one of (onehot + p), not of
+    # delta. Where p is no normal float32 number it may be 0.
     float32 = torch.finfo(torch.float32)
     lost = (p * row_error + ROW_ULPS * float32.eps * (onehot + p) + float32.tiny) * transform.slope
     if transform.softcap:

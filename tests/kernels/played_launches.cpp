@@ -32,13 +32,13 @@ void token_logp(const TokenLogp& a, float* logp, float* lse, int, Stream) { play
 
 void token_logp_delta(const TokenLogp& a, float* logp, float* lse, int, Stream) { play_token_logp<true>(a, logp, lse); }
 
-void token_logp_grad(const TokenLogp& a, const float* lse, const float* grad_logp, void* grad_logits,
+void token_logp_grad(const TokenLogp& a, const float* logp, const float* lse, const float* grad_logp, void* grad_logits,
                      int64_t grad_row_stride, int, Stream) {
   dispatch(a, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     auto* out = static_cast<typename S::T*>(grad_logits);
     for (int64_t n = 0; n < a.n; ++n)
-      token_logp_grad_body<S>(RowBlock{}, n, rows_of(a), lse, grad_logp, out + n * grad_row_stride, nullptr);
+      token_logp_grad_body<S>(RowBlock{}, n, rows_of(a), logp, lse, grad_logp, out + n * grad_row_stride, nullptr);
   });
 }
 

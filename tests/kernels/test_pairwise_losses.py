@@ -56,7 +56,8 @@ def pairs(device: torch.device, count: int = B) -> Pairs:
 
 
 def tensors_of(door: Callable, x: Pairs) -> tuple[Tensor, ...]:
-    return (*x[:2], *x.lengths().values()) if door is simpo_loss else x[:4]
+    logp = (x.chosen, x.rejected)  # by name: the compiler of torch 2.8 cuts no part out of a named tuple with methods
+    return (*logp, *x.lengths().values()) if door is simpo_loss else (*logp, x.ref_chosen, x.ref_rejected)
 
 
 def call(door: Callable, x: Pairs, **options) -> Tensor:

@@ -73,7 +73,7 @@ class Head:
         return self._run(self.kernel.delta_, logp, rows, first, last, buffer)
 
     def _run(self, kernel: Callable, logp: Tensor, rows: Rows, first: int, last: int, buffer: Tensor) -> Tensor:
-        lse = logp.new_empty(last - first)
+        lse = logp.new_empty(2, last - first)
         out, hidden, low = slice_rows(buffer, 0, last - first), rows.hidden(first, last), rows.low(first, last)
         logits = logits_into(out, hidden, self.weight, low, self.up)
         kernel(logits, slice_rows(rows.target, first, last), self.ignore_index, self.transform, logp, lse)

@@ -47,7 +47,7 @@ def token_logp(
 
     Numerics: reads in the input type, computes and accumulates in float32, the gradient is rounded once to the type
         of the logits; the same bits on every run and for every number of threads.
-    Memory: keeps one float a row for the backward; the gradient is the only [N, V] tensor that is made.
+    Memory: keeps three floats a row for the backward; the gradient is the only [N, V] tensor that is made.
     Source: WRPO, arXiv:2412.03187; online softmax, arXiv:1805.02867.
     """
     contract.check(logits, target, bias, logit_scale, softcap, temperature, ignore_index, backend)

@@ -63,7 +63,7 @@ def _token_logp(
 ) -> tuple[Tensor, Tensor]:
     kernel = choose("token_logp", backend, CANDIDATES, logits)
     logp = logits.new_empty(logits.shape[0], dtype=logp_dtype(logits.dtype))
-    lse = torch.empty_like(logp)
+    lse = logp.new_empty(2, len(logp))
     kernel.forward(_contiguous_rows(logits), target.contiguous(), ignore_index, transform, logp, lse)
     return logp, lse
 
@@ -73,13 +73,14 @@ def _fake(
 ) -> tuple[Tensor, Tensor]:
     check(logits, target, *transform, ignore_index, backend)
     logp = logits.new_empty(logits.shape[0], dtype=logp_dtype(logits.dtype))
-    return logp, torch.empty_like(logp)
+    return logp, logp.new_empty(2, logits.shape[0])
 
 
 def _token_logp_backward(
     grad_logp: Tensor,
     logits: Tensor,
     target: Tensor,
+    logp: Tensor,
     lse: Tensor,
     transform: LogitTransform,
     ignore_index: int,
@@ -88,7 +89,7 @@ def _token_logp_backward(
     kernel = choose("token_logp", backend, CANDIDATES, logits)
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     rows, grads = _contiguous_rows(logits), grad_logp.contiguous()
-    kernel.grad(rows, target.contiguous(), ignore_index, transform, lse, grads, grad_logits)
+    kernel.grad(rows, target.contiguous(), ignore_index, transform, logp, lse, grads, grad_logits)
     return grad_logits
 
 
@@ -105,16 +106,16 @@ def _save(
     ignore_index: int,
     backend: str | None,
 ) -> None:
-    _, lse = outputs
+    logp, lse = outputs
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(logits, target, lse, transform.bias)
+    ctx.save_for_backward(logits, target, logp, lse, transform.bias)
     ctx.transform, ctx.options = transform._replace(bias=None), (ignore_index, backend)
 
 
 def _backward(ctx: Any, grad_logp: Tensor, _: None) -> dict[str, Tensor | None]:
-    logits, target, lse, bias = ctx.saved_tensors
+    logits, target, logp, lse, bias = ctx.saved_tensors
     transform = ctx.transform._replace(bias=bias)
-    grad_logits = token_logp_backward(grad_logp, logits, target, lse, transform, *ctx.options)
+    grad_logits = token_logp_backward(grad_logp, logits, target, logp, lse, transform, *ctx.options)
     has_grad = bias is not None and bias.requires_grad
     return {"logits": grad_logits, "bias": grad_logits.sum(0, dtype=lse.dtype).to(bias.dtype) if has_grad else None}
 
@@ -131,7 +132,7 @@ token_logp = register_differentiable(
 )
 token_logp_backward = register(
     "token_logp_backward",
-    Arguments("Tensor grad_logp", "Tensor logits", "Tensor target", "Tensor lse", *_OPTIONS),
+    Arguments("Tensor grad_logp", "Tensor logits", "Tensor target", "Tensor logp", "Tensor lse", *_OPTIONS),
     "Tensor",
     kernel=_token_logp_backward,
     fake=_fake_backward,

@@ -25,7 +25,7 @@ def refuses(logits: Tensor) -> str | None:
 def forward(
     logits: Tensor, target: Tensor, ignore_index: int, transform: LogitTransform, logp: Tensor, lse: Tensor
 ) -> None:
-    """Writes `logp` [N] and `lse` [N]."""
+    """Writes `logp` [N] and `lse` [2, N]."""
     _check_if_asked(logits, target, ignore_index)
     _launch("token_logp", logits, target, ignore_index, transform, logp, lse)
 
@@ -43,12 +43,13 @@ def grad(
     target: Tensor,
     ignore_index: int,
     transform: LogitTransform,
+    logp: Tensor,
     lse: Tensor,
     grad_logp: Tensor,
     grad_logits: Tensor,
 ) -> None:
     """Writes `grad_logits[n, v] = grad_logp[n] * delta[n, v]`."""
-    rest = (lse, grad_logp, grad_logits, grad_logits.stride(0))
+    rest = (logp, lse, grad_logp, grad_logits, grad_logits.stride(0))
     _launch("token_logp_grad", logits, target, ignore_index, transform, *rest)
 
 

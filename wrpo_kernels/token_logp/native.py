@@ -24,7 +24,7 @@ def refuses(logits: Tensor) -> str | None:
 def forward(
     logits: Tensor, target: Tensor, ignore_index: int, transform: LogitTransform, logp: Tensor, lse: Tensor
 ) -> None:
-    """Writes `logp` [N] and `lse` [N]."""
+    """Writes `logp` [N] and `lse` [2, N]."""
     _run("token_logp", logits, target, ignore_index, transform, logp, lse)
 
 
@@ -40,12 +40,14 @@ def grad(
     target: Tensor,
     ignore_index: int,
     transform: LogitTransform,
+    logp: Tensor,
     lse: Tensor,
     grad_logp: Tensor,
     grad_logits: Tensor,
 ) -> None:
     """Writes `grad_logits[n, v] = grad_logp[n] * delta[n, v]`."""
-    _run("token_logp_grad", logits, target, ignore_index, transform, lse, grad_logp, grad_logits, grad_logits.stride(0))
+    rest = (logp, lse, grad_logp, grad_logits, grad_logits.stride(0))
+    _run("token_logp_grad", logits, target, ignore_index, transform, *rest)
 
 
 def _run(

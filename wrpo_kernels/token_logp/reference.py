@@ -19,10 +19,10 @@ def refuses(logits: Tensor) -> str | None:
 def forward(
     logits: Tensor, target: Tensor, ignore_index: int, transform: LogitTransform, logp: Tensor, lse: Tensor
 ) -> None:
-    """Writes `logp` [N] and `lse` [N]."""
+    """Writes `logp` [N] and `lse` [2, N], whose sum is the log-sum-exp: one number has no digits for large scores."""
     check_labels("target", target, ignore_index, logits.shape[1])
     for rows in _row_blocks(logits):
-        _forward_rows(logits[rows], target[rows], ignore_index, transform, logp[rows], lse[rows])
+        _forward_rows(logits[rows], target[rows], ignore_index, transform, logp[rows], lse[:, rows])
 
 
 def delta_(
@@ -31,8 +31,8 @@ def delta_(
     """`forward`, and leaves `delta[n, v] = d logp[n] / d logits[n, v]` in place of the logits."""
     check_labels("target", target, ignore_index, logits.shape[1])
     for rows in _row_blocks(logits):
-        scores = _forward_rows(logits[rows], target[rows], ignore_index, transform, logp[rows], lse[rows])
-        logits[rows] = _delta_rows(scores, target[rows], ignore_index, transform, lse[rows])
+        scores = _forward_rows(logits[rows], target[rows], ignore_index, transform, logp[rows], lse[:, rows])
+        logits[rows] = _delta_rows(scores, target[rows], ignore_index, transform, logp[rows], lse[:, rows])
 
 
 def grad(
@@ -40,6 +40,7 @@ def grad(
     target: Tensor,
     ignore_index: int,
     transform: LogitTransform,
+    logp: Tensor,
     lse: Tensor,
     grad_logp: Tensor,
     grad_logits: Tensor,
@@ -47,7 +48,7 @@ def grad(
     """Writes `grad_logits[n, v] = grad_logp[n] * delta[n, v]`."""
     for rows in _row_blocks(logits):
         scores = _scores(logits[rows], transform)
-        delta = _delta_rows(scores, target[rows], ignore_index, transform, lse[rows])
+        delta = _delta_rows(scores, target[rows], ignore_index, transform, logp[rows], lse[:, rows])
         counts = target[rows, None] != ignore_index  # an ignored row has gradient 0 whatever comes from above
         grad_logits[rows] = (delta * grad_logp[rows, None]).where(counts, 0.0).to(grad_logits.dtype)
 
@@ -71,19 +72,29 @@ def _scores(logits: Tensor, transform: LogitTransform) -> Tensor:
 def _forward_rows(
     logits: Tensor, target: Tensor, ignore_index: int, transform: LogitTransform, logp: Tensor, lse: Tensor
 ) -> Tensor:
+    """Returns the scores. The label is left out of the sum: where it is nearly certain it would hide the others."""
     scores = _scores(logits, transform)
     counts = target != ignore_index
-    total = torch.logsumexp(scores, dim=1)
-    chosen = scores.gather(1, target.where(counts, 0)[:, None])[:, 0]
-    logp.copy_((chosen - total).where(counts, 0.0))
-    lse.copy_(total.where(counts, 0.0))
+    label = target.where(counts, 0)[:, None]
+    top = scores.amax(1, keepdim=True)
+    terms = torch.exp(scores - top)
+    mine = terms.gather(1, label)
+    rest = terms.scatter_(1, label, 0.0).sum(1, keepdim=True)
+    relative, log_sum = scores.gather(1, label) - top, torch.log(mine + rest)
+    value = torch.where(mine > rest, -torch.log1p(rest / mine), relative - log_sum)
+    logp.copy_(value[:, 0].where(counts, 0.0))
+    total = top + log_sum
+    lse.copy_(torch.stack([total[:, 0], ((top - total) + log_sum)[:, 0]]).where(counts, 0.0))
     return scores
 
 
-def _delta_rows(scores: Tensor, target: Tensor, ignore_index: int, transform: LogitTransform, lse: Tensor) -> Tensor:
+def _delta_rows(
+    scores: Tensor, target: Tensor, ignore_index: int, transform: LogitTransform, logp: Tensor, lse: Tensor
+) -> Tensor:
     counts = (target != ignore_index)[:, None]
-    delta = -torch.exp(scores - lse[:, None])
-    delta.scatter_add_(1, target[:, None].where(counts, 0), torch.ones_like(delta[:, :1]))
+    delta = -torch.exp((scores - lse[0, :, None]) - lse[1, :, None])
+    # 1 - p of the label, exact where p is nearly 1
+    delta.scatter_(1, target[:, None].where(counts, 0), -torch.expm1(logp)[:, None])
     delta = delta * transform.slope
     if transform.softcap:
         delta = delta * (1 - (scores * transform.temperature / transform.softcap) ** 2)

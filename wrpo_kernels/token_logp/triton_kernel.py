@@ -1,10 +1,11 @@
 """`token_logp` by Triton kernels: a row of logits is read once, and its delta written in place in the same launch.
 
-    pass 1   tile after tile of a row -> running log-sum-exp of each lane, merged once at the end
+    pass 1   tile after tile of a row -> running log-sum-exp of each lane, merged once at the end; without the label,
+             whose term would hide the others where it is nearly certain, so the tile that holds it comes last
     pass 2   (delta only) the same tiles, last one first: what was read last is still in the second-level cache; the
              label's own element last
 
-Whole tiles are read without a mask: a comparison and a choice for each score would take a fifth of the time.
+The other whole tiles are read without a mask: a comparison and a choice for each score would take a fifth of the time.
 
 A label outside [0, V) that is not `ignore_index` cannot raise without waiting for the device: its row is NaN in logp,
 lse and delta. Under anomaly detection, and on the CPU, the labels are read first and a wrong one raises.
@@ -19,7 +20,15 @@ from torch import Tensor
 
 from wrpo_kernels.checks import check_labels
 from wrpo_kernels.dispatch.triton_backend import multiprocessors
-from wrpo_kernels.dispatch.triton_math import LOWEST, merged, take_in, tile_columns, transformed
+from wrpo_kernels.dispatch.triton_math import (
+    LOWEST,
+    label_logp,
+    merged,
+    one_minus_exp,
+    take_in,
+    tile_columns,
+    transformed,
+)
 from wrpo_kernels.logit_transform import LogitTransform
 
 # 8 warps with two loads of 16 bytes a thread under way. Beside a copy of the same bytes the forward takes 0.99 to 1.13
@@ -62,7 +71,7 @@ def _token_logp_fwd(
     target,  # [N] int64
     bias,  # [V]
     logp,  # [N] float32
-    lse,  # [N] float32
+    lse,  # [2, N] float32, log-sum-exp as a sum of two
     num_rows,
     V,
     stride_n,
@@ -87,6 +96,7 @@ def _token_logp_fwd(
         if label == ignore_index:
             tl.store(logp + n, 0.0)
             tl.store(lse + n, 0.0)
+            tl.store(lse + num_rows + n, 0.0)
             if WRITES_DELTA:
                 _fill_zero(row, V, within, TILE)
         else:
@@ -95,16 +105,26 @@ def _token_logp_fwd(
             chosen, chosen_bend = _load_scores_within(row, bias, token, is_token, scale, cap, HAS_BIAS, HAS_SOFTCAP)
             top = tl.full([LANES], LOWEST, tl.float32)
             total = tl.zeros([LANES], tl.float32)
-            for tile in range(whole_tiles):
+            label_tile = token // TILE  # `whole_tiles` where the label is in the rest
+            masked_tiles = tl.where(label_tile < whole_tiles, 2, 1)
+            for step in range(whole_tiles + 1 - masked_tiles):
+                tile = tl.where(step < label_tile, step, step + 1)
                 z, bend = _load_scores(row, bias, tile * TILE + within, scale, cap, HAS_BIAS, HAS_SOFTCAP)
                 top, total = take_in(top, total, z)
-            z, bend = _load_scores_within(row, bias, rest, rest < V, scale, cap, HAS_BIAS, HAS_SOFTCAP)
-            top, total = take_in(top, total, z)
-            highest, whole = merged(top, total)
-            whole = tl.where(is_token, whole, float("nan"))
+            for step in range(masked_tiles):
+                cols = tl.where(step == 0, whole_tiles, label_tile) * TILE + within
+                others = (cols < V) & (cols != token)
+                z, bend = _load_scores_within(row, bias, cols, others, scale, cap, HAS_BIAS, HAS_SOFTCAP)
+                top, total = take_in(top, total, z)
+            highest_other, sum_of_others = merged(top, total)
+            highest = tl.maximum(highest_other, chosen)
+            mine, missed = tl.exp(chosen - highest), sum_of_others * tl.exp(highest_other - highest)
+            whole = tl.where(is_token, mine + missed, float("nan"))
             log_whole = tl.log(whole)
-            tl.store(logp + n, (chosen - highest) - log_whole)
-            tl.store(lse + n, highest + log_whole)
+            log_sum = highest + log_whole
+            tl.store(logp + n, tl.where(is_token, label_logp(chosen - highest, mine, missed), float("nan")))
+            tl.store(lse + n, log_sum)
+            tl.store(lse + num_rows + n, (highest - log_sum) + log_whole)
             if WRITES_DELTA:
                 share = -slope / whole
                 z, bend = _load_scores_within(row, bias, rest, rest < V, scale, cap, HAS_BIAS, HAS_SOFTCAP)
@@ -116,18 +136,20 @@ def _token_logp_fwd(
                     delta = tl.exp(z - highest) * (share * bend)
                     tl.store(row + cols, delta.to(row.dtype.element_ty))
                 tl.debug_barrier()  # the label's element was written by another thread
-                delta = (slope + tl.exp(chosen - highest) * share) * chosen_bend
+                delta = slope * (missed / whole) * chosen_bend
                 tl.store(row + token, delta.to(row.dtype.element_ty), mask=is_token)
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["num_rows", "ignore_index"])
 def _token_logp_bwd(
     logits,  # [N, V]
     target,  # [N] int64
     bias,  # [V]
-    lse,  # [N] float32
+    logp,  # [N] float32
+    lse,  # [2, N] float32
     grad_logp,  # [N] float32
     grad_logits,  # [N, V]; may be logits
+    num_rows,
     V,
     stride_n,
     grad_stride_n,
@@ -148,7 +170,8 @@ def _token_logp_bwd(
     else:
         row = logits + n * stride_n
         z, bend = _load_scores_within(row, bias, cols, cols < V, scale, cap, HAS_BIAS, HAS_SOFTCAP)
-        delta = tl.where(cols == label, 1.0, 0.0) - tl.exp(z - tl.load(lse + n))
+        p = tl.exp((z - tl.load(lse + n)) - tl.load(lse + num_rows + n))
+        delta = tl.where(cols == label, one_minus_exp(tl.load(logp + n)), -p)
         delta *= tl.load(grad_logp + n) * slope * bend
         tl.store(out + cols, delta.to(out.dtype.element_ty), mask=cols < V)
 
@@ -156,7 +179,7 @@ def _token_logp_bwd(
 def forward(
     logits: Tensor, target: Tensor, ignore_index: int, transform: LogitTransform, logp: Tensor, lse: Tensor
 ) -> None:
-    """Writes `logp` [N] and `lse` [N]."""
+    """Writes `logp` [N] and `lse` [2, N]."""
     check_labels_where_free(logits, target, ignore_index, logits.shape[1])
     rows_kernel(logits, target, ignore_index, transform, logp, lse, writes_delta=False)
 
@@ -205,6 +228,7 @@ def grad(
     target: Tensor,
     ignore_index: int,
     transform: LogitTransform,
+    logp: Tensor,
     lse: Tensor,
     grad_logp: Tensor,
     grad_logits: Tensor,
@@ -218,9 +242,11 @@ def grad(
             logits,
             target,
             *_bias(transform, logits),
+            logp,
             lse,
             grad_logp,
             grad_logits,
+            num_rows,
             vocabulary,
             logits.stride(0),
             grad_logits.stride(0),

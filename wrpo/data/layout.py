@@ -31,12 +31,13 @@ Example = tuple[list[int], Sequence[list[int]]]  # ids of the prompt, of each re
 class Layout(NamedTuple):
     """How rows are made up.
 
-    Fields:
-        name: padded, packed or shared.
+    Attributes:
+        name: padded, packed or shared. Default: padded.
         attention: what the model's attention is told (`wrpo.head.attention`), which decides how long a row gets.
             mask: a matrix [T, T] a row, whose cost grows with T squared: no longer than the batch's longest segment.
             blocks: a `BlockMask`, whose empty blocks cost nothing: up to `ROW_TOKENS`.
             bounds: of segments that do not branch, so packed ones: all in one row without padding.
+            Default: mask.
     """
 
     name: str = "padded"

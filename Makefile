@@ -20,7 +20,8 @@ NATIVE := setup.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/
 
 .DEFAULT_GOAL := menu
 .DELETE_ON_ERROR:
-.PHONY: menu demo fuse experiment test test-torch fuzz sanitize-cpu bench lint format docs wheel test-gpu sanitize bench-gpu clean
+.PHONY: menu demo fuse experiment test test-torch fuzz sanitize-cpu bench lint format docs wheel test-gpu sanitize \
+	bench-gpu bench-gpu-steps clean
 
 menu:
 	@echo "make demo        fine-tune a real language model on this machine: answers before and after, a curve, a saved model"
@@ -38,6 +39,7 @@ menu:
 	@echo "make test-gpu    the ops on every GPU backend, streams, graphs, 2^31 elements"
 	@echo "make sanitize    compute-sanitizer over the CUDA kernels: memcheck, then racecheck"
 	@echo "make bench-gpu   GPU backends beside the copy bandwidth and the bare matrix products, into benchmarks/results/"
+	@echo "make bench-gpu-steps  whole steps of a Llama of 1B in every layout, and TRL where it is installed; at most 4 minutes"
 	@echo "make clean       remove what the targets above built and wrote, trained models too"
 
 demo: $(VENV)/installed-demo
@@ -115,6 +117,13 @@ sanitize:
 bench-gpu:
 	WRPO_BUILD=cuda $(IN_PLACE)
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
+# The paper's lengths, and short ones.
+bench-gpu-steps:
+	WRPO_BUILD=cuda $(IN_PLACE)
+	$(PYTHON) -m benchmarks.whole_steps --model Llama-1B --rounds 5 --prompt 1800 --response 248 --prompt 300 --response 300 \
+		--contestant padded --contestant packed --contestant "packed flex" --contestant "packed flash" \
+		--contestant shared --contestant "shared flex" --contestant "TRL DPOTrainer" $(ARGS)
 
 clean:
 	rm -rf $(VENV) demo-output fuse-output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache wrpo_kernels/*.so

@@ -22,49 +22,24 @@ import math
 import multiprocessing
 import statistics
 import sys
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from tqdm import tqdm
 
 from benchmarks.suite import dated_table
 from benchmarks.suite.flags import whole_number
-from benchmarks.suite.pictures import colour
+from benchmarks.suite.step_figures import Figure, draw
 from benchmarks.suite.training_contestants import CONTESTANTS, Setting, serve, why_not
-from benchmarks.suite.training_models import NAMES, SIZES
-from wrpo.picture_style import WHISKERS, picture
+from benchmarks.suite.training_contestants import NAMES as TRAINERS
+from benchmarks.suite.training_models import NAMES
 from wrpo.user_error import UserError
 
-BATCH = {"SmolLM2-135M": 4, "Llama": 1, "tiny": 2}  # rows a step
+BATCH = {"SmolLM2-135M": 4, "Llama": 1, "Llama-1B": 4, "tiny": 2}  # rows a step
 # The loss is a function of margins of order 1 that are sums of hundreds of log-probs of order 10 times BETA = 0.01:
-# 0.01 * 500 * 10 * 2^-24 * a few roundings each.
-SAME_LOSS = 1e-4
+# 0.01 * 500 * 10 * 2^-24 * a few roundings each; in bfloat16 a layout moves a log-prob by 0.03 at random.
+SAME_LOSS = {"float32": 1e-4, "bfloat16": 3e-2}
 PATIENCE = 900.0  # seconds for one step, or for loading
-
-
-class Figure(NamedTuple):
-    """tokens_s, times_fused: tokens a second, and in the same round those of the fused trainer over them; low and high
-    are the ends of the interval. peak_mib: what training added to the process that held model and data. prompt and
-    response are tokens of each, 0 with the model's own rows."""
-
-    model: str
-    comparison: str
-    prompt: int
-    response: int
-    dtype: str
-    contestant: str
-    layout: str
-    steps: int
-    tokens_a_step: float
-    tokens_s: float
-    tokens_s_low: float
-    tokens_s_high: float
-    times_fused: float
-    times_fused_low: float
-    times_fused_high: float
-    peak_mib: float
-    first_loss: float
 
 
 class Contestant:
@@ -101,11 +76,11 @@ class Contestant:
         self.process.join()
 
 
-def compared(setting: Setting) -> list[Figure]:
-    """Figures of all contestants that can take part; says why the others cannot."""
+def compared(setting: Setting, wanted: Sequence[str]) -> list[Figure]:
+    """Figures of those of the contestants that can take part; says why the others cannot."""
     names, title = [], f"{setting.model}, {setting.comparison}"
-    for name in CONTESTANTS[setting.comparison]:
-        if why := why_not(name):
+    for name in wanted:
+        if why := why_not(name, setting.comparison):
             print(f"{title}: {name} is skipped: {why}")
         else:
             names.append(name)
@@ -117,18 +92,18 @@ def compared(setting: Setting) -> list[Figure]:
             for contestant in contestants:
                 contestant.step()
             if not number:
-                check_same_work(contestants)
+                check_same_work(contestants, SAME_LOSS[setting.dtype])
         return list(figures(setting, contestants))
     finally:
         for contestant in contestants:
             contestant.end()
 
 
-def check_same_work(contestants: list[Contestant]) -> None:
+def check_same_work(contestants: list[Contestant], tolerance: float) -> None:
     """Raises UserError unless all had the same tokens and found the same loss in their first step."""
     first = {contestant.name: contestant.taken[0] for contestant in contestants}
     losses, tokens = [step.loss for step in first.values()], {step.tokens for step in first.values()}
-    if len(tokens) > 1 or not max(losses) - min(losses) <= SAME_LOSS:
+    if len(tokens) > 1 or not max(losses) - min(losses) <= tolerance:
         found = ", ".join(f"{name}: loss {step.loss:.6f} of {step.tokens} tokens" for name, step in first.items())
         raise UserError(f"the contestants do not do the same work, so there are no figures: {found}")
 
@@ -168,90 +143,20 @@ def line(f: Figure) -> str:
     return f"{head} {rate}  {slower}  peak {f.peak_mib:7.0f} MiB  loss of the first step {f.first_loss:.6f}"
 
 
-# In the picture, in this order.
-CALLED = {"full logits": "plain torch", "TRL DPOTrainer": "TRL", "padded": "wrpo, padded rows", "fused": "wrpo"}
-
-
-def draw(path: Path, facts: dict[str, str], rows: list[Figure]) -> None:
-    """Seconds a step on the left, memory on the right; of the pairs, on which TRL takes part."""
-    pairs = [row for row in rows if row.comparison == "pairs"]
-    pairs.sort(key=lambda row: list(CALLED).index(row.contestant))
-    works = dict.fromkeys(work_of(row) for row in pairs)
-    note = (
-        f"plain torch: our trainer on whole logits. Line: {interval(pairs)}. Times as fast: median over rounds of "
-        f"neighbouring steps. {dated_table.caption(facts)}."
-    )
-    with picture(path, headline(pairs), height=0.27 * (len(pairs) + len(works)) + 1.4, note=note) as plot:
-        left, right = plot.subplots(1, 2, sharey=True)
-        ticks, y = {}, 0
-        for work in works:
-            some = [row for row in pairs if work_of(row) == work]
-            left.text(0, y, described(some[0]), va="center")
-            for row in some:
-                y += 1
-                draw_row(left, right, y, row)
-                ticks[y] = CALLED[row.contestant]
-            y += 1
-        left.set_yticks(list(ticks), list(ticks.values()))
-        left.set_ylim(y - 0.4, -0.5)
-        left.set_title("time of a step")
-        right.set_title("memory that training adds")
-        for axes in (left, right):
-            axes.grid(visible=False, axis="y")
-
-
-def draw_row(left, right, y: int, row: Figure) -> None:
-    """A bar and its number on either side, on the left with its interval."""
-    seconds, fast, slow = (row.tokens_a_step / rate for rate in (row.tokens_s, row.tokens_s_high, row.tokens_s_low))
-    ends = [[seconds - fast], [slow - seconds]]
-    left.barh(y, seconds, color=colour(row.contestant), xerr=ends, error_kw=WHISKERS)
-    right.barh(y, row.peak_mib / 1024, color=colour(row.contestant))
-    for axes, number in ((left, f"{seconds:.1f} s"), (right, f"{row.peak_mib / 1024:.1f} GiB")):
-        axes.annotate(number, (0, y), (4, 0), textcoords="offset points", va="center", fontweight="bold")
-
-
-def headline(pairs: list[Figure]) -> str:
-    """The fused trainer beside TRL; where TRL did not run, beside whole logits."""
-    ours = {work_of(row): row for row in pairs if row.contestant == "fused"}
-    others = [row for row in pairs if row.contestant == "TRL DPOTrainer"]
-    others = others or [row for row in pairs if row.contestant == "full logits"]
-    faster = span([row.times_fused for row in others], "{:.1f}")
-    leaner = span([ours[work_of(row)].peak_mib / row.peak_mib for row in others], "{:.0%}")
-    rival = CALLED[others[0].contestant]
-    return f"A whole DPO step with wrpo: {faster} times as fast as with {rival}, in {leaner} of the memory"
-
-
-def span(values: list[float], form: str) -> str:
-    low, high = form.format(min(values)), form.format(max(values))
-    return low if low == high else f"{low} to {high}"
-
-
-def interval(rows: list[Figure]) -> str:
-    of = f"of {rows[0].steps} steps"
-    return f"95 % interval of the median {of}" if rows[0].steps >= 6 else f"smallest to largest {of}"
-
-
-def work_of(row: Figure) -> tuple:
-    return row.model, row.prompt, row.response, row.dtype
-
-
-def described(row: Figure) -> str:
-    """The work of a group of bars."""
-    size = SIZES.get(row.model)
-    of_size = f"Llama of {size['num_hidden_layers']} layers, vocabulary {size['vocab_size']:,}" if size else row.model
-    lengths = f"prompts of {row.prompt} and answers of {row.response} tokens" if row.prompt else "short answers"
-    dtype = "" if row.dtype == "float32" else f", {row.dtype}"
-    return f"{of_size}, {lengths}, {row.tokens_a_step:.0f} tokens a step{dtype}"
-
-
 def add_work(parser: argparse.ArgumentParser) -> None:
     length = {"type": whole_number, "action": "append", "default": []}
     parser.add_argument("--comparison", choices=CONTESTANTS, action="append", help="repeatable (default: all)")
+    only = "only these beside `fused`; repeatable (default: of each comparison as above)"
+    parser.add_argument("--contestant", choices=TRAINERS, action="append", help=only)
     parser.add_argument("--prompt", **length, help="tokens of every prompt; repeatable, each with its --response")
     parser.add_argument("--response", **length, help="tokens of every answer")
     parser.add_argument("--batch", type=whole_number, help="rows a step (default: by the model)")
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=dtype, help=f"default: {dtype}")
+
+
+def contestants_of(args: argparse.Namespace, comparison: str) -> list[str]:
+    return list(dict.fromkeys(["fused", *(args.contestant or CONTESTANTS[comparison])]))
 
 
 def settings_of(args: argparse.Namespace) -> list[Setting]:
@@ -287,7 +192,7 @@ def main() -> int:
     rows: list[Figure] = []
     try:
         for setting in settings_of(args):
-            rows += (found := compared(setting))
+            rows += (found := compared(setting, contestants_of(args, setting.comparison)))
             print(*map(line, found), sep="\n", flush=True)
     except UserError as error:
         print(f"benchmarks.whole_steps: {error}", file=sys.stderr)

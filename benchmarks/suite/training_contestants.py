@@ -1,7 +1,8 @@
 """The trainers that `benchmarks.whole_steps` compares: same model, same rows, one optimizer step whenever asked.
 
     fused          `WRPOTrainer` as it comes, in the layout that it chooses
-    padded         the same in padded rows, each response behind its own copy of the prompt
+    padded, packed, shared                          the same in the layout that is named
+    packed flex, packed flash, shared flex          the same with another attention
     full logits    the same trainer and loss in padded rows, from the model's own logits as plain torch takes their
                    log-softmax
     TRL            `trl.DPOTrainer` as it comes, on pairs
@@ -64,6 +65,18 @@ class FullLogits(WRPOTrainer):
 
 OURS = ("fused", "padded", "full logits")
 CONTESTANTS = {"triples": OURS, "pairs": (*OURS, "TRL DPOTrainer")}
+# Of ours: the layout, and the attention of transformers where it is not the model's own.
+VARIANTS: dict[str, tuple[str, str | None]] = {
+    "fused": ("auto", None),
+    "padded": ("padded", None),
+    "packed": ("packed", None),
+    "shared": ("shared", None),
+    "packed flex": ("packed", "flex_attention"),
+    "packed flash": ("packed", "flash_attention_2"),
+    "shared flex": ("shared", "flex_attention"),
+    "full logits": ("padded", None),
+}
+NAMES = (*VARIANTS, "TRL DPOTrainer")
 
 
 class Setting(NamedTuple):
@@ -77,9 +90,15 @@ class Setting(NamedTuple):
     dtype: str = "float32"  # bfloat16: by autocast, weights in float32
 
 
-def why_not(contestant: str) -> str | None:
-    if contestant.startswith("TRL") and importlib.util.find_spec("trl") is None:
-        return "trl is not installed: pip install trl"
+def why_not(contestant: str, comparison: str) -> str | None:
+    if contestant.startswith("TRL"):
+        if importlib.util.find_spec("trl") is None:
+            return "trl is not installed: pip install trl"
+        return None if comparison == "pairs" else "it has chosen and rejected only"
+    if contestant.endswith("flash") and importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn is not installed: pip install flash-attn"
+    if contestant.endswith("flex") and not torch.cuda.is_available():
+        return "flex_attention has no backward on a CPU"
     return None
 
 
@@ -89,7 +108,7 @@ def trainer_of(
     """A trainer that has not started.
 
     Args:
-        contestant: a name of `CONTESTANTS`.
+        contestant: one of `NAMES`.
         rows: tokenised triples or pairs with `ref_logp`.
     """
     common = {
@@ -113,12 +132,15 @@ def trainer_of(
     if contestant == "TRL DPOTrainer":
         return dpo_trainer(common, model, tokenizer, rows)
     kind = FullLogits if contestant == "full logits" else WRPOTrainer
+    layout, attention = VARIANTS[contestant]
+    if attention is not None:
+        model.set_attn_implementation(attention)
     ours = {
         "alpha": ALPHA,
         "alpha_schedule": "constant",
         "reference": "precompute",
         "draw_curves": False,
-        "layout": "auto" if contestant == "fused" else "padded",
+        "layout": layout,
     }
     return kind(model, WRPOConfig(**common, **ours), train_dataset=rows, processing_class=tokenizer)
 

@@ -3,6 +3,7 @@
     SmolLM2-135M   real weights (V = 49152, D = 576) and the demo's triples: real text, short answers
     Llama          random weights behind a head of today's size (V = 128256, D = 512, tied, 8 layers), random tokens:
                    prompts of 64 to 192, answers of 64 to 256
+    Llama-1B       random weights in the shape of Llama-3.2-1B (16 layers, D = 2048), for a GPU; rows as Llama's
     tiny           for tests and `--quick`
 
 Every row brings the log-probs of a reference along, -log(V) / 2 for each token and 10 nats less for each next answer,
@@ -25,10 +26,13 @@ from wrpo.data.roles import ROLES, without
 
 SIZES = {
     "Llama": {"vocab_size": 128256, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8},
+    "Llama-1B": {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
     "tiny": {"vocab_size": 8192, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
 }
-LENGTHS = {"Llama": ((64, 192), (64, 256)), "tiny": ((8, 24), (8, 32))}  # of prompts and of answers: least, most
-NAMES = ("SmolLM2-135M", "Llama", "tiny")
+HEADS = {"Llama-1B": (32, 8)}  # of attention: queries, keys
+SHORT = ((64, 192), (64, 256))  # tokens of prompts and of answers: least, most
+LENGTHS = {"Llama": SHORT, "Llama-1B": SHORT, "tiny": ((8, 24), (8, 32))}
+NAMES = ("SmolLM2-135M", *SIZES)
 
 
 class Work(NamedTuple):
@@ -64,9 +68,10 @@ def work_of(name: str, count: int, *, pairs: bool, lengths: tuple[int, int] | No
 
 def random_llama(name: str) -> nn.Module:
     torch.manual_seed(0)
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 8192}
-    model = LlamaForCausalLM(LlamaConfig(**SIZES[name], **heads, tie_word_embeddings=True, pad_token_id=0))
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    queries, keys = HEADS.get(name, (8, 4))
+    heads = {"num_attention_heads": queries, "num_key_value_heads": keys, "max_position_embeddings": 8192}
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        return LlamaForCausalLM(LlamaConfig(**SIZES[name], **heads, tie_word_embeddings=True, pad_token_id=0))
 
 
 def padding_only() -> Any:

@@ -19,6 +19,7 @@ from benchmarks.suite.pictures import colour, message
 from benchmarks.suite.problem import Setting
 from benchmarks.suite.results import Figure, Row
 from benchmarks.suite.scenarios import Scenario
+from benchmarks.suite.step_figures import headline
 from wrpo.picture_style import GREEN
 
 STEP = whole_steps.Figure(
@@ -83,10 +84,10 @@ def test_the_title_of_a_sweep_says_the_figures_of_its_last_point():
 
 def test_the_title_of_whole_steps_compares_with_trl_and_without_it_with_plain_torch():
     said = "A whole DPO step with wrpo: {} times as fast as with {}, in {} of the memory"
-    assert whole_steps.headline([STEP, PLAIN, TRL]) == said.format("3.0", "TRL", "80%")
-    assert whole_steps.headline([STEP, PLAIN]) == said.format("2.0", "plain torch", "50%")
+    assert headline([STEP, PLAIN, TRL]) == said.format("3.0", "TRL", "80%")
+    assert headline([STEP, PLAIN]) == said.format("2.0", "plain torch", "50%")
     other = [row._replace(model="tiny", times_fused=1.5) for row in (STEP, TRL)]
-    assert whole_steps.headline([STEP, TRL, *other]) == said.format("1.5 to 3.0", "TRL", "80%")
+    assert headline([STEP, TRL, *other]) == said.format("1.5 to 3.0", "TRL", "80%")
 
 
 def test_the_claims_drawn_are_those_of_the_table():

@@ -1,23 +1,27 @@
-"""Two processes (DDP and FSDP2 over gloo) with rows that they do not divide train exactly what one process trains."""
+"""Two processes (DDP and FSDP2 over gloo) with rows that they do not divide train exactly what one process trains.
+
+In rows that share prompts or are packed; the sharded model's, beside padded ones of the whole.
+"""
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 from peft import LoraConfig, get_peft_model
-from tiny_models import preference_batch, tiny_model, tiny_rows
+from tiny_models import PAD, tiny_model, tiny_rows
 from tiny_runs import ONE_GRADIENT, SETTINGS, training_lines
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from two_processes import run_in_two_processes
 
 from wrpo import SFTConfig, SFTTrainer, WRPOConfig, WRPOTrainer
+from wrpo.data import PreferenceCollator
+from wrpo.data.layout import Layout
 from wrpo.head import install_fused_head, run_in_head
+from wrpo.head.attention import model_inputs
 from wrpo_kernels import linear_wrpo_loss
 
 PREFERENCE = {"beta": 1.0, "nll_weight": 0.3, "empty_response": "zero", "alpha": 0.4, "alpha_start": 0.2}
@@ -46,6 +50,7 @@ def train(run: str, folder: Path, processes: int) -> dict:
         "per_device_train_batch_size": 1,
         "per_device_eval_batch_size": 2,
         "gradient_accumulation_steps": 8 // processes,
+        "layout": "packed" if run == "sft" else "shared",
     }
     data = {"train_dataset": rows(), "eval_dataset": tiny_rows(5, sources=2, seed=1)}
     model = tiny_model()
@@ -79,14 +84,15 @@ def sharded_gradients(rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]
     The budget holds five rows, so one rank takes more chunks than the other: a collective a chunk would never return.
     """
 
-    def loss(model: nn.Module, part: list[dict]) -> torch.Tensor:
-        batch = preference_batch(part)
+    def loss(model: nn.Module, part: list[dict], layout: Layout) -> torch.Tensor:
+        batch = PreferenceCollator(PAD, layout=layout)(part)
 
         def head_fn(hidden, weight, **head):
             options = {"alpha": 0.3, "beta": 1.0, "num_sources": 2, "budget_bytes": 5000}
-            return linear_wrpo_loss(hidden, weight, batch["labels"], **options, **head)
+            bounds = batch.get("cu_seqlens")
+            return linear_wrpo_loss(hidden, weight, batch["labels"], cu_seqlens=bounds, **options, **head)
 
-        return run_in_head(model, head_fn, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).loss
+        return run_in_head(model, head_fn, **model_inputs(batch)).loss
 
     parts = tiny_rows(5, sources=2)[:2], tiny_rows(5, sources=2)[2:]
     whole, sharded = tiny_model(), tiny_model()
@@ -94,31 +100,23 @@ def sharded_gradients(rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]
         install_fused_head(model)
     for module in (*sharded.model.layers, sharded.lm_head, sharded):
         fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
-    ((loss(whole, parts[0]) + loss(whole, parts[1])) / 2).backward()  # FSDP averages over ranks
-    loss(sharded, parts[rank]).backward()
+    # FSDP averages over ranks.
+    ((loss(whole, parts[0], Layout("padded")) + loss(whole, parts[1], Layout("padded"))) / 2).backward()
+    loss(sharded, parts[rank], Layout("shared")).backward()
     return {name: (p.grad.full_tensor(), whole.get_parameter(name).grad) for name, p in sharded.named_parameters()}
 
 
-def work(rank: int, folder: Path, port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+def work(rank: int, folder: Path) -> dict[str, dict]:
     results = {run: train(run, folder / "two", processes=2) for run in RUNS}
-    results["fsdp2"] = sharded_gradients(rank)
-    torch.save(results, folder / f"rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return {**results, "fsdp2": sharded_gradients(rank)}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("ddp")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(work, args=(folder, port), nprocs=2)
+    first, second = run_in_two_processes(work, folder)
     one = {run: train(run, folder / "one", processes=1) for run in RUNS}
-    return {"one": one, **{name: torch.load(folder / f"{name}.pt") for name in ("rank0", "rank1")}}
+    return {"one": one, "rank0": first, "rank1": second}
 
 
 @pytest.mark.parametrize("run", RUNS)

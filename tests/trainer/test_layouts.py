@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from datasets import Dataset
 from layout_models import TAKE_A_MASK, TAKE_NONE, InFloat64, attending_model
 from tiny_models import VOCABULARY, gradients, tiny_rows
 from torch import nn
@@ -14,11 +15,13 @@ from wrpo.data import PreferenceCollator
 from wrpo.data import layout as places
 from wrpo.data.batch import num_counted, sum_by_response
 from wrpo.data.layout import Layout
+from wrpo.evaluation.implicit_reward import response_logps
 from wrpo.head import attention, install_fused_head, run_in_head
 from wrpo.head.attention import model_inputs
 from wrpo.layouts import choose_layout
 from wrpo.layouts.probe import disagreement
 from wrpo.reference.reference import sequence_logp
+from wrpo.reference.source_logp import mean_logp
 from wrpo_kernels import linear_token_logp
 
 LAYOUTS = ("packed", "shared")
@@ -215,3 +218,19 @@ def test_auto_takes_what_saves_operations_and_asks_the_model_only_then(prompt, l
     assert choice.layout.name == expected
     assert bool(asked) == (expected != "padded")
     assert "of the operations" in choice.reason
+
+
+def test_an_evaluation_and_the_log_probs_of_a_source_go_through_shared_rows(tmp_path, monkeypatch, caplog):
+    model, rows = attending_model("llama", dtype=torch.float64), rows_of("all kinds")
+    install_fused_head(model)
+    expected = sequence_logp(model, collated(rows, "padded"))
+    caplog.set_level("INFO", logger="wrpo")
+    got = response_logps(model, rows, None, batch_size=2, title="policy")
+    torch.testing.assert_close(torch.cat(got), expected, rtol=1e-6, atol=0)
+    monkeypatch.setattr("wrpo.reference.source_logp.tokenize_examples", lambda *_, **__: Dataset.from_list(rows))
+    means = mean_logp(None, model, None, cache_file=tmp_path / "sums", batch_size=2, progress=False)
+    lengths = [len(response) for row in rows for response in row["response_ids"]]
+    torch.testing.assert_close(
+        torch.tensor([mean for row in means for mean in row]), expected / torch.tensor(lengths), rtol=1e-6, atol=0
+    )
+    assert caplog.text.count("layout: shared") == 2

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from tiny_models import tiny_model, tiny_rows
+from tiny_models import tiny_model
 from tiny_tokenizer import tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from wrpo.data import PreferenceCollator
+from wrpo.data import PreferenceCollator, load_examples, tokenize_examples
 
 EXAMPLE = Path(__file__).resolve().parent.parent.parent / "examples" / "own_loop.py"
 PAIRS = [{"prompt": f"What is 2 + {n}?", "chosen": f"It is {n + 2}.", "rejected": "hello world"} for n in range(4)]
@@ -44,10 +44,20 @@ def test_a_loop_of_ones_own_trains_an_adapter_and_saves_it(printed):
     assert any(p.abs().max() > 0 for name, p in adapter.named_parameters() if "lora_B" in name)
 
 
-def test_its_batches_are_those_of_the_trainer_in_another_order():
-    rows = tiny_rows(3, sources=0)
-    ids, mask, labels = runpy.run_path(str(EXAMPLE))["to_batch"](rows)
-    batch = PreferenceCollator(0)(rows)
-    order = [0, 2, 4, 1, 3, 5]  # of each row the chosen answer stands before the rejected one
-    for own, name in ((ids, "input_ids"), (mask, "attention_mask"), (labels, "labels")):
-        torch.testing.assert_close(own, batch[name][order], rtol=0, atol=0)
+def test_the_adapter_has_learnt_to_prefer_the_chosen_answers(printed):
+    """By log-probs written out: a loop that took one side for the other would lower its loss all the same."""
+    tokenizer = AutoTokenizer.from_pretrained("model")
+    batch = PreferenceCollator(0)(list(tokenize_examples(load_examples(PAIRS), tokenizer)))
+    ids, mask, labels = (batch[name] for name in ("input_ids", "attention_mask", "labels"))
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("model"), "own_loop_adapter")
+
+    def margins() -> torch.Tensor:
+        logp = model(input_ids=ids, attention_mask=mask).logits.double().log_softmax(-1)
+        of_label = logp.gather(2, labels.clamp(min=0)[..., None])[..., 0]
+        chosen, rejected = of_label.where(labels != -100, 0.0).sum(1).view(-1, 2).T
+        return chosen - rejected
+
+    with torch.no_grad(), model.disable_adapter():
+        before = margins()
+    with torch.no_grad():
+        assert (margins() > before).all()

@@ -22,6 +22,7 @@ from wrpo.data.collation import pad_token
 from wrpo.data.model_limits import refuse_beyond
 from wrpo.data.roles import Role
 from wrpo.head.fused_head import install_fused_head
+from wrpo.layouts import in_best_layout
 from wrpo.pretrained import free_memory, load_model, load_tokenizer, require_template
 from wrpo.reference.reference import sequence_logp
 from wrpo.settings import ModelSettings
@@ -65,7 +66,7 @@ def response_logps(
         **options: budget_bytes and backend of `linear_token_logp`.
     """
     install_fused_head(model)
-    collator = PreferenceCollator(pad_token(tokenizer, model))
+    collator = in_best_layout(PreferenceCollator(pad_token(tokenizer, model)), model, rows, batch_size=batch_size)
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda index: -_longest(rows[index]))
     found: dict[int, Tensor] = {}

@@ -9,6 +9,7 @@ So short prompts with responses of like length stay padded, and pay nothing for 
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from wrpo.data.collation import with_layout
 from wrpo.data.layout import PADDED, Layout
 from wrpo.data.lengths import longest_sequences
 from wrpo.head.attention import attention_form
@@ -24,6 +26,8 @@ from wrpo.head.fused_head import find_causal_lm
 
 from .probe import disagreement
 from .work import Body, Sizes
+
+logger = logging.getLogger("wrpo")
 
 # Longer rows and the gather of hidden states cost a little that `work` does not count.
 PAYS = 0.9
@@ -57,7 +61,7 @@ def choose_layout(
     Args:
         wanted: auto, padded, packed or shared.
         model: with a fused head, on the device where it will run.
-        rows: tokenised rows.
+        rows: tokenised rows, or None.
         collator: of `wrpo.data`; what it makes of a row is what counts.
         batch_size: rows in a batch.
         sorted_by_length: whether rows of like length come together. Default: False.
@@ -69,6 +73,8 @@ def choose_layout(
     """
     if wanted == "padded":
         return Choice(PADDED, "as asked for")
+    if rows is None or (hasattr(rows, "__len__") and not len(rows)):
+        return _without(wanted, "there are no rows to look at")
     try:
         form = attention_form(find_causal_lm(model))
     except ValueError as error:
@@ -87,10 +93,7 @@ def choose_layout(
         if share[layout] > PAYS:
             continue
         if not probe:
-            return Choice(
-                PADDED,
-                f"{layout.name} rows would pay, but nothing asked the model (check_head, ZeRO-3): name it",
-            )
+            return Choice(PADDED, f"{layout.name} rows would pay, but the model cannot be asked now; name the layout")
         reason = disagreement(model, probed(rows), collator, layout, autocast)
         if reason is None:
             return Choice(layout, f"{share[layout]:.2f} of the operations of padded rows")
@@ -99,6 +102,13 @@ def choose_layout(
         return Choice(PADDED, reasons[0])
     least = min(share.values(), default=1.0)
     return Choice(PADDED, f"no layout saves much ({least:.2f} of the operations)")
+
+
+def in_best_layout(collator: Any, model: nn.Module, rows: Any, *, batch_size: int) -> Any:
+    """The collator with the layout that auto takes, for a pass over rows sorted by length."""
+    choice = choose_layout("auto", model, rows, collator, batch_size=batch_size, sorted_by_length=True)
+    logger.info("layout: %s", choice)
+    return with_layout(collator, choice.layout)
 
 
 def _without(wanted: str, reason: str) -> Choice:

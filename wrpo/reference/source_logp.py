@@ -23,6 +23,7 @@ from wrpo.data import PreferenceCollator, tokenize_examples
 from wrpo.data.collation import pad_token
 from wrpo.data.model_limits import refuse_beyond
 from wrpo.head.fused_head import install_fused_head
+from wrpo.layouts import in_best_layout
 from wrpo.pretrained import free_memory, load_model, load_tokenizer
 from wrpo.settings import ModelSettings, SettingsError
 from wrpo.user_error import UserError
@@ -66,7 +67,7 @@ def mean_logp(
     accelerator = Accelerator()
     model = model.to(accelerator.device).eval()
     head = install_fused_head(model)
-    collate = PreferenceCollator(pad_token(tokenizer, model))
+    collate = in_best_layout(PreferenceCollator(pad_token(tokenizer, model)), model, tokens, batch_size=batch_size)
 
     def logp_of(rows: list[dict]) -> Tensor:
         return sequence_logp(model, {name: value.to(accelerator.device) for name, value in collate(rows).items()})

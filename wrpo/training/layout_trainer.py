@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import Trainer
 
+from wrpo.data.collation import with_layout
 from wrpo.data.layout import PADDED
 from wrpo.head.fused_head import install_fused_head
 from wrpo.head.wrapping import is_partitioned
@@ -41,9 +41,6 @@ class LayoutTrainer(Trainer):
                 )
             self.layout_choice = Choice(PADDED, "as data_collator makes it")
             return
-        if rows is None:
-            self.use_layout(Choice(PADDED, "no rows to look at"))
-            return
 
         def choice() -> Choice:
             return choose_layout(
@@ -53,7 +50,7 @@ class LayoutTrainer(Trainer):
                 collator,
                 batch_size=args.per_device_train_batch_size,
                 sorted_by_length=args.train_sampling_strategy in BY_LENGTH,
-                probe=args.check_head and not is_partitioned(self.model),
+                probe=self.can_be_asked(self.model),
                 autocast=self.accelerator.autocast,
             )
 
@@ -66,7 +63,7 @@ class LayoutTrainer(Trainer):
             ValueError: it does not agree on a layout that was asked for.
         """
         layout = self.layout_choice.layout
-        if layout == PADDED or not self.args.check_head or is_partitioned(model):
+        if layout == PADDED or not self.can_be_asked(model):
             return
         install_fused_head(model)
         collator, autocast = self.data_collator, self.accelerator.autocast
@@ -76,17 +73,23 @@ class LayoutTrainer(Trainer):
         if reason is not None:
             self.use_layout(Choice(PADDED, f"reference: {reason}"))
 
+    def can_be_asked(self, model: nn.Module) -> bool:
+        """Not before it is wrapped where that brings its weights together (ZeRO-3) or onto the device (FSDP)."""
+        is_there = not is_partitioned(model) and next(model.parameters()).device.type == self.args.device.type
+        return self.args.check_head and is_there
+
     def use_layout(self, choice: Choice) -> None:
         self.layout_choice = choice
-        self.data_collator = replace(self.data_collator, layout=choice.layout)
+        self.data_collator = with_layout(self.data_collator, choice.layout)
 
     def of_main_process(self, compute: Any) -> Any:
         """What the main process computed, or its error. All compute it: weights may be spread over them."""
+        result, words = None, None
         try:
-            result, error = compute(), None
-        except ValueError as caught:
-            result, error = None, caught
-        result, error = broadcast_object_list([result, error])
-        if error is not None:
-            raise error
+            result = compute()
+        except ValueError as error:
+            words = str(error)
+        result, words = broadcast_object_list([result, words])
+        if words is not None:
+            raise ValueError(words)
         return result

@@ -20,8 +20,7 @@ NATIVE := setup.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/
 
 .DEFAULT_GOAL := menu
 .DELETE_ON_ERROR:
-.PHONY: menu demo fuse experiment test test-torch fuzz sanitize-cpu bench lint format docs wheel test-gpu sanitize \
-	bench-gpu bench-gpu-steps clean
+.PHONY: menu demo fuse experiment test test-torch fuzz sanitize-cpu bench lint format docs wheel test-gpu sanitize bench-gpu bench-gpu-steps clean
 
 menu:
 	@echo "make demo        fine-tune a real language model on this machine: answers before and after, a curve, a saved model"

@@ -61,7 +61,7 @@ OTHER := build/torch-$(TORCH)
 test-torch:
 	@test -n "$(TORCH)" || { echo "say which torch: make test-torch TORCH=2.8.0"; exit 2; }
 	$(PYTHON) -m venv $(OTHER)
-	$(OTHER)/bin/python -m pip install --quiet "torch==$(TORCH)" "numpy<2.4" pytest setuptools pybind11 ninja \
+	$(OTHER)/bin/python -m pip install --quiet "torch==$(TORCH)" "numpy<2.4" pytest "setuptools>=77" pybind11 ninja \
 		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX) --extra-index-url https://pypi.org/simple)
 	WRPO_BUILD=cpu $(OTHER)/bin/python setup.py --quiet build_ext --inplace
 	$(OTHER)/bin/python -m pytest -m "not gpu and not slow" tests/kernels $(ARGS)

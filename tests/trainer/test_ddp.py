@@ -5,19 +5,17 @@ In rows that share prompts or are packed; the sharded model's, beside padded one
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 from peft import LoraConfig, get_peft_model
 from tiny_models import PAD, tiny_model, tiny_rows
 from tiny_runs import ONE_GRADIENT, SETTINGS, training_lines
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from two_processes import run_in_two_processes
 
 from wrpo import SFTConfig, SFTTrainer, WRPOConfig, WRPOTrainer
 from wrpo.data import PreferenceCollator
@@ -108,26 +106,17 @@ def sharded_gradients(rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]
     return {name: (p.grad.full_tensor(), whole.get_parameter(name).grad) for name, p in sharded.named_parameters()}
 
 
-def work(rank: int, folder: Path, port: int) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+def work(rank: int, folder: Path) -> dict[str, dict]:
     results = {run: train(run, folder / "two", processes=2) for run in RUNS}
-    results["fsdp2"] = sharded_gradients(rank)
-    torch.save(results, folder / f"rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return {**results, "fsdp2": sharded_gradients(rank)}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("ddp")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(work, args=(folder, port), nprocs=2)
+    first, second = run_in_two_processes(work, folder)
     one = {run: train(run, folder / "one", processes=1) for run in RUNS}
-    return {"one": one, **{name: torch.load(folder / f"{name}.pt") for name in ("rank0", "rank1")}}
+    return {"one": one, "rank0": first, "rank1": second}
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -160,6 +161,19 @@ def test_values_that_no_run_could_use_are_refused_at_once(settings, words, tmp_p
     with pytest.raises(ValueError, match=[*settings][-1]) as caught:
         FusedHeadConfig(output_dir=str(tmp_path), **{"use_cpu": True, **settings})
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["cp_size", "sp_size"])
+def test_what_cuts_a_response_into_parts_is_refused_in_the_settings_and_from_the_launcher(name, tmp_path, monkeypatch):
+    config = SimpleNamespace(**{"cp_size": 1, "sp_size": 1, name: 2})
+    with pytest.raises(
+        ValueError, match=f"^parallelism_config: {name} must be 1, got 2: (context|sequence) parallelism"
+    ):
+        FusedHeadConfig(output_dir=str(tmp_path), use_cpu=True, parallelism_config=config)
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}", "2")
+    with pytest.raises(ValueError, match=f"^parallelism_config: {name} must be 1, got 2"):
+        FusedHeadConfig(output_dir=str(tmp_path), use_cpu=True)
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_trains_the_same(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from torch import nn
 from wrpo import WRPOTrainer
 from wrpo.reference.fingerprint import model_fingerprint
 from wrpo.reference.reference import adapters_off, choose_reference, refuse_partitioned
+from wrpo.user_error import UserError
 
 LORA = LoraConfig(target_modules=["q_proj", "lm_head"], r=2)
 # A batch of other rows pads and multiplies in another order: float32 rounding of sums of at most 9 scores of 64 nats.
@@ -341,3 +342,12 @@ def test_a_source_that_cannot_be_had_is_refused(reference, has_length, words):
 def test_a_reference_model_that_nothing_would_use_is_refused(tmp_path):
     with pytest.raises(ValueError, match="ref_model is given but reference='none'"):
         opened(tmp_path, tiny_model(), "none", ref_model=tiny_model(seed=1))
+
+
+def test_a_policy_that_has_been_trained_is_not_taken_for_the_reference(tmp_path):
+    """As a run that goes on from a checkpoint under FSDP, whose kept log-probs are gone."""
+    trainer = opened(tmp_path, tiny_model(), "precompute")
+    trainer.reference.values, trainer.reference.table = [None], None
+    trainer.state.global_step = 1
+    with pytest.raises(UserError, match=r"before training are not in .*train\.safetensors, .* reference_cache_dir"):
+        reference_of(trainer)

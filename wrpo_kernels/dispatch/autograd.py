@@ -52,13 +52,21 @@ def owns_saved(ctx: Any) -> bool:
 
 
 def register(
-    name: str, takes: Arguments, returns: str, *, kernel: Callable[..., Any], fake: Callable[..., Any]
+    name: str,
+    takes: Arguments,
+    returns: str,
+    *,
+    check: Callable[..., None],
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
 ) -> Callable[..., Any]:
     """Registers an op without a derivative, for every device; returns what Python calls instead of it.
 
-    That takes its arguments grouped, as `kernel` and `fake` do.
+    That takes its arguments grouped, as `check`, `kernel` and `fake` do. `check` raises for shapes and types that the
+    kernel would not survive, wherever torch calls the op: compiled code, an exported program or a raw call have passed
+    no door. An eager call has.
     """
-    op = _define(name, takes, returns, kernel, fake)
+    op = _define(name, takes, returns, check, kernel, fake)
 
     def call(*groups: Any) -> Any:
         flat = takes.flat(groups)
@@ -72,6 +80,7 @@ def register_differentiable(
     takes: Arguments,
     returns: str,
     *,
+    check: Callable[..., None],
     kernel: Callable[..., tuple[Tensor | None, ...]],
     fake: Callable[..., Any],
     save: Callable[..., None],
@@ -87,7 +96,7 @@ def register_differentiable(
         ctx.set_materialize_grads(False)
         save(ctx, output, *takes.grouped(inputs))
 
-    op = _define(name, takes, returns, _complete(takes, kernel), fake)
+    op = _define(name, takes, returns, check, _complete(takes, kernel), fake)
     derivative = _derivative(name, takes, backward)
     torch.library.register_autograd(f"wrpo::{name}", derivative, setup_context=set_up)
     eager = _eager(name, takes, kernel, save, derivative)
@@ -148,12 +157,25 @@ def _eager(name: str, takes: Arguments, kernel: Callable[..., tuple], save: Call
 
 
 def _define(
-    name: str, takes: Arguments, returns: str, kernel: Callable[..., Any], fake: Callable[..., Any]
+    name: str,
+    takes: Arguments,
+    returns: str,
+    check: Callable[..., None],
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
 ) -> Callable[..., Any]:
+    def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*inputs: Any) -> Any:
+            groups = takes.grouped(inputs)
+            check(*groups)
+            return function(*groups)
+
+        return call
+
     full_name = f"wrpo::{name}"
     torch.library.define(full_name, f"({takes.schema}) -> ({returns})")
-    torch.library.impl(full_name, "CompositeExplicitAutograd", lambda *inputs: kernel(*takes.grouped(inputs)))
-    torch.library.register_fake(full_name, lambda *inputs: fake(*takes.grouped(inputs)))
+    torch.library.impl(full_name, "CompositeExplicitAutograd", checked(kernel))
+    torch.library.register_fake(full_name, checked(fake))
     return getattr(torch.ops.wrpo, name).default
 
 

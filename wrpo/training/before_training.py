@@ -14,6 +14,7 @@ from transformers import Trainer, get_scheduler
 
 from wrpo.data.model_limits import refuse_beyond
 from wrpo.head.fused_head import adapts_tied_weight
+from wrpo.reference.reference import brings_reference
 from wrpo.spelling import nearest
 from wrpo.user_error import in_one_line
 from wrpo_kernels import token_logp
@@ -71,6 +72,8 @@ def check_before_training(trainer: Any) -> None:
     warn_of_tied_adapter(trainer.model)
     for name, rows in trainer.filled_datasets().items():
         refuse_beyond(rows, trainer.model, trainer.processing_class, place=f"{name} data")
+        if trainer.stage == "preference":
+            brings_reference(rows)  # refuses a column with gaps, which the first batch would name less well
     if trainer.train_dataset is not None:
         refuse_nothing_to_train(trainer.model)
         refuse_optimizer(trainer)

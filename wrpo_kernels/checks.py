@@ -53,11 +53,16 @@ def check_number(
     name: str, value: float, *, above: float = -math.inf, least: float = -math.inf, most: float = LARGEST
 ) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}{_as_number(name, value)}")
     if not -LARGEST <= value <= most or value <= above or value < least:  # an int may be beyond float64
         bound = f" > {above:g}" if above > -math.inf else f" >= {least:g}" if least > -math.inf else ""
         bound += f" and <= {most:g}" if most < LARGEST else ""
         raise ValueError(f"{name} must be a finite number{bound}, got {_shown(value)}")
+
+
+def _as_number(name: str, value: object) -> str:
+    """What to do with a scalar of numpy or torch, which is no number of Python's."""
+    return f"; pass {name}.item()" if hasattr(value, "item") else ""
 
 
 def _shown(value: float) -> str:
@@ -80,7 +85,7 @@ def check_bool(name: str, value: bool) -> None:
 
 def check_int(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}{_as_number(name, value)}")
     if not -(1 << 63) <= value < 1 << 63:  # comparisons alone: to a compiler the number may be a symbol
         raise ValueError(f"{name} must fit int64, got {_shown(value)}")
 

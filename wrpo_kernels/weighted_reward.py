@@ -63,6 +63,7 @@ def wrpo_loss(
 
     Raises:
         ValueError: S is not a multiple of K + 2, or an option is wrong; the message names it.
+        TypeError: an argument is of another kind.
         RuntimeError: the backend that was asked for refuses.
 
     Numerics: as preference_loss.
@@ -144,6 +145,7 @@ def linear_wrpo_loss(
 
     Raises:
         ValueError: S is not a multiple of K + 2, or an argument is wrong; the message names it.
+        TypeError: an argument is of another kind.
         RuntimeError: the backend that was asked for refuses.
 
     Numerics, Memory, Cost: as linear_preference_loss.

@@ -12,7 +12,7 @@ from wrpo_kernels import preference_loss
 from wrpo_kernels.dispatch import autograd
 
 CPU = torch.device("cpu")
-PRIVATE_NAMES = ("number_of_modes", "has_transforms", "keeps_graph")
+PRIVATE_NAMES = ("number_of_modes", "has_transforms", "keeps_graph", "saving_hooks")
 PAIRS = {
     "seq_weight": torch.tensor([1.0, 1.0, -1.0, -1.0]),
     "group": torch.tensor([0, 1, 0, 1]),
@@ -64,6 +64,39 @@ def test_a_kept_graph_is_walked_twice_whatever_torch_tells(hidden, monkeypatch):
     first = [grad.clone() for grad in torch.autograd.grad(loss, leaves, retain_graph=True)]
     for again, grad in zip(torch.autograd.grad(loss, leaves), first, strict=True):
         oracle.assert_same_bits("grad", again, grad)
+
+
+@pytest.mark.parametrize("factor", [1.0, -0.75])
+@pytest.mark.parametrize("door", OF_OPS)
+def test_what_hooks_keep_of_a_forward_is_not_changed_by_the_backward(door, factor):
+    kept = []
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        kept.append((x, x.clone()))
+        return x
+
+    function, given = doors(CPU, "native")[door]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        value = factor * function(*given).sum()
+    torch.autograd.grad(value, [x for x in given if x.requires_grad])
+    assert kept
+    for x, before in kept:
+        assert torch.equal(x, before)
+
+
+def test_a_lazy_negative_is_read_as_what_it_stands_for():
+    """`imag` of a conjugate is such a view: its memory holds the values with the other sign."""
+    logp = torch.complex(torch.zeros(4), torch.tensor([5.0, 6.0, 7.0, 9.0])).conj().imag
+    assert logp.is_neg()
+    out = preference_loss(logp, **PAIRS)
+    assert torch.equal(out.loss, preference_loss(logp.resolve_neg().clone(), **PAIRS).loss)
+
+
+@pytest.mark.parametrize("door", OF_OPS)
+def test_meta_tensors_give_the_shapes(door):
+    (function, given), (on_cpu, values) = (doors(torch.device(kind), "reference")[door] for kind in ("meta", "cpu"))
+    value, expected = function(*given), on_cpu(*values)
+    assert value.is_meta and (value.shape, value.dtype) == (expected.shape, expected.dtype)
 
 
 @pytest.mark.parametrize("hidden", [None, "number_of_modes"])

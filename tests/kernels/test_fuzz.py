@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from fuzz import CHECKS, Wrong, run, run_case, seed_of_the_day
 from planted import PLANTED, first_seen, with_error
+from planted_in_kernels import PLANTED as PLANTED_IN_KERNELS
+from planted_in_kernels import seen_in
 
 SECONDS = 60
 
@@ -17,6 +19,11 @@ def test_a_minute_of_random_calls_is_right():
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_error_is_seen(name):
     assert first_seen(name, seed=1, cases=300) is not None
+
+
+@pytest.mark.parametrize("name", PLANTED_IN_KERNELS)
+def test_an_error_planted_in_a_kernel_is_seen(name):
+    assert next(seen_in(name, seed=1, cases=300), None) is not None
 
 
 def test_a_case_is_the_same_call_every_time_and_says_how_to_repeat_it():

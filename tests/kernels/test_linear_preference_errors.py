@@ -29,6 +29,12 @@ def bounds(*values: int, dtype: torch.dtype = torch.int64) -> dict:
 
 
 REFUSED = {
+    "the backend of linear_token_logp alone": (
+        {"backend": "triton_fused"},
+        ValueError,
+        r"linear_preference_loss: backend.*'native', 'cuda', 'triton', 'reference'\].*'triton_fused'",
+    ),
+    "a backend that is a number": ({"backend": 1}, TypeError, "backend.*name of a backend.*int"),
     "labels of another type": ({"labels": [[0]]}, TypeError, "labels.*list"),
     "float labels": ({"labels": torch.zeros(6, 3)}, ValueError, "labels.*int64.*float32"),
     "labels of another shape": ({"labels": torch.zeros(6, 4).long()}, ValueError, r"labels.*\[6, 3\].*\[6, 4\]"),

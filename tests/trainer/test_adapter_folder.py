@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import plain_logp, tiny_model
+from tiny_models import plain_logp, preference_batch, tiny_model
 from tiny_runs import SETTINGS, training_lines
 from tiny_tokenizer import tiny_tokenizer
 from torch import nn
@@ -129,10 +129,10 @@ def test_a_trainer_given_its_folder_goes_on_with_it_too(reference, base, adapter
     trainer = WRPOTrainer(str(adapter), args, train_dataset=ROWS)
     assert torch.equal(logits(trainer.model), of_adapter(base, adapter))
     rows = [trainer.train_dataset[i] for i in range(len(ROWS))]
-    batch = trainer.data_collator(rows)
+    whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
     with torch.no_grad():
-        expected = plain_logp(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter), batch)
-    got = trainer.reference(trainer.model, batch)
+        expected = plain_logp(whole, preference_batch(rows))
+    got = trainer.reference(trainer.model, trainer.data_collator(rows))
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-4)
     trainer.train()
     assert training_lines(trainer)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)

@@ -84,7 +84,7 @@ def test_plain_pairs_train_by_dpo_and_its_relatives(loss_type, tmp_path):
         logp = plain_logp(policy, batch)
     length = (batch["labels"] != -100).sum(1)
     score = logp / length if loss_type == "simpo" else torch.zeros_like(logp)
-    margin = 0.1 * (score[::2] - score[1::2])
+    margin = args.beta * (score[::2] - score[1::2]) - args.gamma
     expected = {
         "sigmoid": -F.logsigmoid(margin), "simpo": -F.logsigmoid(margin), "hinge": torch.relu(1 - margin),
         "ipo": (margin / 0.1 - 1 / (2 * 0.1)) ** 2,

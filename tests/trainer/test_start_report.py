@@ -23,6 +23,21 @@ def test_a_run_says_data_steps_kernel_loss_and_reference(tmp_path, capsys):
         assert words in said
 
 
+@pytest.mark.parametrize(
+    ("sources", "form", "settings", "words"),
+    [
+        (0, datasets.Dataset.from_list, {"loss_type": "dpo"}, "gamma 0\n"),
+        (0, list, {"loss_type": "dpo"}, "gamma 0\n"),
+        (0, datasets.Dataset.from_list, {}, "gamma 0\n"),
+        (1, datasets.Dataset.from_list, {"loss_type": "dpo"}, "gamma 0\n"),
+        (1, list, {"alpha_schedule": "constant", "alpha": 0.3}, "gamma 0, alpha 0.3\n"),
+    ],
+)
+def test_alpha_is_spoken_of_where_rows_have_a_source(sources, form, settings, words, tmp_path, capsys):
+    wrpo_trainer(tmp_path, rows=form(tiny_rows(4, sources=sources)), max_steps=1, **settings).train()
+    assert words in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("form", [list, datasets.Dataset.from_list])
 def test_the_size_of_the_data_is_counted_in_the_tokens_that_go_through_the_model(form):
     rows = [
@@ -31,7 +46,7 @@ def test_the_size_of_the_data_is_counted_in_the_tokens_that_go_through_the_model
          "share": [1.0, 0.5, 0.5]},
     ]  # fmt: skip
     size = data_size(form(rows))
-    assert size.rows == {"target + rejected": 1, "target + 2 rejected": 1}
+    assert size.rows == {"chosen + rejected": 1, "chosen + 2 rejected": 1}
     assert (size.responses, size.prompt_tokens, size.response_tokens) == (5, 2 * 3 + 3 * 1, 3 + 4)
     assert "2 rows" in str(size)
     assert "16 tokens, 56% of them prompt" in str(size)

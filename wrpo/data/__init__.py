@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 _PLACE_OF = {
     "DataError": ("wrpo.rows.errors", "DataError"),
+    "Layout": ("wrpo.data.layout", "Layout"),
     "PreferenceCollator": ("wrpo.data.collation", "PreferenceCollator"),
     "SFTCollator": ("wrpo.data.collation", "SFTCollator"),
     "load_examples": ("wrpo.data.loading", "load_examples"),
@@ -28,6 +29,7 @@ _PLACE_OF = {
 
 __all__ = [
     "DataError",
+    "Layout",
     "PreferenceCollator",
     "SFTCollator",
     "load_examples",
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from wrpo.rows.errors import DataError
 
     from .collation import PreferenceCollator, SFTCollator
+    from .layout import Layout
     from .loading import load_examples
     from .loading import load_examples as load_triples
     from .tokenization import tokenize_examples

@@ -8,6 +8,7 @@ responses of all rows, row after row), T positions. Packed and shared rows are t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -143,6 +144,13 @@ class SFTCollator:
 
     def __call__(self, rows: list[dict]) -> Batch:
         return laid_out(self.examples(rows), self.pad_token_id, self.layout, self.pad_to_multiple_of)
+
+
+def with_layout(collator: Any, layout: Layout) -> Any:
+    """A collator like it, of its own class, whose batches have the layout."""
+    other = copy.copy(collator)
+    other.layout = layout
+    return other
 
 
 def laid_out(examples: list[Example], pad_token_id: int, layout: Layout, multiple: int | None = None) -> Batch:

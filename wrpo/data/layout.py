@@ -19,8 +19,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,12 +31,13 @@ Example = tuple[list[int], Sequence[list[int]]]  # ids of the prompt, of each re
 class Layout(NamedTuple):
     """How rows are made up.
 
-    Fields:
-        name: padded, packed or shared.
+    Attributes:
+        name: padded, packed or shared. Default: padded.
         attention: what the model's attention is told (`wrpo.head.attention`), which decides how long a row gets.
             mask: a matrix [T, T] a row, whose cost grows with T squared: no longer than the batch's longest segment.
             blocks: a `BlockMask`, whose empty blocks cost nothing: up to `ROW_TOKENS`.
             bounds: of segments that do not branch, so packed ones: all in one row without padding.
+            Default: mask.
     """
 
     name: str = "padded"
@@ -116,27 +118,26 @@ def place_tokens(
     rows = rows_of(sizes, layout)
     width = width_of(rows, layout, multiple)
     padding = {"input_ids": pad_token_id, "attention_mask": 0, "position_ids": 0, "segment": -1, "branch": 0}
-    flat: dict[str, list[int]] = {name: [] for name in padding}
-    predicting: dict[tuple[int, int], list[int]] = {}  # by example and number of the response
+    columns = {name: np.full(len(rows) * width, value) for name, value in padding.items()}
+    predicting: dict[tuple[int, int], np.ndarray] = {}  # by example and number of the response
     bounds = [0]
-    for row_end, row in zip(range(width, width * len(rows) + 1, width), rows, strict=True):
+    for start, row in zip(range(0, len(rows) * width, width), rows, strict=True):
+        at = start
         for segment in row:
             prompt, lengths = sizes[segment.example]
-            places = _predicting(len(flat["input_ids"]), prompt, lengths[segment.first : segment.last])
+            places = _predicting(at, prompt, lengths[segment.first : segment.last])
             predicting.update(((segment.example, number), own) for number, own in enumerate(places, segment.first))
+            own = slice(at, at := at + segment.tokens)
+            columns["segment"][own] = len(bounds)
             for name, values in _columns(segment, *examples[segment.example]).items():
-                flat[name] += values
-            flat["segment"] += [len(bounds)] * segment.tokens
-            bounds.append(len(flat["input_ids"]))
-        rest = row_end - len(flat["input_ids"])
-        if rest:
-            bounds.append(row_end)
-        for name, value in padding.items():
-            flat[name] += [value] * rest
-    batch = {name: torch.tensor(values).view(len(rows), width) for name, values in flat.items()}
+                columns[name][own] = values
+            bounds.append(at)
+        if at < start + width:
+            bounds.append(start + width)
+    batch = {name: torch.from_numpy(values).view(len(rows), width) for name, values in columns.items()}
     labels = [counted(prompt, response) for prompt, responses in examples for response in responses]
-    batch["hidden_rows"] = torch.tensor([place for key in sorted(predicting) for place in predicting[key]]).long()
-    batch["labels"] = torch.tensor([id for ids in labels for id in ids]).long()
+    batch["hidden_rows"] = torch.from_numpy(np.concatenate([predicting[key] for key in sorted(predicting)]))
+    batch["labels"] = torch.from_numpy(np.concatenate([np.array(ids, dtype=np.int64) for ids in labels]))
     batch["cu_seqlens"] = torch.tensor([0, *accumulate(map(len, labels))])
     if layout.attention == "bounds":
         batch["segment_bounds"] = torch.tensor(bounds, dtype=torch.int32)
@@ -148,21 +149,26 @@ def counted(prompt: list[int], response: list[int]) -> list[int]:
     return response if prompt else response[1:]
 
 
-def _predicting(start: int, prompt: int, responses: Sequence[int]) -> list[list[int]]:
+def _predicting(start: int, prompt: int, responses: Sequence[int]) -> list[np.ndarray]:
     """Of each response of a segment that begins at `start`, the places that predict its tokens."""
     places, at = [], start + prompt
     for length in responses:
-        first = [start + prompt - 1] if prompt and length else []
-        places.append([*first, *range(at, at + length - 1)])
+        own = np.arange(at - 1, at - 1 + length)  # each token is predicted by the one before
+        if length:
+            own[0] = start + prompt - 1  # the first one by the last of the prompt
+        places.append(own if prompt else own[1:])
         at += length
     return places
 
 
-def _columns(segment: Segment, prompt: list[int], responses: Sequence[list[int]]) -> dict[str, list[int]]:
+def _columns(segment: Segment, prompt: list[int], responses: Sequence[list[int]]) -> dict[str, Any]:
     """What a segment writes into its row."""
-    ids, positions, branch = [*prompt], [*range(len(prompt))], [0] * len(prompt)
-    for number, response in enumerate(responses[segment.first : segment.last], 1):
-        ids += response
-        positions += range(len(prompt), len(prompt) + len(response))
-        branch += [number] * len(response)
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "position_ids": positions, "branch": branch}
+    parts = [prompt, *responses[segment.first : segment.last]]
+    lengths = [len(part) for part in parts]
+    starts = [0] + [len(prompt)] * (len(parts) - 1)
+    return {
+        "input_ids": np.concatenate([np.array(part, dtype=np.int64) for part in parts]),
+        "attention_mask": 1,
+        "position_ids": np.concatenate([np.arange(a, a + n) for a, n in zip(starts, lengths, strict=True)]),
+        "branch": np.repeat(np.arange(len(parts)), lengths),
+    }

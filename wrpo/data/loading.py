@@ -88,7 +88,8 @@ def load_examples(
     tables.append(pa.Table.from_pylist(rows, schema=schema))
     table = pa.concat_tables(tables)
     if not table.num_rows:
-        raise DataError("at least one row", f"no rows and {bad.report()}", "Check the file.", file=name)
+        got = f"no rows and {bad.report()}" if bad.count else "none"
+        raise DataError("at least one row", got, "Check the file.", file=name)
     logger.log(logging.WARNING if bad.count else logging.INFO, "%s: %d rows loaded, %s", name, len(table), bad.report())
     return datasets.Dataset(table)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,8 @@ import datasets
 from torch.utils.data import Dataset, IterableDataset
 
 from .roles import without
+
+logger = logging.getLogger("wrpo.data")
 
 
 def leave_out(rows: Any, role: str | None) -> Any:
@@ -20,8 +23,12 @@ def leave_out(rows: Any, role: str | None) -> Any:
     """
     if role is None or rows is None:
         return rows
-    if isinstance(rows, datasets.Dataset) and not any(role in own for own in rows["role"]):
-        return rows
+    if hasattr(rows, "__len__"):
+        is_table = isinstance(rows, datasets.Dataset)
+        roles = rows["role"] if is_table else (rows[index].get("role", ()) for index in range(len(rows)))
+        if not any(role in own for own in roles):
+            return rows
+    logger.info("Left out: the %ss of rows that have other preferred answers, as they weigh nothing in this run", role)
     if isinstance(rows, datasets.IterableDataset):
         return rows.map(without, fn_kwargs={"role": role})
     return RowsWithout(rows, role) if hasattr(rows, "__getitem__") else StreamWithout(rows, role)

@@ -13,12 +13,12 @@ import logging
 import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from wrpo.data.collation import with_layout
 from wrpo.data.layout import PADDED, Layout
 from wrpo.data.lengths import longest_sequences
 from wrpo.head.attention import attention_form
@@ -108,7 +108,7 @@ def in_best_layout(collator: Any, model: nn.Module, rows: Any, *, batch_size: in
     """The collator with the layout that auto takes, for a pass over rows sorted by length."""
     choice = choose_layout("auto", model, rows, collator, batch_size=batch_size, sorted_by_length=True)
     logger.info("layout: %s", choice)
-    return replace(collator, layout=choice.layout)
+    return with_layout(collator, choice.layout)
 
 
 def _without(wanted: str, reason: str) -> Choice:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from wrpo.data.batch import num_counted
-from wrpo.data.collation import IGNORE, Batch
+from wrpo.data.collation import IGNORE, Batch, with_layout
 from wrpo.data.layout import PADDED, Layout
 from wrpo.head.attention import model_inputs
 from wrpo.head.fused_head import find_causal_lm, run_in_head
@@ -38,11 +37,16 @@ def disagreement(
         rows: tokenised rows of the data.
         collator: of `wrpo.data`, whose layout is set here.
         autocast: under which training runs the model.
+
+    Raises:
+        DataError: rows that the collator refuses.
     """
     name = type(find_causal_lm(model)).__name__
+    batches = [with_layout(collator, wanted)(rows) for wanted in (PADDED, layout)]
     try:
         with autocast(), untouched(model):
-            apart, dtype = _apart(model, rows, collator, layout)
+            (padded, dtype), (other, _) = (token_logps(model, batch) for batch in batches)
+            apart = float((padded - other).double().square().sum() / max(len(padded), 1)) ** 0.5
     except Exception as error:  # whatever a model's own code does with inputs that it does not know
         return f"{layout.name} rows do not go through {name} ({in_one_line(error, LONGEST)})"
     tolerance = TOLERANCE[torch.float16 if _shortens_products(model, dtype) else dtype]
@@ -52,14 +56,6 @@ def disagreement(
         f"{name} gives other log-probs in {layout.name} rows than in padded ones: they differ by "
         f"{apart:.3g} nats a token, rounding explains {tolerance:g}"
     )
-
-
-def _apart(model: nn.Module, rows: list[dict], collator: Any, layout: Layout) -> tuple[float, torch.dtype]:
-    """The root mean square of the differences, and the type in which the log-probs were made."""
-    (padded, dtype), (other, _) = (
-        token_logps(model, replace(collator, layout=wanted)(rows)) for wanted in (PADDED, layout)
-    )
-    return float((padded - other).double().square().mean().sqrt()), dtype
 
 
 def token_logps(model: nn.Module, batch: Batch) -> tuple[Tensor, torch.dtype]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,7 +62,8 @@ def from_pretrained(auto: Any, settings: ModelSettings, field: str, **options: A
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise SettingsError(f"{field} {name!r}: {_words(auto, error)}") from error
+        absent = "" if Path(name).exists() else "no such folder here, and as a name on the hub: "
+        raise SettingsError(f"{field} {name!r}: {absent}{_words(auto, error)}") from error
 
 
 def _words(auto: Any, error: Exception) -> str:

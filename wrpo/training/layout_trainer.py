@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import Trainer
 
+from wrpo.data.collation import with_layout
 from wrpo.data.layout import PADDED
 from wrpo.head.fused_head import install_fused_head
 from wrpo.head.wrapping import is_partitioned
@@ -80,15 +80,16 @@ class LayoutTrainer(Trainer):
 
     def use_layout(self, choice: Choice) -> None:
         self.layout_choice = choice
-        self.data_collator = replace(self.data_collator, layout=choice.layout)
+        self.data_collator = with_layout(self.data_collator, choice.layout)
 
     def of_main_process(self, compute: Any) -> Any:
         """What the main process computed, or its error. All compute it: weights may be spread over them."""
+        result, words = None, None
         try:
-            result, error = compute(), None
-        except ValueError as caught:
-            result, error = None, caught
-        result, error = broadcast_object_list([result, error])
-        if error is not None:
-            raise error
+            result = compute()
+        except ValueError as error:
+            words = str(error)
+        result, words = broadcast_object_list([result, words])
+        if words is not None:
+            raise ValueError(words)
         return result

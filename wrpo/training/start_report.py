@@ -18,6 +18,7 @@ from wrpo.data.lengths import lengths_of
 logger = logging.getLogger("wrpo.training")
 
 FEWEST_LINES = 10  # of the log, where the run has as many steps
+SEVERAL = {"source": "sources", "target": "targets"}
 SHORT = 5  # steps; of fewer the first alone is more than a fifth
 
 
@@ -52,8 +53,10 @@ def data_size(rows: Any) -> DataSize | None:
 
 
 def _kind(roles: list[str]) -> str:
-    several = {"source": "sources", "target": "targets", "rejected": "rejected"}
-    return " + ".join(f"{n} {several[role]}" if n > 1 else role for role, n in Counter(roles).items())
+    """What is in a row. Of a pair the target's answer is what everybody calls the chosen one."""
+    is_pair = {*roles} == {"target", "rejected"}
+    names = ["chosen" if is_pair and role == "target" else role for role in roles]
+    return " + ".join(f"{n} {SEVERAL.get(name, name)}" if n > 1 else name for name, n in Counter(names).items())
 
 
 class StartReport(TrainerCallback):

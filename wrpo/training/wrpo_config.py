@@ -220,7 +220,8 @@ class DPOConfig(WRPOConfig):
         super().__post_init__()
         if self.alpha or self.alpha_start:
             raise ValueError(
-                f"alpha and alpha_start must be 0 for DPO, got {self.alpha} and {self.alpha_start}; WRPOConfig has them"
+                f"alpha and alpha_start must be 0 for DPO, got {self.alpha} and {self.alpha_start}; with an alpha it "
+                "is WRPO: wrpo train, in Python WRPOConfig"
             )
 
     def default_scale(self) -> tuple[float, float]:

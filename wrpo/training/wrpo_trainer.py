@@ -119,20 +119,22 @@ class WRPOTrainer(ReferenceTrainer):
         args = self.args
         return [
             *super().start_lines(steps),
-            f"loss       {args.loss_type}, beta {args.beta:g}, gamma {args.gamma:g}, {self.alpha_line()}",
+            f"loss       {args.loss_type}, beta {args.beta:g}, gamma {args.gamma:g}{self.alpha_words()}",
             f"reference  {self.reference_source}",
         ]
 
-    def alpha_line(self) -> str:
-        """What alpha does in this run, as far as its rows are known."""
+    def alpha_words(self) -> str:
+        """What alpha does in this run, as far as its rows are known; nothing where no row has a source."""
         args, size = self.args, data_size(self.train_dataset)
-        if unused := args.unused_role():
-            return f"without the {unused}s of rows that have other preferred answers"
+        if size is None and (unused := args.unused_role()):
+            return f", without the {unused}s of rows that have other preferred answers"
+        if size is not None and not any("source" in kind for kind in size.rows):
+            return ""
         if size is not None and not any("source" in kind and "target" in kind for kind in size.rows):
-            return "no alpha: no row has both a source and a target"
+            return ", no alpha: no row has both a source and a target"
         if args.alpha_schedule == "constant":
-            return f"alpha {args.alpha:g}"
-        return f"alpha {args.alpha_start:g} to {args.alpha:g} ({args.alpha_schedule})"
+            return f", alpha {args.alpha:g}"
+        return f", alpha {args.alpha_start:g} to {args.alpha:g} ({args.alpha_schedule})"
 
     def metric_names(self, rows: Any) -> list[str]:
         return [*super().metric_names(rows), *names_of_metrics(rows)]

@@ -4,7 +4,8 @@ torch's own way from Python to an op and its derivative costs half a toy step: i
 argument and boxes some 28 of them, above and below autograd (1.40 and 1.56 times plain torch, where the way past it
 takes 0.99 and 1.01; 2026-11-30, see docs/log.md). So an eager call of ordinary tensors, which no compiler, trace,
 transform or mode wants to see, goes straight to the kernel. Two private names of torch tell whether a transform or a
-mode does; where torch has one of them no longer, every call takes torch's way.
+mode does; where torch has one of them no longer, every call takes torch's way. Two more tell whether a backward may
+write where the forward has saved; without one of them it does not.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 number_of_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
 has_transforms = getattr(torch._C, "_are_functorch_transforms_active", None)
 keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 def is_plain(tensors: Sequence[Tensor | None]) -> bool:
@@ -32,23 +34,39 @@ def is_plain(tensors: Sequence[Tensor | None]) -> bool:
     if is_compiling() or number_of_modes is None or has_transforms is None:
         return False
     is_seen = number_of_modes() or has_transforms() or torch.jit.is_tracing()
-    return not is_seen and PLAIN.issuperset(map(type, tensors))
+    return not is_seen and PLAIN.issuperset(map(type, tensors)) and all(x is None or _has_values(x) for x in tensors)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether its memory holds the values; a view may stand for their negative, and meta tensors have none."""
+    return not (tensor.is_neg() or tensor.is_meta)
 
 
 def owns_saved(ctx: Any) -> bool:
-    """Whether what an eager call has saved is needed by nobody after the running backward; False where unknown."""
-    is_eager = getattr(ctx, "is_eager", False) and not is_compiling()
-    return is_eager and keeps_graph is not None and not keeps_graph()
+    """Whether what an eager call has saved is needed by nobody after the running backward; False where unknown.
+
+    Hooks on what is saved (`torch.autograd.graph.saved_tensors_hooks`) may keep it.
+    """
+    has_saved_alone = getattr(ctx, "has_saved_alone", False) and not is_compiling()
+    return has_saved_alone and keeps_graph is not None and not keeps_graph()
 
 
 def register(
-    name: str, takes: Arguments, returns: str, *, kernel: Callable[..., Any], fake: Callable[..., Any]
+    name: str,
+    takes: Arguments,
+    returns: str,
+    *,
+    check: Callable[..., None],
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
 ) -> Callable[..., Any]:
     """Registers an op without a derivative, for every device; returns what Python calls instead of it.
 
-    That takes its arguments grouped, as `kernel` and `fake` do.
+    That takes its arguments grouped, as `check`, `kernel` and `fake` do. `check` raises for shapes and types that the
+    kernel would not survive, wherever torch calls the op: compiled code, an exported program or a raw call have passed
+    no door. An eager call has.
     """
-    op = _define(name, takes, returns, kernel, fake)
+    op = _define(name, takes, returns, check, kernel, fake)
 
     def call(*groups: Any) -> Any:
         flat = takes.flat(groups)
@@ -62,6 +80,7 @@ def register_differentiable(
     takes: Arguments,
     returns: str,
     *,
+    check: Callable[..., None],
     kernel: Callable[..., tuple[Tensor | None, ...]],
     fake: Callable[..., Any],
     save: Callable[..., None],
@@ -77,7 +96,7 @@ def register_differentiable(
         ctx.set_materialize_grads(False)
         save(ctx, output, *takes.grouped(inputs))
 
-    op = _define(name, takes, returns, _complete(takes, kernel), fake)
+    op = _define(name, takes, returns, check, _complete(takes, kernel), fake)
     derivative = _derivative(name, takes, backward)
     torch.library.register_autograd(f"wrpo::{name}", derivative, setup_context=set_up)
     eager = _eager(name, takes, kernel, save, derivative)
@@ -120,7 +139,7 @@ def _eager(name: str, takes: Arguments, kernel: Callable[..., tuple], save: Call
     """Kernel and derivative as a `torch.autograd.Function` of the groups and, once more, of the tensors in them."""
 
     def forward(ctx: Any, groups: tuple, *_tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.is_eager = True
+        ctx.has_saved_alone = saving_hooks is not None and saving_hooks(True) is None
         ctx.set_materialize_grads(False)  # zeros for the outputs without a gradient would cost a pass over each
         outputs = kernel(*groups)
         save(ctx, outputs, *groups)
@@ -138,12 +157,25 @@ def _eager(name: str, takes: Arguments, kernel: Callable[..., tuple], save: Call
 
 
 def _define(
-    name: str, takes: Arguments, returns: str, kernel: Callable[..., Any], fake: Callable[..., Any]
+    name: str,
+    takes: Arguments,
+    returns: str,
+    check: Callable[..., None],
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
 ) -> Callable[..., Any]:
+    def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*inputs: Any) -> Any:
+            groups = takes.grouped(inputs)
+            check(*groups)
+            return function(*groups)
+
+        return call
+
     full_name = f"wrpo::{name}"
     torch.library.define(full_name, f"({takes.schema}) -> ({returns})")
-    torch.library.impl(full_name, "CompositeExplicitAutograd", lambda *inputs: kernel(*takes.grouped(inputs)))
-    torch.library.register_fake(full_name, lambda *inputs: fake(*takes.grouped(inputs)))
+    torch.library.impl(full_name, "CompositeExplicitAutograd", checked(kernel))
+    torch.library.register_fake(full_name, checked(fake))
     return getattr(torch.ops.wrpo, name).default
 
 

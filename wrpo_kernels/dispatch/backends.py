@@ -51,6 +51,11 @@ def _waits_of(module: Backend) -> Callable | None:
     return getattr(module, "waits_to_be_named", None)
 
 
+def check_name(op: str, backend: str | None, candidates: tuple[Backend, ...]) -> None:
+    if backend is not None and backend not in (names := [module.NAME for module in candidates]):
+        raise ValueError(f"{op}: backend must be one of {names} or None, got {backend!r}")
+
+
 def choose(op: str, backend: str | None, candidates: tuple[Backend, ...], *facts: object) -> Backend:
     """The implementation that runs: the one named, or the first that does not refuse.
 
@@ -58,8 +63,7 @@ def choose(op: str, backend: str | None, candidates: tuple[Backend, ...], *facts
         ValueError: no candidate has that name.
         RuntimeError: the named backend refuses, or all do; the message holds each reason.
     """
-    if backend is not None and backend not in (names := [module.NAME for module in candidates]):
-        raise ValueError(f"{op}: backend must be one of {names} or None, got {backend!r}")
+    check_name(op, backend, candidates)
     reasons = []
     for module in candidates:
         if backend not in (None, module.NAME):

@@ -7,7 +7,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from wrpo_kernels.checks import check_int
+from wrpo_kernels.checks import check_backend_name, check_int
+from wrpo_kernels.dispatch.backends import check_name
 from wrpo_kernels.dispatch.transfer import to_device
 from wrpo_kernels.linear_preference_loss import contract
 from wrpo_kernels.linear_token_logp import contract as token_contract
@@ -16,6 +17,7 @@ from wrpo_kernels.lm_head.head import LabelsByPosition
 from wrpo_kernels.lm_head.inputs import HeadOptions, HeadTensors, checked_options, checked_tensors
 from wrpo_kernels.lm_head.rows import count_labels, count_rows, most_rows, nan_unless_counted
 from wrpo_kernels.preference_loss import PreferenceOutput, loss_arguments, loss_of_sequences, reduce_loss
+from wrpo_kernels.preference_loss import contract as preference
 from wrpo_kernels.preference_loss.family import LossArguments
 from wrpo_kernels.token_logp.contract import logp_dtype
 
@@ -99,12 +101,14 @@ def linear_preference_loss(
         a second dW.
     Source: WRPO, arXiv:2412.03187.
     """
+    check_backend_name(backend)
     tensors = checked_tensors(hidden, weight, labels, bias, adapter, "labels")
     check_sequences(labels, cu_seqlens)
     check_int("ignore_index", ignore_index)
     length = lengths(labels, cu_seqlens, ignore_index)
     rows = count_rows(length, labels.numel(), num_rows)
     transform = (logit_scale, softcap, temperature)
+    check_name("linear_preference_loss", backend, preference.CANDIDATES)  # fewer than linear_token_logp has
     options = checked_options(tensors, *transform, ignore_index, rows, budget_bytes, grad_filter, backend)
     loss, counted = loss_arguments(
         length,

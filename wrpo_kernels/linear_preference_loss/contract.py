@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wrpo_kernels.checks import check_tensor
+from wrpo_kernels.checks import check_device, check_shape, check_tensor
 from wrpo_kernels.dispatch.autograd import owns_saved, register, register_differentiable
 from wrpo_kernels.dispatch.backends import choose
 from wrpo_kernels.dispatch.schema import Arguments
@@ -22,7 +22,7 @@ from wrpo_kernels.linear_token_logp.contract import rows_of
 from wrpo_kernels.lm_head.budget import rows_within
 from wrpo_kernels.lm_head.gradients import Gradients, total_dtype
 from wrpo_kernels.lm_head.head import Head, LabelsByPosition, no_autocast
-from wrpo_kernels.lm_head.inputs import HeadGradients, HeadOptions, HeadTensors
+from wrpo_kernels.lm_head.inputs import HeadGradients, HeadOptions, HeadTensors, check_head
 from wrpo_kernels.lm_head.products import STRIPE_BYTES
 from wrpo_kernels.lm_head.rows import most_rows
 from wrpo_kernels.preference_loss import contract as preference
@@ -46,6 +46,16 @@ def _linear_preference_loss(
         if factor is None and chunks > 1:
             factor = torch.ones_like(result.total)
         return result.total, result.logp, result.reward, result.margin, factor, *gradients.totals()
+
+
+def _check(
+    tensors: HeadTensors, sequences: Sequences, options: HeadOptions, num_groups: int, family: Family, averages: bool
+) -> None:
+    check_head(tensors, options)
+    if sequences.length is None or sequences.length.dim() != 1:
+        raise ValueError("length must be [S], the number of counted rows of each sequence")
+    check_device("length", sequences.length, "hidden", tensors.hidden.device)
+    preference.check(sequences.length, LossArguments(sequences, num_groups, family))
 
 
 def _chunks(tensors: HeadTensors, options: HeadOptions) -> tuple[int, int]:
@@ -117,9 +127,7 @@ def _scaled_to(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, labels: Tensor) -> None:
-    check_tensor("cu_seqlens", cu_seqlens)
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"cu_seqlens must be [S+1] int32 or int64, got {list(cu_seqlens.shape)} {cu_seqlens.dtype}")
+    _check_bounds(cu_seqlens, labels.numel())
     if labels.dim() != 1:
         raise ValueError(f"with cu_seqlens, labels must be packed [N], got {list(labels.shape)}")
 
@@ -133,6 +141,16 @@ def _checked_cu_seqlens(cu_seqlens: Tensor, num_rows: int) -> Tensor:
     return cu_seqlens.to(torch.int64, copy=True)
 
 
+def _check_bounds(cu_seqlens: Tensor, num_rows: int) -> None:
+    check_tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens must be [S+1] int32 or int64, got {list(cu_seqlens.shape)} {cu_seqlens.dtype}")
+
+
+def _check_factor(total: Tensor, factor: Tensor, dtype: torch.dtype) -> None:
+    check_shape("factor", factor, "[]")
+
+
 def are_bounds(bounds: Tensor, num_rows: int) -> Tensor:
     """[] bool, what `checked_cu_seqlens` checks, without reading it."""
     return (bounds[0] == 0) & (bounds[-1] == num_rows) & (bounds.diff() >= 0).all()
@@ -142,6 +160,7 @@ checked_cu_seqlens = register(
     "checked_cu_seqlens",
     Arguments("Tensor cu_seqlens", "SymInt num_rows"),
     "Tensor",
+    check=_check_bounds,
     kernel=_checked_cu_seqlens,
     fake=lambda cu_seqlens, num_rows: torch.empty_like(cu_seqlens, dtype=torch.int64),
 )
@@ -149,6 +168,7 @@ scaled_to = register(
     "scaled_to",
     Arguments("Tensor total", "Tensor factor", "ScalarType dtype"),
     "Tensor",
+    check=_check_factor,
     kernel=_scaled_to,
     fake=lambda total, factor, dtype: torch.empty_like(total, dtype=dtype),
 )
@@ -157,6 +177,7 @@ linear_preference_loss = register_differentiable(
     Arguments(HeadTensors, Sequences, HeadOptions, "SymInt num_groups", Family, "bool averages"),
     "Tensor loss, Tensor logp, Tensor reward, Tensor margin, Tensor factor, "
     "Tensor dh, Tensor dw, Tensor db, Tensor dlow, Tensor dup",
+    check=_check,
     kernel=_linear_preference_loss,
     fake=_fake,
     save=_save,

@@ -6,17 +6,17 @@ from typing import Any
 
 from torch import Tensor
 
+from wrpo_kernels.checks import check_shape
 from wrpo_kernels.dispatch.autograd import register, register_differentiable
 from wrpo_kernels.dispatch.schema import Arguments
 from wrpo_kernels.linear_token_logp import passes
 from wrpo_kernels.lm_head.budget import Plan, plan_rows, rows_within
 from wrpo_kernels.lm_head.gradients import Gradients
 from wrpo_kernels.lm_head.head import Head, LabelsByPosition, no_autocast
-from wrpo_kernels.lm_head.inputs import HeadGradients, HeadOptions, HeadTensors, check_tensors
+from wrpo_kernels.lm_head.inputs import HeadGradients, HeadOptions, HeadTensors, check_head
 from wrpo_kernels.lm_head.products import scaled_rows
 from wrpo_kernels.lm_head.rows import Rows, most_rows
-from wrpo_kernels.logit_transform import check_transform
-from wrpo_kernels.token_logp.contract import logp_dtype
+from wrpo_kernels.token_logp.contract import check_like_logp, logp_dtype
 
 
 def plan_of(tensors: HeadTensors, options: HeadOptions) -> Plan:
@@ -48,9 +48,7 @@ def for_the_backward(tensors: HeadTensors, options: HeadOptions) -> tuple[Tensor
 
 
 def _fake(tensors: HeadTensors, options: HeadOptions) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight, target = tensors.hidden, tensors.weight, tensors.target
-    check_tensors(hidden, weight, target)
-    check_transform(*options.transform(tensors.bias), hidden, weight.shape[0])
+    hidden, target = tensors.hidden, tensors.target
     return hidden.new_empty(target.shape, dtype=logp_dtype(hidden.dtype)), *for_the_backward(tensors, options)
 
 
@@ -69,6 +67,20 @@ def _linear_token_logp_backward(
         gradients = Gradients(hidden, head, asked, chunks, options.grad_filter)
         passes.backward(head, rows, plan, kept, coef, gradients)
         return _complete(tensors, gradients.totals())
+
+
+def _check_backward(
+    grad_logp: Tensor, unscaled: Tensor, kept: Tensor, tensors: HeadTensors, options: HeadOptions
+) -> None:
+    check_head(tensors, options)
+    check_like_logp("grad_logp", grad_logp, tensors.hidden, tensors.target.shape)
+    rows = most_rows(options.num_rows, tensors.target) if options.asked.only_hidden else 0
+    saved = {"unscaled": (unscaled, (rows, tensors.hidden.shape[-1]))}
+    saved["kept"] = (kept, (plan_of(tensors, options).keep, tensors.weight.shape[0]))
+    for name, (value, shape) in saved.items():
+        check_shape(name, value, "as linear_token_logp returned it", *shape)
+        if value.dtype != tensors.hidden.dtype:
+            raise ValueError(f"{name} must be {tensors.hidden.dtype} as hidden, got {value.dtype}")
 
 
 def _complete(tensors: HeadTensors, found: HeadGradients) -> tuple[Tensor, ...]:
@@ -103,6 +115,7 @@ linear_token_logp_backward = register(
     "linear_token_logp_backward",
     Arguments("Tensor grad_logp", "Tensor unscaled", "Tensor kept", HeadTensors, HeadOptions),
     "Tensor dh, Tensor dw, Tensor db, Tensor dlow, Tensor dup",
+    check=_check_backward,
     kernel=_linear_token_logp_backward,
     fake=_fake_backward,
 )
@@ -110,6 +123,7 @@ linear_token_logp = register_differentiable(
     "linear_token_logp",
     Arguments(HeadTensors, HeadOptions),
     "Tensor logp, Tensor unscaled, Tensor kept",
+    check=check_head,
     kernel=_linear_token_logp,
     fake=_fake,
     save=_save,

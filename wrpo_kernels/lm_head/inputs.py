@@ -105,6 +105,20 @@ def check_tensors(hidden: Tensor, weight: Tensor, target: Tensor, target_name: s
     check_device(target_name, target, "hidden", hidden.device)
 
 
+def check_head(tensors: HeadTensors, options: HeadOptions) -> None:
+    """What the doors check, of an op that may have been called without one."""
+    hidden, weight, target, bias, low, up = tensors
+    check_tensors(hidden, weight, target)
+    checked_adapter(None if low is up is None else (low, up), hidden, weight)
+    check_transform(*options.transform(bias), hidden, weight.shape[0])
+    if not -1 <= options.num_rows <= target.numel():
+        raise ValueError(f"num_rows must be in [0, {target.numel()}], or -1 for uncounted, got {options.num_rows}")
+    if options.budget_bytes <= 0:
+        raise ValueError(f"budget_bytes must be > 0, got {options.budget_bytes}")
+    if len(options.gradients) != len(Asked._fields):
+        raise ValueError(f"gradients must be {len(Asked._fields)} of True or False, got {len(options.gradients)}")
+
+
 def checked_options(
     tensors: HeadTensors,
     logit_scale: float,

@@ -122,13 +122,13 @@ def count_labels(labels: Tensor, ignore_index: int) -> Tensor:
 def count_rows(length: Tensor, most: int, num_rows: int | None) -> int:
     """How many of `most` labels count: `num_rows` where the caller says so, else the sum of `length` [S], read back.
 
-    UNCOUNTED where it cannot be read, while compiling.
+    UNCOUNTED where it cannot be read: while compiling, and of meta tensors.
     """
     if num_rows is not None:
         check_int("num_rows", num_rows)
         if not 0 <= num_rows <= most:
             raise ValueError(f"num_rows must be in [0, {most}], the number of labels, got {num_rows}")
-    if is_compiling():
+    if is_compiling() or length.is_meta:
         return UNCOUNTED if num_rows is None else num_rows
     if num_rows is not None and length.device.type != "cpu":
         return num_rows

@@ -54,6 +54,7 @@ def dpo_loss(
 
     Raises:
         ValueError: tensors of different shapes, or an argument is wrong; the message names it.
+        TypeError: an argument is of another kind.
         RuntimeError: the backend that was asked for refuses.
 
     Numerics: as preference_loss.
@@ -132,6 +133,7 @@ def linear_dpo_loss(
 
     Raises:
         ValueError: an odd number of sequences, or an argument is wrong; the message names it.
+        TypeError: an argument is of another kind.
         RuntimeError: the backend that was asked for refuses.
 
     Numerics, Memory, Cost: as linear_preference_loss.

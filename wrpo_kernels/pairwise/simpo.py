@@ -51,6 +51,7 @@ def simpo_loss(
 
     Raises:
         ValueError: tensors of different shapes, or an argument is wrong; the message names it.
+        TypeError: an argument is of another kind.
         RuntimeError: the backend that was asked for refuses.
 
     Numerics: as preference_loss.
@@ -124,6 +125,7 @@ def linear_simpo_loss(
 
     Raises:
         ValueError: an odd number of sequences, or an argument is wrong; the message names it.
+        TypeError: an argument is of another kind.
         RuntimeError: the backend that was asked for refuses.
 
     Numerics, Memory, Cost: as linear_preference_loss.

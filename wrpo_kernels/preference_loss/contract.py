@@ -52,7 +52,8 @@ def _check_constants(name: str, value: Tensor, letters: str, size: int, like: Te
     check_device(name, value, "logp", like.device)
     check_constant(name, value)
     if value.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{name} must be float32, got {value.dtype}: 16 bits round a summed log-prob by whole nats")
+        reason = ": 16 bits round a summed log-prob by whole nats" if name == "ref_logp" else f"; pass {name}.float()"
+        raise ValueError(f"{name} must be float32, got {value.dtype}{reason}")
 
 
 def _check_counts(name: str, value: Tensor, like: Tensor) -> None:
@@ -90,6 +91,11 @@ def _preference_loss(
     return kernel.forward(logp, LossArguments(in_dtype(logp.dtype, sequences), num_groups, family))
 
 
+def _check(logp: Tensor, sequences: Sequences, num_groups: int, family: Family, backend: str | None) -> None:
+    check_logp(logp)
+    check(logp, LossArguments(sequences, num_groups, family))
+
+
 def in_dtype(dtype: torch.dtype, sequences: Sequences) -> Sequences:
     """With the floating tensors in the type of the log-probs."""
     same = (dtype, torch.int64)
@@ -99,8 +105,6 @@ def in_dtype(dtype: torch.dtype, sequences: Sequences) -> Sequences:
 def _fake(
     logp: Tensor, sequences: Sequences, num_groups: int, family: Family, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_logp(logp)
-    check(logp, LossArguments(sequences, num_groups, family))
     loss, reward = logp.new_empty(num_groups), torch.empty_like(logp)
     return loss, reward, torch.empty_like(loss), torch.empty_like(reward)
 
@@ -122,6 +126,7 @@ preference_loss = register_differentiable(
     "preference_loss",
     Arguments("Tensor logp", Sequences, "SymInt num_groups", Family, "str? backend"),
     "Tensor loss, Tensor reward, Tensor margin, Tensor coef",
+    check=_check,
     kernel=_preference_loss,
     fake=_fake,
     save=_save,

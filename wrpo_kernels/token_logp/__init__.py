@@ -46,7 +46,7 @@ def token_logp(
         RuntimeError: the backend that was asked for refuses; the message holds its reason.
 
     Numerics: reads in the input type, computes and accumulates in float32, the gradient is rounded once to the type
-        of the logits; the same bits on every run and for every number of threads.
+        of the logits (bfloat16 beyond 2^111 may be NaN); the same bits on every run and for every number of threads.
     Memory: keeps three floats a row for the backward; the gradient is the only [N, V] tensor that is made.
     Source: WRPO, arXiv:2412.03187; online softmax, arXiv:1805.02867.
     """

@@ -49,6 +49,30 @@ def check(
     check_backend_name(backend)
 
 
+def _check(logits: Tensor, target: Tensor, transform: LogitTransform, ignore_index: int, backend: str | None) -> None:
+    check(logits, target, *transform, ignore_index, backend)
+    if logits.dim() != 2:
+        raise ValueError(f"logits must be [N, V], got {list(logits.shape)}")
+
+
+def _check_backward(
+    grad_logp: Tensor, logits: Tensor, target: Tensor, logp: Tensor, lse: Tensor, *options: Any
+) -> None:
+    _check(logits, target, *options)
+    number = logits.shape[0]
+    check_like_logp("grad_logp", grad_logp, logits, (number,))
+    check_like_logp("logp", logp, logits, (number,))
+    check_like_logp("lse", lse, logits, (2, number))
+
+
+def check_like_logp(name: str, value: Tensor, scores: Tensor, shape: tuple[int, ...]) -> None:
+    """Something that has been computed beside log-probs of these scores."""
+    check_shape(name, value, "as the op returned it", *shape)
+    check_device(name, value, "the scores", scores.device)
+    if value.dtype != logp_dtype(scores.dtype):
+        raise ValueError(f"{name} must be {logp_dtype(scores.dtype)}, got {value.dtype}")
+
+
 def logp_dtype(scores: torch.dtype) -> torch.dtype:
     """Log-probabilities are float32; float64 only for float64 scores."""
     return torch.float64 if scores == torch.float64 else torch.float32
@@ -71,7 +95,6 @@ def _token_logp(
 def _fake(
     logits: Tensor, target: Tensor, transform: LogitTransform, ignore_index: int, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    check(logits, target, *transform, ignore_index, backend)
     logp = logits.new_empty(logits.shape[0], dtype=logp_dtype(logits.dtype))
     return logp, logp.new_empty(2, logits.shape[0])
 
@@ -125,6 +148,7 @@ token_logp = register_differentiable(
     "token_logp",
     Arguments("Tensor logits", "Tensor target", *_OPTIONS),
     "Tensor logp, Tensor lse",
+    check=_check,
     kernel=_token_logp,
     fake=_fake,
     save=_save,
@@ -134,6 +158,7 @@ token_logp_backward = register(
     "token_logp_backward",
     Arguments("Tensor grad_logp", "Tensor logits", "Tensor target", "Tensor logp", "Tensor lse", *_OPTIONS),
     "Tensor",
+    check=_check_backward,
     kernel=_token_logp_backward,
     fake=_fake_backward,
 )

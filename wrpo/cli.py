@@ -7,6 +7,7 @@
     wrpo score CANDIDATES ... -o FILE              their rewards: a reward model, a judge or a verifier
     wrpo build CANDIDATES ... -o FOLDER            SFT split and triples from scored candidate answers
     wrpo logp TRIPLES ... -o FILE --models ...     the source models' own log-probs, for a fused reference
+    wrpo logp TRIPLES ... -o FILE --reference ...  the reference's log-probs, for training to take
     wrpo eval [ANSWERS...] -o FOLDER               solved prompts, wins, implicit-reward accuracy on held-out data
     wrpo info                                      versions, and which kernels run here
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from wrpo import WRPOConfig, WRPOTrainer, cli
 from wrpo.data import load_examples, tokenize_examples
 from wrpo.reference import source_logp
+from wrpo.reference.command import parse
 from wrpo.reference.source_logp import with_source_logp
 
 ROWS = [
@@ -130,9 +131,40 @@ def test_the_command_writes_the_column_in_the_order_in_which_it_is_read(row, tex
         assert logp == pytest.approx([truth[json.loads(response)["content"]]], rel=1e-5)
 
 
+@pytest.mark.parametrize(("row", "texts", "flags"), ORDERS.values(), ids=ORDERS)
+def test_the_column_of_a_reference_is_the_reference_that_training_would_make(row, texts, flags, models, tmp_path):
+    source, output = tmp_path / "rows.jsonl", tmp_path / "referenced.jsonl"
+    source.write_text(json.dumps({**row, "ref_logp": [-1.0] * len(texts)}) + "\n")
+    assert cli.main(["logp", str(source), "-o", str(output), "--reference", models[1], *flags]) == 0
+    written = json.loads(output.read_text())["ref_logp"]
+    assert [value is not None for value in written] == [text is not None for text in texts]
+    trainers = []
+    for name, file in (("made", source), ("brought", output)):
+        rows = load_examples(str(file), from_scores=bool(flags))
+        if name == "made":
+            rows = rows.remove_columns("ref_logp").add_column("ref_logp", [None])
+        args = WRPOConfig(output_dir=str(tmp_path / name), **SETTINGS)
+        trainer = WRPOTrainer(models[1], args, train_dataset=tokenize_examples(rows, tiny_tokenizer()))
+        batch = trainer.data_collator([trainer.train_dataset[0]])
+        trainers.append((trainer.reference_source, trainer.reference(trainer.model, batch)))
+    (made, expected), (brought, got) = trainers
+    assert (made, brought) == ("precompute", "of the data")
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_reference_is_cut_as_training_cuts():
+    settings = parse(["rows.jsonl", "-o", "out.jsonl", "--reference", "model"])
+    trained = WRPOConfig(output_dir="run", use_cpu=True)
+    assert (settings.max_length, settings.max_prompt_length) == (trained.max_length, trained.max_prompt_length)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["{triples}", "-o", "out.jsonl"], "models, reference: expected one of the two, got neither"),
+        (["{triples}", "-o", "out.jsonl", "--models", "a", "--reference", "b"], "expected one of the two, got both"),
+        (["{triples}", "-o", "out.jsonl", "--models", "a", "--max_prompt_length", "9"], "is for --reference"),
+        (["{triples}", "-o", "out.jsonl", "--reference", "nowhere"], "reference 'nowhere'"),
         (["no.jsonl", "-o", "out.jsonl", "--models", "nowhere"], "no.jsonl"),
         (["{triples}", "-o", "out.jsonl", "--models", "nowhere"], "'nowhere'"),
         (["{triples}", "-o", "out.jsonl", "--modles", "nowhere"], "did you mean 'models'?"),

@@ -1,4 +1,4 @@
-"""The column `source_logp`, for `reference_fusion`: the source models' own log-probs of the responses.
+"""The columns `source_logp`, the source models' own log-probs of the responses, and `ref_logp`, the reference's.
 
 Each model scores every response of the triples after its prompt, rendered and tokenised its own way:
 
@@ -62,6 +62,27 @@ def mean_logp(
             does not have, or a log-prob that is not finite.
     """
     tokens = tokenize_examples(triples, tokenizer, max_length=max_length, max_prompt_length=None)
+    sums = summed_logp(tokens, model, tokenizer, cache_file=cache_file, batch_size=batch_size, progress=progress)
+    rows = zip(sums, tokens["response_ids"], strict=True)
+    return [[logp / len(ids) for logp, ids in zip(logps, responses, strict=True)] for logps, responses in rows]
+
+
+def summed_logp(
+    tokens: datasets.Dataset,
+    model: Any,
+    tokenizer: Any,
+    *,
+    cache_file: Path,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> list[list[float]]:
+    """For each row, each response's summed log-prob under one model, in nats.
+
+    Args:
+        tokens: what `tokenize_examples` returns.
+
+    Other arguments, and errors, are those of `mean_logp`.
+    """
     tokens = tokens.remove_columns([name for name in ("ref_logp", "source_logp") if name in tokens.column_names])
     refuse_beyond(tokens, model, tokenizer)
     accelerator = Accelerator()
@@ -77,8 +98,38 @@ def mean_logp(
     sums = file.read()
     if sums is None:
         sums = file.compute(logp_of, batch_size=batch_size, progress=progress)
-    rows = zip(file.by_row(sums), tokens["response_ids"], strict=True)
-    return [[logp / len(ids) for logp, ids in zip(logps, responses, strict=True)] for logps, responses in rows]
+    return file.by_row(sums)
+
+
+def ref_logp(
+    triples: datasets.Dataset,
+    settings: ModelSettings,
+    cache_file: Path,
+    *,
+    max_length: int | None,
+    max_prompt_length: int | None,
+    batch_size: int = 8,
+) -> list[list[float]]:
+    """The column `ref_logp` [R]: each response's summed log-prob under the reference model, in nats.
+
+    Args:
+        triples: what `load_examples` returns.
+        settings: of the reference model, whose tokenizer and template the policy has too.
+        cache_file: where the sums are kept.
+        max_length, max_prompt_length: as in training, which must see the same tokens.
+        batch_size: rows in a batch. Default: 8.
+
+    Raises:
+        SettingsError: a model that cannot be loaded, or rows that it cannot take.
+    """
+    tokenizer, model = load_tokenizer(settings, "reference"), load_model(settings, "reference")
+    tokens = tokenize_examples(triples, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length)
+    try:
+        return summed_logp(tokens, model, tokenizer, cache_file=cache_file, batch_size=batch_size)
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise SettingsError(f"reference {settings.model_name_or_path!r}: {error}") from error
 
 
 def with_source_logp(

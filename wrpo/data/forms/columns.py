@@ -51,10 +51,10 @@ def shares(value: Any, count: int, field: str) -> list[float]:
     return [share / total for share in values]
 
 
-def sequence_logp(value: Any, count: int, field: str) -> list[float]:
-    """Log-probs of whole responses, nats."""
-    logp = numbers(value, count, field)
-    if not all(number <= LARGEST_LOGP for number in logp):
+def sequence_logp(value: Any, count: int, field: str) -> list[float | None]:
+    """Log-probs of whole responses, nats; None: not known."""
+    logp = numbers(value, count, field, may_be_none=True)
+    if not all(number is None or number <= LARGEST_LOGP for number in logp):
         raise DataError("log-probs, at most 0", shown(value), "Give the sum over the response's tokens.", field=field)
     return logp
 

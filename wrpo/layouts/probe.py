@@ -23,8 +23,8 @@ from wrpo_kernels import linear_token_logp
 
 # Root mean square of the differences, nats a token. Rounding: 2.8e-6 in float32, 0.018 and 0.029 in bfloat16 on a model
 # of 30 layers. One of its layers that sees other responses: 0.058 to 0.224, all layers 2.8; wrong positions 0.8
-# (SmolLM2-135M, CPU, 2026-11-30).
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+# (SmolLM2-135M, CPU, 2026-11-30). Norms and positions of a model in float64 are float32 all the same.
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 LONGEST = 160  # characters of another program's words
 
 

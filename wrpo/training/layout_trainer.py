@@ -103,14 +103,14 @@ class LayoutTrainer(Trainer):
 
     def of_main_process(self, compute: Any) -> Any:
         """What the main process computed, or its error. All compute it: weights may be spread over them."""
-        result, words = None, None
+        result, own_error = None, None
         try:
             result = compute()
         except ValueError as error:
-            words = str(error)
-        result, words = broadcast_object_list([result, words])
+            own_error = error
+        result, words = broadcast_object_list([result, own_error and str(own_error)])
         if words is not None:
-            raise ValueError(words)
+            raise own_error or ValueError(words)
         return result
 
 

@@ -31,7 +31,7 @@ ONE_GRADIENT = {
 
 def wrpo_trainer(folder: Path, model: nn.Module | None = None, rows: list | None = None, **settings) -> WRPOTrainer:
     """A trainer of a tiny Llama on 8 tiny rows against a frozen copy, unless told otherwise."""
-    names = ("eval_dataset", "ref_model", "processing_class", "compute_metrics")
+    names = ("eval_dataset", "ref_model", "processing_class", "compute_metrics", "data_collator")
     extra = {name: settings.pop(name) for name in names if name in settings}
     args = WRPOConfig(output_dir=str(folder), **{**SETTINGS, "reference": "copy", **settings})
     return WRPOTrainer(model or tiny_model(), args, train_dataset=tiny_rows() if rows is None else rows, **extra)

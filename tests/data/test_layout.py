@@ -50,7 +50,7 @@ def test_rows_of_blocks_are_whole_blocks():
     assert batch["input_ids"].shape == (1, 128)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids="-".join)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.name}-{layout.attention}")
 @pytest.mark.parametrize("limit", [4, 15, 8192], ids=["all beyond it", "some beyond it", "ample"])
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_every_response_is_whole_behind_its_prompt_in_its_order(layout, limit, count, monkeypatch):
@@ -91,7 +91,7 @@ def test_segments_of_several_examples_share_a_row_where_they_fit_beside_the_long
     assert [[segment.example for segment in row] for row in rows] == [[0], [3, 1], [2]]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids="-".join)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.name}-{layout.attention}")
 def test_fine_tuning_packs_the_best_response_of_each_row(layout):
     rows = tiny_rows(4)
     batch = SFTCollator(0, layout=layout)(rows)
@@ -100,3 +100,23 @@ def test_fine_tuning_packs_the_best_response_of_each_row(layout):
 
 def test_padding_is_rounded_up_where_that_is_asked_for():
     assert PreferenceCollator(0, 8, layout=Layout("shared"))(tiny_rows(3))["input_ids"].shape[1] % 8 == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ({"name": "Shared"}, r"name of a layout must be one of \['padded', 'packed', 'shared'\], got 'Shared'"),
+        ({"name": "packed", "attention": "flash"}, "attention of a layout must be one of"),
+        ({"name": "shared", "attention": "bounds"}, "shared rows need a mask or blocks"),
+    ],
+)
+def test_a_layout_that_there_is_not_is_refused(given, error):
+    with pytest.raises(ValueError, match=error):
+        Layout(**given)
+
+
+@pytest.mark.parametrize("collator", [PreferenceCollator, SFTCollator])
+def test_a_collator_takes_the_name_of_a_layout(collator):
+    assert collator(0, layout="packed").layout == Layout("packed")
+    with pytest.raises(TypeError, match="layout must be"):
+        collator(0, layout=3)

@@ -14,8 +14,8 @@ from transformers import AttentionInterface
 
 from wrpo.data import PreferenceCollator
 from wrpo.data.layout import Layout
-from wrpo.head import install_fused_head
-from wrpo.head.attention import attention_form, masks
+from wrpo.head import install_fused_head, run_in_head
+from wrpo.head.attention import attention_form, masks, model_inputs
 from wrpo.layouts import choose_layout
 from wrpo.layouts.probe import disagreement, token_logps
 
@@ -136,7 +136,7 @@ def test_bounds_reach_attention_and_give_the_log_probs_of_padded_rows(flash_mode
 def test_flash_attention_packs_and_refuses_to_share(flash_model):
     options = {"rows": rows(), "collator": PreferenceCollator(0), "batch_size": 5}
     assert choose_layout("auto", flash_model, **options).layout == Layout("packed", "bounds")
-    with pytest.raises(ValueError, match=r"layout 'shared': flash-attention takes no mask: use packed"):
+    with pytest.raises(ValueError, match=r"layout 'shared': shared rows need a mask or blocks, and flash-attention takes bounds alone: use packed"):
         choose_layout("shared", flash_model, **options)
 
 
@@ -157,3 +157,14 @@ def test_what_stands_in_padding_reaches_nothing(layout):
     assert not torch.equal(one["input_ids"], other["input_ids"])
     with torch.no_grad():
         assert torch.equal(token_logps(model, one)[0], token_logps(model, other)[0])
+
+
+def test_a_packed_batch_without_what_tells_the_attention_is_refused():
+    model = attending_model("llama")
+    install_fused_head(model)
+    batch = PreferenceCollator(0, layout=Layout("shared"))(rows())
+    with pytest.raises(ValueError, match=r"a batch in packed or shared rows .* goes through run_in_head"):
+        model(**model_inputs(batch))
+    bounds = PreferenceCollator(0, layout=Layout("packed", "bounds"))(rows())
+    with pytest.raises(ValueError, match="is made for attention by bounds, and attn_implementation 'sdpa'"):
+        run_in_head(model, lambda hidden, weight, **_: hidden.sum(), **model_inputs(bounds))

@@ -12,7 +12,9 @@ from tiny_models import sft_batch, tiny_model, tiny_rows
 from tiny_runs import SETTINGS, training_lines, weights, wrpo_trainer
 
 from wrpo import SFTConfig, SFTTrainer, WRPOConfig, WRPOTrainer
+from wrpo.data import PreferenceCollator
 from wrpo.data.layout import Layout
+from wrpo.training.layout_trainer import LayoutTrainer
 
 # Rates that change the tiny model within a few steps; the reference is in float32, as all the rest.
 RUN = {"max_steps": 4, "learning_rate": 1e-2, "warmup_steps": 0, "beta": 0.5, "optim": "sgd"}
@@ -121,7 +123,7 @@ def test_a_reference_that_takes_no_mask_decides_for_both(tmp_path):
 
 def test_without_the_check_of_the_head_a_name_is_believed_and_auto_is_padded(tmp_path):
     reason = wrpo_trainer(tmp_path, check_head=False).layout_choice.reason
-    assert reason == "shared rows would pay, but the model cannot be asked now; name the layout"
+    assert reason == "another layout would save work, but check_head is off; name it, and it is believed"
     trainer = wrpo_trainer(tmp_path, attending_model("mamba"), check_head=False, layout="shared")
     assert trainer.data_collator.layout == Layout("shared")
 
@@ -154,3 +156,36 @@ def test_an_evaluation_without_training_data_goes_by_its_own_rows(tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(0.6931, abs=1e-4)
     nothing = WRPOTrainer(tiny_model(), args)
     assert str(nothing.layout_choice) == "padded, there are no rows to look at"
+
+
+def test_a_model_that_cannot_run_yet_is_asked_when_it_is_wrapped(tmp_path, monkeypatch):
+    """As under ZeRO-3, which empties the weights, and FSDP, which brings them to the device."""
+    at_once = wrpo_trainer(tmp_path / "at once", max_steps=3)
+    monkeypatch.setattr(LayoutTrainer, "can_be_asked", lambda self, model: False)
+    later = wrpo_trainer(tmp_path / "later", max_steps=3)
+    assert later.layout_choice.layout.name == "padded"
+    at_once.train()
+    later.train()
+    assert later.layout_choice == at_once.layout_choice and later.data_collator.layout == Layout("shared")
+    assert training_lines(later) == training_lines(at_once)
+    with pytest.raises(ValueError, match="layout 'shared': shared rows do not go through Mamba"):
+        wrpo_trainer(tmp_path / "mamba", attending_model("mamba"), layout="shared").train()
+
+
+def test_the_layout_of_the_callers_collator_holds_and_the_collator_stays_his(tmp_path):
+    class Own(PreferenceCollator):
+        def __init__(self):
+            super().__init__(0, layout=Layout("packed"))
+            self.seen = 0
+
+        def __call__(self, rows):
+            self.seen += 1
+            return super().__call__(rows)
+
+    own = Own()
+    trainer = wrpo_trainer(tmp_path, data_collator=own)
+    assert trainer.data_collator.layout == own.layout == Layout("packed")
+    assert isinstance(trainer.data_collator, Own)
+    settled = PreferenceCollator(0)
+    assert wrpo_trainer(tmp_path, data_collator=settled).data_collator.layout == Layout("shared")
+    assert settled.layout == Layout("padded")

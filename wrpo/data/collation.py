@@ -76,6 +76,7 @@ class PreferenceCollator:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        self.layout = checked_layout(self.layout)
         check_range(self, "pad_token_id", low=0)
         check_range(self, "pad_to_multiple_of", low=1)
         check_range(self, "reward_temperature", low=0, open_low=True)
@@ -139,11 +140,21 @@ class SFTCollator:
         return [(row["prompt_ids"], [response]) for row, response in zip(rows, best, strict=True)]
 
     def __post_init__(self) -> None:
+        self.layout = checked_layout(self.layout)
         check_range(self, "pad_token_id", low=0)
         check_range(self, "pad_to_multiple_of", low=1)
 
     def __call__(self, rows: list[dict]) -> Batch:
         return laid_out(self.examples(rows), self.pad_token_id, self.layout, self.pad_to_multiple_of)
+
+
+def checked_layout(layout: Any) -> Layout:
+    """The layout; a name alone is one for sdpa and eager attention."""
+    if isinstance(layout, str):
+        return Layout(layout)
+    if not isinstance(layout, Layout):
+        raise TypeError(f"layout must be a wrpo.data.Layout, or padded, packed or shared, got {layout!r}")
+    return layout
 
 
 def with_layout(collator: Any, layout: Layout) -> Any:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -28,20 +29,38 @@ from torch import Tensor
 Example = tuple[list[int], Sequence[list[int]]]  # ids of the prompt, of each response
 
 
-class Layout(NamedTuple):
+NAMES = ("padded", "packed", "shared")
+ATTENTIONS = ("mask", "blocks", "bounds")
+
+
+@dataclass(frozen=True)
+class Layout:
     """How rows are made up.
 
-    Attributes:
+    Fields:
         name: padded, packed or shared. Default: padded.
         attention: what the model's attention is told (`wrpo.head.attention`), which decides how long a row gets.
+            Default: mask.
             mask: a matrix [T, T] a row, whose cost grows with T squared: no longer than the batch's longest segment.
             blocks: a `BlockMask`, whose empty blocks cost nothing: up to `ROW_TOKENS`.
             bounds: of segments that do not branch, so packed ones: all in one row without padding.
-            Default: mask.
+
+    Raises:
+        ValueError: another word, or shared rows by bounds.
     """
 
     name: str = "padded"
     attention: str = "mask"
+
+    def __post_init__(self) -> None:
+        for field, value, names in (("name", self.name, NAMES), ("attention", self.attention, ATTENTIONS)):
+            if value not in names:
+                raise ValueError(f"the {field} of a layout must be one of {list(names)}, got {value!r}")
+        if (self.name, self.attention) == ("shared", "bounds"):
+            raise ValueError(
+                "shared rows need a mask or blocks, and flash-attention takes bounds alone: use packed, or "
+                "attn_implementation sdpa or flex_attention"
+            )
 
 
 PADDED = Layout()

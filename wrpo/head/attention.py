@@ -51,8 +51,14 @@ def attention_form(model: nn.Module) -> str:
 
 
 def with_attention(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs of the model's own forward: `segment`, `branch` and `segment_bounds` as its attention takes them."""
+    """The inputs of the model's own forward: `segment`, `branch` and `segment_bounds` as its attention takes them.
+
+    Raises:
+        ValueError: the batch was made for another attention than the model's.
+    """
     plain = {name: value for name, value in inputs.items() if name not in OF_PLACES}
+    if "segment" in inputs:
+        _check_form(model, has_bounds=inputs.get("segment_bounds") is not None)
     if (bounds := inputs.get("segment_bounds")) is not None:
         most = inputs["input_ids"].shape[1]  # tokens of a segment: a bound that no device is waited for
         return plain | {
@@ -65,6 +71,26 @@ def with_attention(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     if "segment" not in inputs:
         return plain
     return plain | {"attention_mask": masks(model, inputs["position_ids"], inputs["segment"], inputs["branch"])}
+
+
+def _check_form(model: nn.Module, has_bounds: bool) -> None:
+    form = attention_form(model)
+    if has_bounds != (form == "bounds"):
+        made_for = "bounds" if has_bounds else "mask or blocks"
+        name = model.config.get_text_config()._attn_implementation
+        raise ValueError(
+            f"the batch is made for attention by {made_for}, and attn_implementation {name!r} of "
+            f"{type(model).__name__} goes by {form}: make the collator with Layout(name, {form!r})"
+        )
+
+
+def refuse_packed(inputs: dict[str, Any]) -> None:
+    """Raises ValueError for a batch in packed or shared rows, where nothing would make a mask of its places."""
+    if found := [name for name in ("hidden_rows", *OF_PLACES) if name in inputs]:
+        raise ValueError(
+            f"a batch in packed or shared rows ({', '.join(found)}) goes through run_in_head(model, head_fn, ...), "
+            "which tells the attention who sees whom; the model's own forward wants layout padded"
+        )
 
 
 def masks(model: nn.Module, position_ids: Tensor, segment: Tensor, branch: Tensor) -> Any:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import with_attention
+from .attention import refuse_packed, with_attention
 from .operands import head_operands, kind_of
 from .scores import HeadScores, agreeing_transform, transforms_of
 
@@ -212,6 +212,7 @@ def _accept_head_fn(model: nn.Module) -> None:
     def forward(self: nn.Module, *args: Any, head_fn: HeadFn | None = None, **kwargs: Any) -> Any:
         plain = self.__dict__.get(_FORWARD_BEFORE) or MethodType(type(self).forward, self)
         if head_fn is None:
+            refuse_packed(kwargs)
             return plain(*args, **kwargs)
         hidden_rows = kwargs.pop("hidden_rows", None)
         with _loss_in_place_of_logits(self, head_fn, hidden_rows) as call:

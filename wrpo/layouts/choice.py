@@ -1,7 +1,8 @@
 """The layout of a run: the one that saves most of the body's operations, of those under which the model agrees.
 
-    auto     the least operations (`wrpo.layouts.work`) over batches of the data, if that is at most `PAYS` of those of
-             padded rows and the probe (`wrpo.layouts.probe`) finds the same log-probs; else the next best; else padded
+    auto     the least operations (`wrpo.layouts.work`) over batches of the data, if that is at most `LARGEST_SHARE` of
+             those of padded rows and the probe (`wrpo.layouts.probe`) finds the same log-probs; else the next best;
+             else padded
     a name   that one; an error where the probe finds others
 
 So short prompts with responses of like length stay padded, and pay nothing for it.
@@ -30,7 +31,7 @@ from .work import Body, Sizes
 logger = logging.getLogger("wrpo")
 
 # Longer rows and the gather of hidden states cost a little that `work` does not count.
-PAYS = 0.9
+LARGEST_SHARE = 0.9
 SAMPLED = 256  # rows of the data whose lengths are looked at
 PROBED = 2  # of the shortest of them, beside the longest: rows that share a row
 
@@ -55,18 +56,20 @@ def choose_layout(
     sorted_by_length: bool = False,
     probe: bool = True,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
+    wrapped: nn.Module | None = None,
 ) -> Choice:
     """What `layout` of the settings means for this model and these rows.
 
     Args:
         wanted: auto, padded, packed or shared.
-        model: with a fused head, on the device where it will run.
+        model: with a fused head.
         rows: tokenised rows, or None.
         collator: of `wrpo.data`; what it makes of a row is what counts.
         batch_size: rows in a batch.
         sorted_by_length: whether rows of like length come together. Default: False.
         probe: ask the model. Without it a name is believed and auto is padded. Default: True.
         autocast: under which the model runs. Default: none.
+        wrapped: what the model is to be run through. Default: itself.
 
     Raises:
         ValueError: a layout that was asked for by name and the model cannot have.
@@ -77,31 +80,35 @@ def choose_layout(
         return _without(wanted, "there are no rows to look at")
     try:
         form = attention_form(find_causal_lm(model))
+        layout = None if wanted == "auto" else Layout(wanted, form)
     except ValueError as error:
         return _without(wanted, str(error))
-    if wanted == "shared" and form == "bounds":
-        return _without(wanted, "flash-attention takes no mask: use packed, or attn_implementation sdpa")
-    if wanted != "auto":
-        layout = Layout(wanted, form)
-        reason = disagreement(model, probed(rows), collator, layout, autocast) if probe else None
+
+    def refusal(layout: Layout) -> str | None:
+        return disagreement(wrapped or model, probed(rows), collator, layout, autocast) if probe else None
+
+    if layout is not None:
+        reason = refusal(layout)
         return Choice(layout, "as asked for") if reason is None else _without(wanted, reason)
     if not hasattr(rows, "__len__"):
         return Choice(PADDED, "a stream cannot be looked at before training; name another layout")
     share = shares_of_work(model, sampled_sizes(rows, collator, batch_size, sorted_by_length), form)
+    if not probe and min(share.values(), default=1.0) <= LARGEST_SHARE:
+        return Choice(PADDED, "another layout would save work, but check_head is off; name it, and it is believed")
+    return least_work(share, refusal)
+
+
+def least_work(share: dict[Layout, float], refusal: Callable[[Layout], str | None]) -> Choice:
+    """The layout with the least share of the operations of padded rows that the model does not refuse."""
     reasons = []
     for layout in sorted(share, key=share.__getitem__):
-        if share[layout] > PAYS:
-            continue
-        if not probe:
-            return Choice(PADDED, f"{layout.name} rows would pay, but the model cannot be asked now; name the layout")
-        reason = disagreement(model, probed(rows), collator, layout, autocast)
-        if reason is None:
+        if share[layout] > LARGEST_SHARE:
+            break
+        if (reason := refusal(layout)) is None:
             return Choice(layout, f"{share[layout]:.2f} of the operations of padded rows")
         reasons.append(reason)
-    if reasons:
-        return Choice(PADDED, reasons[0])
     least = min(share.values(), default=1.0)
-    return Choice(PADDED, f"no layout saves much ({least:.2f} of the operations)")
+    return Choice(PADDED, reasons[0] if reasons else f"no layout saves much ({least:.2f} of the operations)")
 
 
 def in_best_layout(collator: Any, model: nn.Module, rows: Any, *, batch_size: int) -> Any:
@@ -137,9 +144,15 @@ def sampled_sizes(rows: Any, collator: Any, batch_size: int, sorted_by_length: b
 
 
 def probed(rows: Any) -> list[dict]:
-    """The longest row and two of the shortest; of a stream the first ones."""
+    """The longest row and two of the shortest; of a stream the first ones.
+
+    Raises:
+        ValueError: a stream that can be gone through once only.
+    """
     if not hasattr(rows, "__len__"):
-        return list(islice(iter(rows), PROBED + 1))
+        if (first := iter(rows)) is rows:
+            raise ValueError("a stream that can be gone through only once would lose the rows that are looked at")
+        return list(islice(first, PROBED + 1))
     lengths = longest_sequences(rows)
     order = sorted(range(len(rows)), key=lambda index: -lengths[index])
     return [rows[index] for index in dict.fromkeys([*order[:1], *order[-PROBED:]])]

@@ -32,7 +32,7 @@ class Body:
         config: Any = model.config.get_text_config()
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
         of_ends = {id(parameter) for end in ends for parameter in end.parameters()}
-        self.parameters = sum(p.numel() for p in model.parameters() if id(p) not in of_ends)
+        self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if id(p) not in of_ends)
         self.layers_times_width = getattr(config, "num_hidden_layers", 0) * getattr(config, "hidden_size", 0)
 
     def operations(self, batches: Sequence[Sizes], layout: Layout) -> float:

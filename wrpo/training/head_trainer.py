@@ -80,7 +80,7 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer, LayoutTrainer):
         self.unchecked = self.model if args.check_head and not is_there else None  # until it runs wrapped
         prepare_generation(self.model, self.train_dataset, tokenizer)
         check_before_training(self)
-        self.choose_layout(self.probed_rows())
+        self.open_layout(self.probed_rows())
         self.add_callback(StartReport(self.start_lines))
         self.add_callback(TrainingCurves(draw=args.draw_curves))
         self.train_means, self.eval_means = RunningMeans(), RunningMeans()

@@ -6,9 +6,9 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
-from wrpo.data.collation import with_layout
+from wrpo.data.collation import PreferenceCollator, SFTCollator, with_layout
 from wrpo.data.layout import PADDED
 from wrpo.head.fused_head import install_fused_head
 from wrpo.head.wrapping import is_partitioned
@@ -26,32 +26,45 @@ class LayoutTrainer(Trainer):
     data_collator: Any
     layout_choice: Choice
 
-    def choose_layout(self, rows: Any) -> None:
-        """For the policy and these rows, as the settings want it; the same on every process.
+    def open_layout(self, rows: Any) -> None:
+        """Choose the layout for the policy and these rows: now, or when training begins and the policy is wrapped.
 
         Raises:
             ValueError: the layout that was asked for cannot be had.
         """
-        args, collator = self.args, self.data_collator
-        if not hasattr(collator, "layout"):
-            if args.layout not in ("auto", "padded"):
+        wanted, collator = self.args.layout, self.data_collator
+        if not isinstance(collator, (PreferenceCollator, SFTCollator)):
+            if wanted not in ("auto", "padded"):
                 raise ValueError(
-                    f"layout {args.layout!r} is the work of PreferenceCollator and SFTCollator, and data_collator is "
+                    f"layout {wanted!r} is the work of PreferenceCollator and SFTCollator, and data_collator is "
                     f"{type(collator).__name__}: use layout auto or padded"
                 )
             self.layout_choice = Choice(PADDED, "as data_collator makes it")
             return
+        self.data_collator = with_layout(collator, PADDED)  # of the trainer's own; the caller's stays as it is
+        if wanted == "auto" and collator.layout != PADDED:
+            wanted = collator.layout.name
+        if wanted == "padded" or not self.args.check_head or self.can_be_asked(self.model):
+            self.choose_layout(wanted, rows, self.model)
+        else:
+            self.use_layout(Choice(PADDED, "until the model is wrapped"))
+            self.add_callback(LayoutOnceWrapped(self, wanted, rows))
+
+    def choose_layout(self, wanted: str, rows: Any, wrapped: nn.Module) -> None:
+        """The same on every process; wrapped: what the policy runs in, by which it is asked."""
+        args = self.args
 
         def choice() -> Choice:
             return choose_layout(
-                args.layout,
+                wanted,
                 self.model,
                 rows,
-                collator,
+                self.data_collator,
                 batch_size=args.per_device_train_batch_size,
                 sorted_by_length=args.train_sampling_strategy in BY_LENGTH,
-                probe=self.can_be_asked(self.model),
+                probe=args.check_head,
                 autocast=self.accelerator.autocast,
+                wrapped=wrapped,
             )
 
         self.use_layout(self.of_main_process(choice))
@@ -62,8 +75,14 @@ class LayoutTrainer(Trainer):
         Raises:
             ValueError: it does not agree on a layout that was asked for.
         """
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, LayoutOnceWrapped):
+                callback.others.append(model)
+                return
         layout = self.layout_choice.layout
-        if layout == PADDED or not self.can_be_asked(model):
+        # Blocks and bounds want the device.
+        can_run = not is_partitioned(model) and (layout.attention == "mask" or self.can_be_asked(model))
+        if layout == PADDED or not self.args.check_head or not can_run:
             return
         install_fused_head(model)
         collator, autocast = self.data_collator, self.accelerator.autocast
@@ -75,21 +94,36 @@ class LayoutTrainer(Trainer):
 
     def can_be_asked(self, model: nn.Module) -> bool:
         """Not before it is wrapped where that brings its weights together (ZeRO-3) or onto the device (FSDP)."""
-        is_there = not is_partitioned(model) and next(model.parameters()).device.type == self.args.device.type
-        return self.args.check_head and is_there
+        return not is_partitioned(model) and next(model.parameters()).device.type == self.args.device.type
 
     def use_layout(self, choice: Choice) -> None:
+        """From the next batch on: a loader that is already there has the same collator."""
         self.layout_choice = choice
-        self.data_collator = with_layout(self.data_collator, choice.layout)
+        self.data_collator.layout = choice.layout
 
     def of_main_process(self, compute: Any) -> Any:
         """What the main process computed, or its error. All compute it: weights may be spread over them."""
-        result, words = None, None
+        result, own_error = None, None
         try:
             result = compute()
         except ValueError as error:
-            words = str(error)
-        result, words = broadcast_object_list([result, words])
+            own_error = error
+        result, words = broadcast_object_list([result, own_error and str(own_error)])
         if words is not None:
-            raise ValueError(words)
+            raise own_error or ValueError(words)
         return result
+
+
+class LayoutOnceWrapped(TrainerCallback):
+    """Chooses the layout when training begins, by asking the wrapped policy and the `others` that see its batches."""
+
+    def __init__(self, trainer: LayoutTrainer, wanted: str, rows: Any):
+        self.trainer, self.wanted, self.rows = trainer, wanted, rows
+        self.others: list[nn.Module] = []
+
+    def on_train_begin(self, *_args: Any, **_options: Any) -> None:
+        trainer = self.trainer
+        trainer.remove_callback(self)
+        trainer.choose_layout(self.wanted, self.rows, trainer.model_wrapped)
+        for model in self.others:
+            trainer.agree_on_layout(model, self.rows)

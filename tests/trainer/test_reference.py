@@ -77,7 +77,7 @@ def test_a_dataset_stays_one_and_every_evaluation_set_is_gone_through(tmp_path):
 
 def test_a_set_that_was_not_gone_through_is_refused_under_precompute(tmp_path):
     trainer = opened(tmp_path, tiny_model(), "precompute")
-    with pytest.raises(ValueError, match="the batch has no ref_logp"):
+    with pytest.raises(ValueError, match="the batch has neither ref_logp nor ref_place"):
         trainer.evaluate(tiny_rows(2))
 
 

@@ -7,8 +7,8 @@
 
 Every pass goes through the same fused head and kernels as the policy, in evaluation mode, without gradients, in the
 policy's arithmetic: under its autocast, and where FSDP or DeepSpeed have an arithmetic of their own, adapter and
-precompute run through the wrapped policy, copy through a copy that FSDP2 has wrapped like it (beside FSDP1 and
-DeepSpeed a copy runs unwrapped). So at step 0, where policy and reference are the same model, both log-probs agree if
+precompute run through the wrapped policy, copy through a copy that FSDP has wrapped like it, or that DeepSpeed's type
+was given to. So at step 0, where policy and reference are the same model, both log-probs agree if
 it has no dropout, which is on in the policy's training alone: bit by bit where both passes multiply matrices of the
 same shapes (copy and adapter see the policy's own batches), else up to rounding (precompute batches other rows
 together). No pass draws random numbers or changes the order of the data.
@@ -197,8 +197,9 @@ def from_batch(_policy: nn.Module, batch: Batch) -> Tensor:
     """The reference as the data brings it along."""
     if "ref_logp" not in batch:
         raise ValueError(
-            "the batch has no ref_logp, but reference is 'precompute': only the data sets given to the trainer are "
-            "gone through before training. Give it this one as eval_dataset, or use reference='copy'"
+            "the batch has neither ref_logp nor ref_place, but reference is 'precompute'. A data_collator of your own "
+            "must hand the rows' ref_place on, [S] in the order of the responses; another data set than those given to "
+            "the trainer must be given as eval_dataset. Or use reference='copy'"
         )
     return batch["ref_logp"]
 

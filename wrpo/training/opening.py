@@ -125,7 +125,7 @@ def is_tokenised(data: Any) -> bool:
     Raises:
         DataError: token ids of another form than `tokenize_examples` makes.
     """
-    row = getattr(data, "column_names", None) or (data[0] if hasattr(data, "__getitem__") else next(iter(data)))
+    row = getattr(data, "column_names", None) or first_row(data)
     if not isinstance(row, (dict, list)):
         raise DataError("rows that are dicts", shown(row), "Give a list of dicts, a data set or the name of a file.")
     found = [name for name in row if name in TOKENS]
@@ -133,3 +133,19 @@ def is_tokenised(data: Any) -> bool:
         expected = "prompt_ids, response_ids, role and share, as wrpo.data.tokenize_examples makes them"
         raise DataError(expected, f"the columns {', '.join(map(str, row))}", "Tokenise the rows with it.")
     return bool(found)
+
+
+def first_row(data: Any) -> Any:
+    """Of a list or a data set by its place; a stream, which may have a `__getitem__` of another meaning, is begun.
+
+    Raises:
+        DataError: a stream that can be gone through only once.
+    """
+    if hasattr(data, "__len__"):
+        return data[0]
+    rows = iter(data)
+    if rows is data:
+        raise DataError(
+            "rows that can be gone through more than once", shown(data), "Give a list of them."
+        )
+    return next(rows)

@@ -90,7 +90,7 @@ class ReferenceTrainer(HeadTrainer):
         """Of the policy, or the other model; sharded as the policy will be, and run in the same arithmetic."""
         model = frozen_copy(self.model) if ref_model is None else ref_model
         refuse_partitioned(model, "copy")
-        if not takes_weights_of_first_process(self.accelerator):
+        if self.accelerator.num_processes > 1 and not takes_weights_of_first_process(self.accelerator):
             refuse_unequal(gather_object([model_fingerprint(model, None, {})]))
         model.requires_grad_(False)
         check = self.args.check_head and not takes_weights_of_first_process(self.accelerator)

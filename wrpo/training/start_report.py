@@ -27,7 +27,7 @@ class DataSize(NamedTuple):
 
     rows: Counter[str]  # by the roles of their responses, "source + target + rejected"
     responses: int
-    prompt_tokens: int  # as often as they go through the model: once for each response
+    prompt_tokens: int  # once for each response, as in padded rows
     response_tokens: int
 
     def __str__(self) -> str:

@@ -47,7 +47,7 @@ class WRPOTrainer(ReferenceTrainer):
         ref_model: another model or its name, as the reference, for copy and precompute. Default: the policy before
             training.
         data_collator: rows to a batch. Default: `PreferenceCollator`, which also sees to `empty_response`; without it
-            that is checked on the CPU alone.
+            that is checked on the CPU alone. One of your own hands the rows' `ref_logp` or `ref_place` on, [S].
         **options: of `transformers.Trainer`.
 
     Logs the values of `wrpo.training.metrics` for training and evaluation, over all ranks, and alpha. To resume, give

@@ -94,7 +94,7 @@ class FusedHeadConfig(TrainingArguments):
     check_head: bool = knob(
         True,
         "Before training, compare the fused head with the model's own logits on a few tokens; raise if they disagree. "
-        "Default: True. Switch it off only where the model cannot run before it is wrapped (ZeRO-3, meta device).",
+        "Default: True. Where the weights are not there yet (ZeRO-3), this is done in the first wrapped forward.",
         group="speed",
     )
     draw_curves: bool = knob(

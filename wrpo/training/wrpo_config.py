@@ -104,9 +104,9 @@ class WRPOConfig(FusedHeadConfig):
         "auto",
         "Where reference log-probs come from. copy: a frozen copy of the model. adapter: the PEFT model with its "
         "adapters off. precompute: once before training, kept on disk. none: reference-free. auto: none for simpo; "
-        "adapter if the adapters are fresh; else precompute, or copy where the data has no length. Under FSDP and "
-        "DeepSpeed, precompute runs through the sharded policy before its first step; copy is sharded under FSDP, and "
-        "refused under ZeRO-3. Default: auto.",
+        "adapter if the adapters are fresh; else precompute, or copy where the data has no length. Under FSDP "
+        "and DeepSpeed precompute goes through the wrapped policy; copy keeps the whole model, in shards under FSDP. "
+        "Default: auto.",
         group="reference",
     )
     reference_cache_dir: str | None = knob(

@@ -112,9 +112,8 @@ def test_a_run_with_a_fused_reference_evaluates_and_lowers_its_loss(tmp_path):
 
 
 def test_rows_without_the_column_are_named(tmp_path):
-    trainer = wrpo_trainer(tmp_path, reference_fusion="average", length_normalize=True)
     with pytest.raises(ValueError, match=r"field 'source_logp': expected 3 lists .* `wrpo logp`"):
-        trainer.train()
+        wrpo_trainer(tmp_path, reference_fusion="average", length_normalize=True)
 
 
 def test_a_batch_without_what_is_fused_is_refused():

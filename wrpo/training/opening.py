@@ -145,7 +145,5 @@ def first_row(data: Any) -> Any:
         return data[0]
     rows = iter(data)
     if rows is data:
-        raise DataError(
-            "rows that can be gone through more than once", shown(data), "Give a list of them."
-        )
+        raise DataError("rows that can be gone through more than once", shown(data), "Give a list of them.")
     return next(rows)

@@ -55,7 +55,7 @@ def draw(path: Path, facts: dict[str, str], rows: list[Figure]) -> None:
         ticks, y = {}, 0
         for work in works:
             some = [row for row in pairs if work_of(row) == work]
-            left.text(0, y, described(some[0]), va="center")
+            left.text(0, y, described(some[0]), va="center", in_layout=False)  # it may reach into the other half
             for row in some:
                 y += 1
                 draw_row(left, right, y, row)
@@ -110,6 +110,6 @@ def described(row: Figure) -> str:
     """The work of a group of bars."""
     size = SIZES.get(row.model)
     of_size = f"Llama of {size['num_hidden_layers']} layers, vocabulary {size['vocab_size']:,}" if size else row.model
-    lengths = f"prompts of {row.prompt} and answers of {row.response} tokens" if row.prompt else "short answers"
+    of_rows = f"prompts of {row.prompt}, answers of {row.response} tokens"
     dtype = "" if row.dtype == "float32" else f", {row.dtype}"
-    return f"{of_size}, {lengths}, {row.tokens_a_step:.0f} tokens a step{dtype}"
+    return f"{of_size}, {of_rows if row.prompt else f'{row.tokens_a_step:.0f} tokens a step'}{dtype}"

@@ -266,3 +266,27 @@ def test_a_stream_keeps_its_order(tmp_path):
     trainer = wrpo_trainer(tmp_path, rows=stream, train_sampling_strategy="group_by_length", max_steps=1)
     trainer.train()
     assert trainer.state.global_step == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="flex_attention trains on a GPU")
+def test_attention_that_cannot_train_on_a_cpu_is_refused_before_training(tmp_path):
+    model = tiny_model()
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="'flex_attention': torch has no backward of it on a CPU; use sdpa"):
+        wrpo_trainer(tmp_path, model)
+
+
+class FromAFile(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(tiny_rows(4))
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [FromAFile, lambda: datasets.IterableDataset.from_generator(lambda: iter(tiny_rows(4)))],
+    ids=["torch", "datasets"],
+)
+def test_streams_of_tokenised_rows_train(stream, tmp_path):
+    trainer = wrpo_trainer(tmp_path, rows=stream(), max_steps=1)
+    trainer.train()
+    assert trainer.state.global_step == 1

@@ -76,9 +76,16 @@ def check_before_training(trainer: Any) -> None:
             brings_reference(rows)  # refuses a column with gaps, which the first batch would name less well
     if trainer.train_dataset is not None:
         refuse_nothing_to_train(trainer.model)
+        refuse_flex_on_cpu(trainer.model, trainer.args.device)
         refuse_optimizer(trainer)
         refuse_unknown_metric(trainer)
         refuse_unsaveable(trainer)
+
+
+def refuse_flex_on_cpu(model: nn.Module, device: torch.device) -> None:
+    config: Any = getattr(model, "config", None)
+    if device.type == "cpu" and getattr(config, "_attn_implementation", None) == "flex_attention":
+        raise ValueError("attn_implementation 'flex_attention': torch has no backward of it on a CPU; use sdpa")
 
 
 def refuse_nothing_to_train(model: nn.Module) -> None:

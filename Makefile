@@ -38,7 +38,7 @@ menu:
 	@echo "make test-gpu    the ops on every GPU backend, streams, graphs, 2^31 elements"
 	@echo "make sanitize    compute-sanitizer over the CUDA kernels: memcheck, then racecheck"
 	@echo "make bench-gpu   GPU backends beside the copy bandwidth and the bare matrix products, into benchmarks/results/"
-	@echo "make bench-gpu-steps  whole steps of a Llama of 1B in every layout, and TRL where it is installed; at most 4 minutes"
+	@echo "make bench-gpu-steps  whole steps of a Llama of 1B in every layout, and TRL where it is installed"
 	@echo "make clean       remove what the targets above built and wrote, trained models too"
 
 demo: $(VENV)/installed-demo

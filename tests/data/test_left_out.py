@@ -40,6 +40,14 @@ LOST = {
         turns("{% for part in m.content %}{{ part.words }}{% endfor %}"), [USER], "two", "prompt", "user message",
     ),
     "system turns": (turns("{{ m.content }}", "m.role != 'system'"), [SYSTEM, USER], "two", "prompt", "system message"),
+    "system turns whose words a user says too": (
+        turns("{{ m.content }}", "m.role != 'system'"),
+        [SYSTEM, {"role": "user", "content": "count, and be brief"}], "two", "prompt", "the system message",
+    ),
+    "a first turn that a role's name holds": (
+        turns("{{ m.content }}", "not loop.first"),
+        [{"role": "user", "content": "user"}, USER], "two", "prompt", "the user message",
+    ),
     "tool turns": (
         turns("{{ m.content }}", "m.role != 'tool'"), [USER, said("wait"), TOOL], "two", "prompt", "tool message",
     ),
@@ -219,6 +227,16 @@ def test_a_template_that_wants_content_in_parts_gets_it_so():
     assert (whole["answer"], remarks) == (start + "two<|im_end|>", set())
 
 
+@pytest.mark.parametrize("role", ["assistant", "user"])
+def test_a_template_that_wants_parts_of_one_side_alone_gets_them_there_alone(role):
+    """Given to the other side, a list would be printed: the words are there, and so are Python's brackets."""
+    in_parts = "{% for part in m.content %}{{ part.text }}{% endfor %}"
+    template = turns(f"{{% if m.role == '{role}' %}}{in_parts}{{% else %}}{{{{ m.content }}}}{{% endif %}}")
+    start, whole, _ = rendered(template, [USER], said("two"))
+    assert start == "<|im_start|>user\nhow many birds?<|im_end|>\n<|im_start|>assistant\n"
+    assert whole["answer"] == start + "two<|im_end|>"
+
+
 def test_a_template_that_takes_both_gets_text():
     both = turns("{{ m.content if m.content is string else raise_exception('parts') }}")
     assert rendered(both, [USER], said("two")).prompt.count("how many birds?") == 1
@@ -283,3 +301,16 @@ def test_a_conversation_that_loses_words_is_refused_unless_the_template_is_made_
     assert Renderer(tiny_tokenizer("{{ messages[-1].content }}")).conversation([SYSTEM, USER], "two")[0] == "two"
     with pytest.raises(DataError, match=r"field 'response': .* all of an answer"):
         Renderer(tiny_tokenizer("{{ messages[0].content }}")).conversation([USER], "two")
+
+
+@pytest.mark.parametrize("name", ["tokenize", "add_generation_prompt", "tools", "return_dict"])
+@pytest.mark.parametrize("giver", ["row", "settings"])
+def test_options_that_are_no_variables_of_a_template_are_refused(name, giver):
+    of_settings, of_row = ({name: True}, {}) if giver == "settings" else ({}, {name: True})
+
+    def render():
+        renderer = Renderer(tiny_tokenizer(CHATML), of_settings)
+        return renderer([USER], {"answer": said("two")}, chat_template_kwargs=of_row)
+
+    with pytest.raises(DataError, match=f"'chat_template_kwargs': expected variables of the chat template, got {name}"):
+        render()

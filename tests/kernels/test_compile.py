@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 from doors import DOORS, LARGE, OF_OPS, D, S, T, V, doors, value_and_gradients
-from torch import Tensor
+from torch import Tensor, library
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -55,7 +55,7 @@ def test_every_op_has_a_right_schema_fake_and_derivative(door, backend, device):
         value_and_gradients(function, given)
     assert recorded.calls
     for op, arguments in recorded.calls.values():
-        torch.library.opcheck(op, arguments)
+        library.opcheck(op, arguments)
 
 
 @pytest.mark.parametrize("door", [door for door in DOORS if door.startswith("linear")])
@@ -70,7 +70,7 @@ def test_an_op_that_is_not_told_how_many_labels_count_returns_what_its_fake_says
         names = [argument.name for argument in op._schema.arguments]
         if {"num_rows", "budget_bytes"} <= set(names) and "kept" not in names:
             at = names.index("num_rows")
-            torch.library.opcheck(
+            library.opcheck(
                 op, (*arguments[:at], UNCOUNTED, *arguments[at + 1 :]), test_utils=("test_schema", "test_faketensor")
             )
             told += 1

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_model, tiny_rows
-from tiny_runs import SETTINGS, wrpo_trainer
+from tiny_runs import SETTINGS, training_lines, wrpo_trainer
 from tiny_tokenizer import tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -281,12 +281,35 @@ class FromAFile(torch.utils.data.IterableDataset):
         return iter(tiny_rows(4))
 
 
+@pytest.mark.parametrize("loss_type", ["sigmoid", "dpo"])  # dpo leaves the sources out
 @pytest.mark.parametrize(
     "stream",
     [FromAFile, lambda: datasets.IterableDataset.from_generator(lambda: iter(tiny_rows(4)))],
     ids=["torch", "datasets"],
 )
-def test_streams_of_tokenised_rows_train(stream, tmp_path):
-    trainer = wrpo_trainer(tmp_path, rows=stream(), max_steps=1)
+def test_streams_of_tokenised_rows_train(stream, loss_type, tmp_path):
+    trainer = wrpo_trainer(tmp_path, rows=stream(), loss_type=loss_type, max_steps=1)
     trainer.train()
     assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_data_sets_that_give_tensors_train_as_those_that_give_lists(form, tmp_path):
+    rows = datasets.Dataset.from_list(tiny_rows(4))
+    plain, formatted = (wrpo_trainer(tmp_path, rows=data, max_steps=2) for data in (rows, rows.with_format(form)))
+    plain.train()
+    formatted.train()
+    assert training_lines(plain) == training_lines(formatted)
+
+
+def test_a_reference_model_that_has_no_row_for_a_token_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"train data, ref_model: the token id 96 is beyond the model's embedding"):
+        wrpo_trainer(tmp_path, ref_model=tiny_model(vocab_size=50))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_policy_is_no_reference_of_itself(adapted, tmp_path):
+    model = tiny_model()
+    policy = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")) if adapted else model
+    with pytest.raises(ValueError, match="ref_model is the model that is trained: leave it out"):
+        wrpo_trainer(tmp_path, policy, ref_model=model)

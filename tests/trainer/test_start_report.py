@@ -49,7 +49,7 @@ def test_the_size_of_the_data_is_counted_in_the_tokens_that_go_through_the_model
     assert size.rows == {"chosen + rejected": 1, "chosen + 2 rejected": 1}
     assert (size.responses, size.prompt_tokens, size.response_tokens) == (5, 2 * 3 + 3 * 1, 3 + 4)
     assert "2 rows" in str(size)
-    assert "16 tokens, 56% of them prompt" in str(size)
+    assert "16 tokens in padded rows, 56% of them prompt" in str(size)
 
 
 @pytest.mark.parametrize(("steps", "lines"), [(4, 4), (12, 12), (25, 12)])

@@ -133,6 +133,13 @@ def test_a_checkpoint_that_is_damaged_is_named_as_the_thing_to_drop(tiny_model, 
         (["--kernel_backend", "nativ"], "kernel_backend='nativ': "),
         (["--reference", "adapter"], "reference='adapter' needs a PEFT model"),
         (["--lora_r", "2", "--lora_target_modules", "nowhere"], "nowhere"),
+        (["--lora_alpha", "5"], "lora_alpha needs lora_r"),
+        (["--lora_dropout", "0.5"], "lora_dropout needs lora_r"),
+        (
+            ["--dataloader_drop_last", "true", "--per_device_train_batch_size", "100"],
+            "dataloader_drop_last leaves out all",
+        ),
+        (["--num_train_epochs", "0"], "num_train_epochs: expected more than 0"),
     ],
 )
 def test_settings_that_do_not_go_with_the_model_are_one_line(flags, words, tiny_model, tmp_path, capsys):
@@ -142,6 +149,13 @@ def test_settings_that_do_not_go_with_the_model_are_one_line(flags, words, tiny_
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("wrpo train: ")
     assert words in last
+
+
+def test_a_folder_that_is_not_there_is_said_to_be_none(tmp_path, capsys):
+    """A path of several parts is no name of the hub, which would be all that its own message says."""
+    command = ["train", "--model_name_or_path", "/runs/of/nobody", "--train_file", TRIPLES]
+    assert cli.main([*command, "--use_cpu", "--output_dir", str(tmp_path)]) == 2
+    assert "no such folder here: /runs/of/nobody" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path, capsys):

@@ -1,8 +1,8 @@
 """A tokenizer's chat template, given messages in the form that it can write.
 
-Templates that want content as a list of parts, as those of vision-language models, get it so: a string has no parts,
-and its words would vanish. Those that cannot write the arguments of calls as they are get them as mappings or as JSON
-text.
+Templates that want content as a list of parts, as those of vision-language models, get it so, from all roles, from the
+assistant alone, or from the others: a string has no parts, and its words would vanish. Those that cannot write the
+arguments of calls as they are get them as mappings or as JSON text.
 """
 
 from __future__ import annotations
@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ASKED, _ANSWERED = "wrpo '0f' \"3a\"", "wrpo '7c' \"1e\""  # in no template, nor so in a list that is printed
+# Settled here, and by the tokenizer: none of them a variable of a template.
+OWN_OPTIONS = frozenset(
+    "add_generation_prompt chat_template continue_final_message conversation max_length padding "
+    "return_assistant_tokens_mask return_dict return_tensors tokenize tokenizer_kwargs tools truncation".split()
+)
+# Whether messages of the assistant, and of all others, get their content in parts; tried in this order.
+FORMS = ((False, False), (True, True), (True, False), (False, True))
 _MARK = re.compile(r"^\s*(<[^<>\s]+>)")  # of an end of turn that is no special token
 
 
@@ -41,6 +48,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: dict | None = None):
         self._tokenizer, self._options = tokenizer, options or {}
+        _refuse_own(self._options)
         self.control = ControlTokens(tokenizer)
         if not tokenizer.chat_template:
             raise DataError(
@@ -49,9 +57,10 @@ class ChatTemplate:
                 "Take that of the chat version of the model, or set tokenizer.chat_template: to a template, or to "
                 "wrpo.pretrained.plain_template(tokenizer) for prompt and answer as they are.",
             )
-        as_text, as_parts = self._tried(wants_parts=False), self._tried(wants_parts=True)
-        self._wants_parts = _ANSWERED not in as_text and _ANSWERED in as_parts
-        tried = as_parts if self._wants_parts else as_text
+        tried_in = {form: self._tried(form) for form in FORMS}
+        whole = [form for form, text in tried_in.items() if _ASKED in text and _ANSWERED in text]
+        self._form = next(iter([*whole, *(form for form, text in tried_in.items() if _ANSWERED in text), *FORMS]))
+        tried = tried_in[self._form]
         self.writes_prompts = _ASKED in tried or not tried
         after = tried.partition(_ANSWERED)[2]
         end = self.control.first(after) or next(iter(_MARK.findall(after)), None)
@@ -64,8 +73,12 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses the messages; `field` is theirs.
         """
-        if self._wants_parts:
-            messages = [_in_parts(message) for message in messages]
+        _refuse_own(options)
+        of_assistant, of_others = self._form
+        messages = [
+            _in_parts(message) if (of_assistant if message["role"] == "assistant" else of_others) else message
+            for message in messages
+        ]
         how = {
             "tokenize": False,
             "add_generation_prompt": messages[-1]["role"] != "assistant",
@@ -93,14 +106,25 @@ class ChatTemplate:
         except DataError:
             return False
 
-    def _tried(self, wants_parts: bool) -> str:
+    def _tried(self, form: tuple[bool, bool]) -> str:
         """A short conversation as text; nothing where the template refuses it."""
-        self._wants_parts = wants_parts
+        self._form = form
         messages = [{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _ANSWERED}]
         try:
             return self.text("prompt", messages, None, {})
         except DataError:
             return ""
+
+
+def _refuse_own(options: dict) -> None:
+    """Raises DataError for options that settle what is settled here: what would come is no text, or another's."""
+    if found := sorted(OWN_OPTIONS & options.keys()):
+        raise DataError(
+            "variables of the chat template",
+            ", ".join(found),
+            "Leave them out; tools are a field of the row, beside its messages.",
+            field="chat_template_kwargs",
+        )
 
 
 def _in_parts(message: Message) -> Message:

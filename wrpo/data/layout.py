@@ -28,7 +28,6 @@ from torch import Tensor
 
 Example = tuple[list[int], Sequence[list[int]]]  # ids of the prompt, of each response
 
-
 NAMES = ("padded", "packed", "shared")
 ATTENTIONS = ("mask", "blocks", "bounds")
 
@@ -145,11 +144,12 @@ def place_tokens(
         for segment in row:
             prompt, lengths = sizes[segment.example]
             places = _predicting(at, prompt, lengths[segment.first : segment.last])
-            predicting.update(((segment.example, number), own) for number, own in enumerate(places, segment.first))
-            own = slice(at, at := at + segment.tokens)
-            columns["segment"][own] = len(bounds)
+            predicting.update(((segment.example, number), place) for number, place in enumerate(places, segment.first))
+            taken = slice(at, at + segment.tokens)
+            columns["segment"][taken] = len(bounds)
             for name, values in _columns(segment, *examples[segment.example]).items():
-                columns[name][own] = values
+                columns[name][taken] = values
+            at = taken.stop
             bounds.append(at)
         if at < start + width:
             bounds.append(start + width)

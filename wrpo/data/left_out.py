@@ -1,6 +1,7 @@
 """What a chat template leaves out of the messages that it is given: words must not vanish in silence.
 
-Messages are looked for in the rendered text in their order, without regard to whitespace, which templates trim and add.
+Messages are looked for in the rendered text in their order, without regard to whitespace, which templates trim and add;
+and other words of a user or a system must give another text, for theirs may stand in another message too.
 All must be there whole, but for what templates take out on purpose, which is remarked: the thoughts of earlier answers
 and switches such as /no_think. Tool calls are there when the name and every argument are,
 as text or as JSON. What a message says beside that, e.g. the id of a call, is remarked where it is missing.
@@ -176,7 +177,9 @@ def _without_switches(text: str) -> str:
 
 
 def others(message: Message) -> Iterator[tuple[str, Message]]:
-    """(what is changed, the message with other tool calls or thoughts), where it has any."""
+    """(what is changed, the message with other tool calls or thoughts, or other words of a user or a system)."""
+    if message["role"] in (*_ANYWHERE, "user") and message.get("content"):
+        yield f"the {message['role']} message", message | {"content": _OTHER}
     if calls := message.get("tool_calls"):
         renamed = [_renamed(call) for call in calls] if isinstance(calls, list) else []
         yield CALLS, message | {"tool_calls": renamed}

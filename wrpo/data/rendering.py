@@ -20,7 +20,7 @@ from wrpo.rows.messages import Message
 
 from .chat_template import ChatTemplate
 from .control_tokens import until_first
-from .left_out import CALLS, Rendered, not_written, others, refuse_unwritten_tools
+from .left_out import THOUGHTS, Rendered, not_written, others, refuse_unwritten_tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -135,14 +135,14 @@ class Renderer:
         return text
 
     def _refuse_ignored(self, text: str, messages: list[Message], tools: list | None, options: dict) -> None:
-        """Raises DataError where the text would be the same without the tools, or with other calls of them."""
+        """Raises DataError where the text would be the same without the tools, or with other calls or words."""
         refuse_unwritten_tools(tools or [], text)
         if tools and self._template.writes_the_same(text, messages, None, options):
             raise not_written("tools", "none of them", "tools")
         for number, message in enumerate(messages):
             for what, other in others(message):
                 changed = [*messages[:number], other, *messages[number + 1 :]]
-                if what == CALLS and self._template.writes_the_same(text, changed, tools, options):
+                if what != THOUGHTS and self._template.writes_the_same(text, changed, tools, options):
                     raise not_written(what, "none of them", "prompt")
 
     def _until_end(self, response: Message, field: str, remarks: set[str]) -> Message:

@@ -31,7 +31,8 @@ def leave_out(rows: Any, role: str | None) -> Any:
     logger.info("Left out: the %ss of rows that have other preferred answers, as they weigh nothing in this run", role)
     if isinstance(rows, datasets.IterableDataset):
         return rows.map(without, fn_kwargs={"role": role})
-    return RowsWithout(rows, role) if hasattr(rows, "__getitem__") else StreamWithout(rows, role)
+    # torch's streams have a `__getitem__` that only raises.
+    return RowsWithout(rows, role) if hasattr(rows, "__len__") else StreamWithout(rows, role)
 
 
 class RowsWithout(Dataset):

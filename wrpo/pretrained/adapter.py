@@ -70,7 +70,8 @@ def _config_of(name: str, place: str) -> dict | None:
         path = find_adapter_config_file(name)
         return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SettingsError(f"{place}: {in_one_line(error)}") from error
+        absent = "" if Path(name).exists() else f"no such folder here: {name}. As a name on the hub: "
+        raise SettingsError(f"{place}: {absent}{in_one_line(error)}") from error
 
 
 def put_on(base: Any, adapter: AdapterFolder, *, is_trained: bool) -> Any:

@@ -64,10 +64,9 @@ class ModelSettings:
         check_range(self, "lora_r", low=0)
         check_range(self, "lora_alpha", low=0, open_low=True)
         check_range(self, "lora_dropout", low=0, high=1, open_high=True)
-        if not self.lora_r and self.lora_target_modules:
-            raise ValueError(
-                "lora_target_modules needs lora_r, the rank of the adapters; it is 0, which trains all weights"
-            )
+        for name in ("lora_alpha", "lora_dropout", "lora_target_modules"):
+            if not self.lora_r and getattr(self, name) is not None:
+                raise ValueError(f"{name} needs lora_r, the rank of the adapters; it is 0, which trains all weights")
         check_template(self)
         if self.lora_r and find_spec("peft") is None:
             raise ValueError("lora_r needs the package peft: pip install 'wrpo[peft]'")

@@ -76,6 +76,7 @@ def check_before_training(trainer: Any) -> None:
             brings_reference(rows)  # refuses a column with gaps, which the first batch would name less well
     if trainer.train_dataset is not None:
         refuse_nothing_to_train(trainer.model)
+        refuse_no_steps(trainer)
         refuse_flex_on_cpu(trainer.model, trainer.args.device)
         refuse_optimizer(trainer)
         refuse_unknown_metric(trainer)
@@ -93,6 +94,19 @@ def refuse_nothing_to_train(model: nn.Module) -> None:
         raise ValueError(
             f"{type(model).__name__}: no parameter is trained (requires_grad). An adapter that was loaded is frozen: "
             "load it with is_trainable=True, or give its folder by name"
+        )
+
+
+def refuse_no_steps(trainer: Any) -> None:
+    """Raises ValueError where a run would end at once, and save the model as it came."""
+    args, rows = trainer.args, trainer.train_dataset
+    if args.max_steps <= 0 and args.num_train_epochs <= 0:
+        raise ValueError(f"num_train_epochs: expected more than 0 without max_steps, got {args.num_train_epochs}")
+    needed = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and hasattr(rows, "__len__") and len(rows) < needed:
+        raise ValueError(
+            f"dataloader_drop_last leaves out all rows: there are {len(rows)}, and a batch takes {needed} over all "
+            "processes. Leave it out, or take a smaller per_device_train_batch_size"
         )
 
 

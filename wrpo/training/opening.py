@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import datasets
 from torch import nn
 
 from wrpo.data import DataError, load_examples, tokenize_examples
@@ -100,6 +101,8 @@ def open_data(data: Any, tokenizer: Any, args: FusedHeadConfig, stage: str) -> A
         return data
     if not isinstance(data, (str, Path, Iterable)) and not hasattr(data, "__getitem__"):
         raise TypeError(f"a data set must be a file, rows or a data set, got {shown(data)}")
+    if isinstance(data, datasets.Dataset):
+        data = data.with_format(None)  # rows of lists, not of tensors
     if not isinstance(data, (str, Path)) and is_tokenised(data):
         return leave_out(data, args.unused_role())
     if not hasattr(data, "__len__") and not isinstance(data, Path):

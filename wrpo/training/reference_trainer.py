@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 
+from wrpo.data.model_limits import refuse_beyond
 from wrpo.head.fused_head import install_fused_head
 from wrpo.head.wrapping import arithmetic_of_wrapper, is_partitioned, takes_weights_of_first_process
 from wrpo.reference.cache import ReferenceFile
@@ -47,6 +48,8 @@ class ReferenceTrainer(HeadTrainer):
     def open_reference(self, ref_model: nn.Module | None) -> Reference:
         """What gives the reference log-probs of a batch; goes through the data here if they are precomputed."""
         options = self.args.head_options()
+        if ref_model is not None:
+            self.check_reference(ref_model)
         source, is_brought = self.find_reference(ref_model)
         self.reference_source = "of the data" if is_brought else source
         if source == "adapter":
@@ -85,6 +88,16 @@ class ReferenceTrainer(HeadTrainer):
                 ", ".join(bringing), ", ".join(datasets),
             )  # fmt: skip
         return source, is_brought
+
+    def check_reference(self, ref_model: nn.Module) -> None:
+        """Raises ValueError for the policy itself, which is trained, and for rows beyond the other model's tables."""
+        policy: Any = self.model
+        if ref_model in (policy, policy.get_base_model() if hasattr(policy, "get_base_model") else policy):
+            raise ValueError(
+                "ref_model is the model that is trained: leave it out, and the reference is the model before training"
+            )
+        for name, rows in self.filled_datasets().items():
+            refuse_beyond(rows, ref_model, self.processing_class, place=f"{name} data, ref_model")
 
     def copy_reference(self, ref_model: nn.Module | None) -> FrozenCopy:
         """Of the policy, or the other model; sharded as the policy will be, and run in the same arithmetic."""

@@ -35,7 +35,7 @@ class DataSize(NamedTuple):
         tokens = self.prompt_tokens + self.response_tokens
         share = f"{self.prompt_tokens / tokens:.0%}" if tokens else "none"
         rows = f"{self.rows.total():,} rows ({kinds}), {self.responses:,} responses"
-        return f"{rows}, {tokens:,} tokens, {share} of them prompt"
+        return f"{rows}, {tokens:,} tokens in padded rows, {share} of them prompt"
 
 
 def data_size(rows: Any) -> DataSize | None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
@@ -98,7 +98,7 @@ def register_differentiable(
 
     op = _define(name, takes, returns, check, _complete(takes, kernel), fake)
     derivative = _derivative(name, takes, backward)
-    torch.library.register_autograd(f"wrpo::{name}", derivative, setup_context=set_up)
+    library.register_autograd(f"wrpo::{name}", derivative, setup_context=set_up)
     eager = _eager(name, takes, kernel, save, derivative)
 
     def call(*groups: Any) -> Any:
@@ -173,9 +173,9 @@ def _define(
         return call
 
     full_name = f"wrpo::{name}"
-    torch.library.define(full_name, f"({takes.schema}) -> ({returns})")
-    torch.library.impl(full_name, "CompositeExplicitAutograd", checked(kernel))
-    torch.library.register_fake(full_name, checked(fake))
+    library.define(full_name, f"({takes.schema}) -> ({returns})")
+    library.impl(full_name, "CompositeExplicitAutograd", checked(kernel))
+    library.register_fake(full_name, checked(fake))
     return getattr(torch.ops.wrpo, name).default
 
 

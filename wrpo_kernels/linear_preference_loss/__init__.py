@@ -92,7 +92,8 @@ def linear_preference_loss(
         groups or `num_rows` raises or makes NaN of the loss and its gradient, as preference_loss says.
 
     Compiled: as preference_loss; `num_rows` may change from call to call too.
-    Numerics: as linear_token_logp and preference_loss.
+    Numerics: as linear_token_logp and preference_loss. A group of weight 0 is out of the loss, but not NaN or infinity
+        in its hidden states out of the head's gradient: set its labels to `ignore_index` and `empty` to "zero".
     Memory: `budget_bytes`. A 16-bit trained head whose rows do not fit at once keeps its dW in float32 until the
         backward has rounded it, and a second one while a second group that does not fit by itself is added.
     Cost: forward alone 2NDV flops, frozen head 4NDV, trained head 6NDV, whatever the length and the budget; an adapter

@@ -23,9 +23,9 @@ import torch
 
 from wrpo_kernels.preference_loss.family import Sequences
 
-# Rows computed again in the time in which a second dW is added. H200: 780 TFLOP/s in bfloat16, 4.2 TB/s. CPU: 2 cores
-# that do 150 GFLOP/s in float32 and copy 20 GB/s.
-ROWS_OF_A_TOTAL = {"cpu": 45}
+# Rows computed again in the time in which a second dW is added. H200: 780 TFLOP/s in bfloat16, 4.2 TB/s (2026-11-26).
+# CPU: 141 to 189 GFLOP/s in float32, 54 GB/s for the adding (2 cores, Zen 4, 2026-11-30).
+ROWS_OF_A_TOTAL = {"cpu": 18}
 ROWS_OF_A_TOTAL_OF_ACCELERATOR = 1100
 
 

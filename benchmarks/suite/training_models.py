@@ -53,6 +53,7 @@ def work_of(name: str, count: int, *, pairs: bool, lengths: tuple[int, int] | No
         from wrpo.demo.model import load
 
         model, tokenizer = load()
+        model.set_attn_implementation("sdpa")  # as transformers loads it; the demo's short rows are faster with eager
     else:
         model, tokenizer = random_llama(name), padding_only()
     vocabulary = model.config.vocab_size

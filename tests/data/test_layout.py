@@ -11,7 +11,7 @@ from wrpo.data import layout as module
 from wrpo.data.layout import Layout, place_tokens, rows_of, width_of
 
 LAYOUTS = [Layout("packed"), Layout("shared"), Layout("packed", "blocks"), Layout("shared", "blocks"),
-           Layout("packed", "bounds")]  # fmt: skip
+           Layout("packed", "bounds"), Layout("shared", "bounds")]  # fmt: skip
 EXAMPLES = [([5, 6], [[7, 8, 9], [10]]), ([11], [[12, 13]])]
 
 
@@ -45,6 +45,15 @@ def test_attention_that_takes_bounds_gets_one_row_without_padding():
     assert batch["segment_bounds"].dtype == torch.int32
 
 
+def test_bounds_of_shared_rows_give_each_response_the_keys_of_its_prompt():
+    batch = place_tokens(EXAMPLES, 0, Layout("shared", "bounds"))
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 12, 13]]
+    assert batch["segment_bounds"].tolist() == [0, 6, 9]
+    assert batch["query_bounds"].tolist() == [0, 2, 5, 6, 7, 9]
+    assert batch["key_bounds"].tolist() == [0, 2, 7, 10, 11, 14]
+    assert batch["key_rows"].tolist() == [0, 1, 0, 1, 2, 3, 4, 0, 1, 5, 6, 6, 7, 8]
+
+
 def test_rows_of_blocks_are_whole_blocks():
     batch = place_tokens(EXAMPLES, 0, Layout("shared", "blocks"))
     assert batch["input_ids"].shape == (1, 128)
@@ -54,7 +63,7 @@ def test_rows_of_blocks_are_whole_blocks():
 @pytest.mark.parametrize("limit", [4, 15, 8192], ids=["all beyond it", "some beyond it", "ample"])
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_every_response_is_whole_behind_its_prompt_in_its_order(layout, limit, count, monkeypatch):
-    monkeypatch.setitem(module.ROW_TOKENS, layout.attention, limit if layout.attention != "bounds" else 1 << 62)
+    monkeypatch.setitem(module.SEGMENT_TOKENS, layout.attention, limit)
     rows = tiny_rows(7, sources=count - 1, targets=1, rejected=1)
     rows[3]["response_ids"][0] = []
     batch = PreferenceCollator(0, empty_response="zero", layout=layout)(rows)
@@ -80,7 +89,7 @@ def test_every_response_is_whole_behind_its_prompt_in_its_order(layout, limit, c
 
 
 def test_an_example_that_does_not_fit_a_row_is_spread_over_several_each_with_the_prompt(monkeypatch):
-    monkeypatch.setitem(module.ROW_TOKENS, "mask", 10)
+    monkeypatch.setitem(module.SEGMENT_TOKENS, "mask", 10)
     rows = rows_of([(4, [3, 3, 3, 9])], Layout("shared"))
     assert [[segment[1:] for segment in row] for row in rows] == [[(3, 4, 13)], [(0, 2, 10)], [(2, 3, 7)]]
     assert width_of(rows, Layout("shared")) == 13, "one sequence is never cut"
@@ -107,7 +116,6 @@ def test_padding_is_rounded_up_where_that_is_asked_for():
     [
         ({"name": "Shared"}, r"name of a layout must be one of \['padded', 'packed', 'shared'\], got 'Shared'"),
         ({"name": "packed", "attention": "flash"}, "attention of a layout must be one of"),
-        ({"name": "shared", "attention": "bounds"}, "shared rows need a mask or blocks"),
     ],
 )
 def test_a_layout_that_there_is_not_is_refused(given, error):

@@ -11,11 +11,12 @@ from layout_models import attending_model
 from tiny_models import tiny_rows
 from torch import Tensor
 from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from wrpo.data import PreferenceCollator
 from wrpo.data.layout import Layout
 from wrpo.head import install_fused_head, run_in_head
-from wrpo.head.attention import attention_form, masks, model_inputs
+from wrpo.head.attention import attention_forms, layer_types, masks, model_inputs, pieces
 from wrpo.layouts import choose_layout
 from wrpo.layouts.probe import disagreement, token_logps
 
@@ -97,18 +98,20 @@ def test_flex_attention_gives_the_log_probs_of_padded_rows(layout):
     assert (wrong - right).abs().max() > (0.1 if layout == "shared" else -1)
 
 
-def by_bounds(module, query, key, value, attention_mask, *, scaling, cu_seq_lens_q=None, **options):
-    """As flash-attention computes it: each sequence by itself, causal; without bounds each row."""
+def by_bounds(module, query, key, value, mask, *, scaling, cu_seq_lens_q=None, cu_seq_lens_k=None, **options):
+    """As flash-attention computes it: each sequence by itself, causal backwards from its last query and key."""
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     flat = [x.transpose(0, 1).flatten(1, 2) for x in (query, key, value)]  # [heads, R T, d]
-    bounds = range(0, flat[0].shape[1] + 1, query.shape[2]) if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
+    whole = range(0, flat[0].shape[1] + 1, query.shape[2])
+    queries, keys = (whole if bounds is None else bounds.tolist() for bounds in (cu_seq_lens_q, cu_seq_lens_k))
     out = [
         torch.nn.functional.scaled_dot_product_attention(
-            *(x[:, first:last] for x in flat), scale=scaling, is_causal=True
+            flat[0][:, q:q_end], flat[1][:, k:k_end], flat[2][:, k:k_end], scale=scaling,
+            attn_mask=torch.ones(q_end - q, k_end - k, dtype=torch.bool).tril(k_end - k - (q_end - q)),
         )
-        for first, last in pairwise(bounds)
-    ]
+        for (q, q_end), (k, k_end) in zip(pairwise(queries), pairwise(keys), strict=True)
+    ]  # fmt: skip
     return torch.cat(out, 1).unflatten(1, (query.shape[0], -1)).permute(1, 2, 0, 3), None
 
 
@@ -121,23 +124,56 @@ def flash_model() -> torch.nn.Module:
     return model
 
 
-def test_bounds_reach_attention_and_give_the_log_probs_of_padded_rows(flash_model):
-    assert attention_form(flash_model) == "bounds"
-    layout = Layout("packed", "bounds")
-    assert disagreement(flash_model, rows(), PreferenceCollator(0), layout, nullcontext) is None
-    batch = PreferenceCollator(0, layout=layout)(rows())
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bounds_reach_attention_and_give_the_log_probs_of_padded_rows(flash_model, layout):
+    assert attention_forms(flash_model) == ("bounds",)
+    in_bounds = Layout(layout, "bounds")
+    assert disagreement(flash_model, rows(), PreferenceCollator(0), in_bounds, nullcontext) is None
+    batch = PreferenceCollator(0, layout=in_bounds)(rows())
     assert batch["attention_mask"].all(), "no padding"
-    batch["segment_bounds"] = torch.tensor([0, batch["input_ids"].shape[1]], dtype=torch.int32)
+    whole = torch.tensor([0, batch["input_ids"].shape[1]], dtype=torch.int32)
+    batch = {name: value for name, value in batch.items() if name not in ("query_bounds", "key_bounds", "key_rows")}
     with torch.no_grad():
-        wrong, right = token_logps(flash_model, batch)[0], token_logps(flash_model, PreferenceCollator(0)(rows()))[0]
+        wrong = token_logps(flash_model, batch | {"segment_bounds": whole})[0]
+        right = token_logps(flash_model, PreferenceCollator(0)(rows()))[0]
     assert (wrong - right).abs().max() > 0.1
 
 
-def test_flash_attention_packs_and_refuses_to_share(flash_model):
+def test_flash_attention_shares_prompts(flash_model):
     options = {"rows": rows(), "collator": PreferenceCollator(0), "batch_size": 5}
-    assert choose_layout("auto", flash_model, **options).layout == Layout("packed", "bounds")
-    with pytest.raises(ValueError, match=r"layout 'shared': shared rows need a mask or blocks, .* use packed"):
-        choose_layout("shared", flash_model, **options)
+    assert choose_layout("auto", flash_model, **options).layout == Layout("shared", "bounds")
+    assert choose_layout("packed", flash_model, **options).layout == Layout("packed", "bounds")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sdpa_by_pieces_sees_what_a_mask_shows_it(layout):
+    """Windows of 4 tokens in every other layer; a response of no tokens, one prompt that no window reaches over."""
+    model = attending_model("gemma3")
+    some = rows()
+    some[1]["response_ids"][1], some[2]["prompt_ids"] = [], some[2]["prompt_ids"][:2]
+    batch = PreferenceCollator(0, 16, empty_response="zero", layout=Layout(layout, "bounds"))(some)
+    seen = {kind: torch.zeros(by_hand(batch)[0].shape, dtype=torch.bool) for kind in layer_types(model.config)}
+    for kind, found in pieces(model, batch).items():
+        for queries, keys, mask in found:
+            size = queries.stop - queries.start, keys.stop - keys.start
+            seen[kind][queries, keys] = torch.ones(size, dtype=torch.bool).tril() if mask is None else mask
+    assert torch.equal(seen["full_attention"], by_hand(batch)[0])
+    assert torch.equal(seen["sliding_attention"], by_hand(batch, window=4)[0])
+
+
+def test_sdpa_without_pieces_is_what_it_was():
+    """Taught once in a process, and only what a batch brings changes it."""
+    model = attending_model("llama")
+    install_fused_head(model)
+    padded = PreferenceCollator(0)(rows())
+    with torch.no_grad():
+        before = token_logps(model, padded)[0]
+        for _ in range(2):
+            token_logps(model, PreferenceCollator(0, layout=Layout("shared", "bounds"))(rows()))
+        taught = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        assert taught.takes_segments
+        assert not getattr(taught.__closure__[0].cell_contents, "takes_segments", False), "not twice"
+        assert torch.equal(token_logps(model, padded)[0], before)
 
 
 def test_an_attention_that_is_not_known_stays_padded(flash_model):
@@ -165,6 +201,8 @@ def test_a_packed_batch_without_what_tells_the_attention_is_refused():
     batch = PreferenceCollator(0, layout=Layout("shared"))(rows())
     with pytest.raises(ValueError, match=r"a batch in packed or shared rows .* goes through run_in_head"):
         model(**model_inputs(batch))
+    eager = attending_model("llama", attn_implementation="eager")
+    install_fused_head(eager)
     bounds = PreferenceCollator(0, layout=Layout("packed", "bounds"))(rows())
-    with pytest.raises(ValueError, match="is made for attention by bounds, and attn_implementation 'sdpa'"):
-        run_in_head(model, lambda hidden, weight, **_: hidden.sum(), **model_inputs(bounds))
+    with pytest.raises(ValueError, match="is made for attention by bounds, and attn_implementation 'eager'"):
+        run_in_head(eager, lambda hidden, weight, **_: hidden.sum(), **model_inputs(bounds))

@@ -14,7 +14,7 @@ from torch import nn
 from wrpo.data import PreferenceCollator
 from wrpo.data import layout as places
 from wrpo.data.batch import num_counted, sum_by_response
-from wrpo.data.layout import Layout
+from wrpo.data.layout import PADDED, Layout
 from wrpo.evaluation.implicit_reward import response_logps
 from wrpo.head import attention, install_fused_head, run_in_head
 from wrpo.head.attention import model_inputs
@@ -24,12 +24,18 @@ from wrpo.reference.reference import sequence_logp
 from wrpo.reference.source_logp import mean_logp
 from wrpo_kernels import linear_token_logp
 
-LAYOUTS = ("packed", "shared")
+NAMES = ("packed", "shared")
+IN_MASK = [Layout(name, "mask") for name in NAMES]
+LAYOUTS = [*IN_MASK, *(Layout(name, "bounds") for name in NAMES)]
 LONG = 30
 
 
-def collated(rows: list[dict], layout: str) -> dict[str, torch.Tensor]:
-    return PreferenceCollator(0, empty_response="zero", layout=Layout(layout))(rows)
+def every(layouts: list[Layout]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("layout", layouts, ids=lambda layout: f"{layout.name} {layout.attention}")
+
+
+def collated(rows: list[dict], layout: Layout) -> dict[str, torch.Tensor]:
+    return PreferenceCollator(0, empty_response="zero", layout=layout)(rows)
 
 
 def logps(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -40,7 +46,7 @@ def logps(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return run_in_head(model, head_fn, **model_inputs(batch))
 
 
-def in_layout(model: nn.Module, rows: list[dict], layout: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def in_layout(model: nn.Module, rows: list[dict], layout: Layout) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     with InFloat64() if model.dtype == torch.float64 else nullcontext():
         logp = logps(model, collated(rows, layout))
     return logp.detach(), gradients(model, logp)
@@ -81,15 +87,15 @@ def without_checks(rows: list[dict], monkeypatch) -> list[dict]:
     return rows
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@every(LAYOUTS)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("row_tokens", [LONG - 10, 8192], ids=["prompts longer than a row", "ample rows"])
 def test_log_probs_and_gradients_are_those_of_padded_rows(layout, case, row_tokens, monkeypatch):
-    monkeypatch.setitem(places.ROW_TOKENS, "mask", row_tokens)
+    monkeypatch.setitem(places.SEGMENT_TOKENS, layout.attention, row_tokens)
     model = attending_model("llama", dtype=torch.float64).eval()
     install_fused_head(model)
     rows = without_checks(rows_of(case), monkeypatch)
-    expected, expected_gradients = in_layout(model, rows, "padded")
+    expected, expected_gradients = in_layout(model, rows, PADDED)
     logp, got = in_layout(model, rows, layout)
     torch.testing.assert_close(logp, expected, rtol=1e-12, atol=1e-12)
     assert_same_gradients(got, expected_gradients)
@@ -103,15 +109,15 @@ def assert_same_gradients(got: dict[str, torch.Tensor], expected: dict[str, torc
         torch.testing.assert_close(got[name], value, rtol=0, atol=1e-12 * largest, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("attention_name", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("attention_name", "form"), [("sdpa", "bounds"), ("sdpa", "mask"), ("eager", "mask")])
 @pytest.mark.parametrize("family", TAKE_A_MASK)
-def test_every_family_that_takes_a_mask_gives_the_same_gradients(family, attention_name, layout):
+def test_every_family_that_takes_a_mask_gives_the_same_gradients(family, attention_name, form, name):
     model = family_with_attention(family, attention_name).eval()
     install_fused_head(model)
     rows = rows_of("long prompts")
-    expected, expected_gradients = in_layout(model, rows, "padded")
-    logp, got = in_layout(model, rows, layout)
+    expected, expected_gradients = in_layout(model, rows, PADDED)
+    logp, got = in_layout(model, rows, Layout(name, form))
     torch.testing.assert_close(logp, expected, rtol=1e-12, atol=1e-12)
     assert_same_gradients(got, expected_gradients)
 
@@ -123,7 +129,7 @@ def family_with_attention(family: str, name: str, dtype: torch.dtype = torch.flo
         pytest.skip(f"transformers has no {name} for {family}")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@every(LAYOUTS)
 def test_in_float32_the_error_is_that_of_padded_rows(layout):
     """Against float64. Log-probs of responses of up to 9 tokens, 64 nats each, in another order: 9 * 64 ulps."""
     rows = rows_of("five responses")
@@ -131,8 +137,8 @@ def test_in_float32_the_error_is_that_of_padded_rows(layout):
     exact.load_state_dict({name: value.double() for name, value in single.state_dict().items()})
     for model in (exact, single):
         install_fused_head(model)
-    truth, true_gradients = in_layout(exact, rows, "padded")
-    padded, padded_gradients = in_layout(single, rows, "padded")
+    truth, true_gradients = in_layout(exact, rows, PADDED)
+    padded, padded_gradients = in_layout(single, rows, PADDED)
     logp, got = in_layout(single, rows, layout)
     rounding = torch.finfo(torch.float32).eps
     assert (logp - truth).abs().max() <= (padded - truth).abs().max() + 9 * 64 * rounding
@@ -141,7 +147,7 @@ def test_in_float32_the_error_is_that_of_padded_rows(layout):
         assert (got[name] - value).abs().max() <= theirs + 16 * rounding * value.abs().max(), name
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@every(LAYOUTS)
 def test_the_same_batch_gives_the_same_bits(layout):
     model = attending_model("llama").eval()
     install_fused_head(model)
@@ -150,12 +156,25 @@ def test_the_same_batch_gives_the_same_bits(layout):
     assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("family", TAKE_A_MASK)
-def test_the_probe_agrees_with_families_that_take_a_mask(family, layout):
+def test_the_probe_agrees_with_families_that_take_a_mask(family, name):
     model = attending_model(family)
     install_fused_head(model)
-    assert disagreement(model, rows_of("long prompts"), PreferenceCollator(0), Layout(layout), nullcontext) is None
+    for layout in (Layout(name, form) for form in attention.attention_forms(model)):
+        assert disagreement(model, rows_of("long prompts"), PreferenceCollator(0), layout, nullcontext) is None
+
+
+def test_a_model_whose_layers_drop_what_they_do_not_know_goes_by_a_mask():
+    """The bounds reach no attention then: every token would see every other."""
+    model = attending_model("llama")
+    for layer in model.model.layers:
+        inner = layer.self_attn.forward
+        layer.self_attn.forward = lambda *args, pieces=None, inner=inner, **given: inner(*args, **given)
+    install_fused_head(model)
+    options = {"rows": rows_of("long prompts"), "collator": PreferenceCollator(0), "batch_size": 2}
+    assert choose_layout("auto", model, **options).layout.attention == "mask"
+    assert choose_layout("shared", model, **options).layout == Layout("shared", "mask")
 
 
 @pytest.mark.parametrize("family", [name for name in TAKE_A_MASK if "sliding_window" in TAKE_A_MASK[name][1]])
@@ -180,7 +199,7 @@ def test_models_that_take_no_mask_run_padded_and_say_why(family):
     choice = choose_layout("auto", model, **options)
     assert choice.layout.name == "padded"
     assert f"shared rows do not go through {type(model).__name__}" in choice.reason
-    for name in LAYOUTS:
+    for name in NAMES:
         with pytest.raises(ValueError, match=rf"layout '{name}': {name} rows do not go .* Use layout padded, or auto"):
             choose_layout(name, model, **options)
 
@@ -198,7 +217,7 @@ def test_a_reference_pass_of_any_layout_gives_the_same_sums():
     model = attending_model("llama", dtype=torch.float64)
     install_fused_head(model)
     rows = rows_of("all kinds")
-    padded, *others = (sequence_logp(model, collated(rows, layout)) for layout in ("padded", *LAYOUTS))
+    padded, *others = (sequence_logp(model, collated(rows, layout)) for layout in (PADDED, *LAYOUTS))
     for other in others:
         torch.testing.assert_close(other, padded, rtol=1e-6, atol=0)
 
@@ -228,7 +247,7 @@ def test_auto_takes_what_saves_operations_and_asks_the_model_only_then(prompt, l
 def test_an_evaluation_and_the_log_probs_of_a_source_go_through_shared_rows(tmp_path, monkeypatch, caplog):
     model, rows = attending_model("llama", dtype=torch.float64), rows_of("all kinds")
     install_fused_head(model)
-    expected = sequence_logp(model, collated(rows, "padded"))
+    expected = sequence_logp(model, collated(rows, PADDED))
     caplog.set_level("INFO", logger="wrpo")
     got = response_logps(model, rows, None, batch_size=2, title="policy")
     torch.testing.assert_close(torch.cat(got), expected, rtol=1e-6, atol=0)

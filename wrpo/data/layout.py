@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,10 +42,10 @@ class Layout:
             Default: mask.
             mask: a matrix [T, T] a row, whose cost grows with T squared: no longer than the batch's longest segment.
             blocks: a `BlockMask`, whose empty blocks cost nothing: up to `ROW_TOKENS`.
-            bounds: of segments that do not branch, so packed ones: all in one row without padding.
+            bounds: where each segment begins: all in one row without padding.
 
     Raises:
-        ValueError: another word, or shared rows by bounds.
+        ValueError: another word.
     """
 
     name: str = "padded"
@@ -55,17 +55,14 @@ class Layout:
         for field, value, names in (("name", self.name, NAMES), ("attention", self.attention, ATTENTIONS)):
             if value not in names:
                 raise ValueError(f"the {field} of a layout must be one of {list(names)}, got {value!r}")
-        if (self.name, self.attention) == ("shared", "bounds"):
-            raise ValueError(
-                "shared rows need a mask or blocks, and flash-attention takes bounds alone: use packed, or "
-                "attn_implementation sdpa or flex_attention"
-            )
 
 
 PADDED = Layout()
-# Most tokens of a row. mask: 64 MiB of bools, which CPUs turn into 256 MiB of float32; blocks: 512 KiB of indices. An
-# example that does not fit is spread over several segments, each with the prompt; one sequence is never cut.
+# Most tokens of a row. mask: 64 MiB of bools, which CPUs turn into 256 MiB of float32; blocks: 512 KiB of indices.
 ROW_TOKENS = {"mask": 8192, "blocks": 32768, "bounds": 1 << 62}
+# Most tokens of a segment with several responses; an example beyond it is spread over several segments, each with the
+# prompt. One sequence is never cut.
+SEGMENT_TOKENS = {"mask": 8192, "blocks": 32768, "bounds": 8192}
 BLOCK = 128  # tokens of a side of a block of flex_attention
 
 
@@ -82,7 +79,7 @@ def rows_of(sizes: Sequence[tuple[int, Sequence[int]]], layout: Layout) -> list[
     Args:
         sizes: of each example the tokens of its prompt and of each response.
     """
-    limit = ROW_TOKENS[layout.attention] if layout.name == "shared" else 0
+    limit = SEGMENT_TOKENS[layout.attention] if layout.name == "shared" else 0
     segments = [segment for place, size in enumerate(sizes) for segment in _segments(place, *size, limit)]
     if layout.name == "padded":
         return [[segment] for segment in segments]
@@ -130,7 +127,9 @@ def place_tokens(
             it; for the first token of every response that is the last of the prompt;
         labels [N] int64: these tokens, response after response;
         cu_seqlens [S+1] int64: the bounds of the responses in the two;
-        segment_bounds int32, where attention takes bounds: those of segments and paddings in the flat rows.
+        segment_bounds int32, where attention takes bounds: those of segments and paddings in the flat rows. In shared
+            rows also query_bounds and key_bounds int32, of prompts and of responses, and key_rows int64, which keys
+            the latter count: a prompt's again before each response.
     """
     sizes = [(len(prompt), [len(response) for response in responses]) for prompt, responses in examples]
     rows = rows_of(sizes, layout)
@@ -160,7 +159,28 @@ def place_tokens(
     batch["cu_seqlens"] = torch.tensor([0, *accumulate(map(len, labels))])
     if layout.attention == "bounds":
         batch["segment_bounds"] = torch.tensor(bounds, dtype=torch.int32)
+    if layout == Layout("shared", "bounds"):
+        batch |= _bounds_of_branches(columns["branch"], bounds)
     return batch
+
+
+def _bounds_of_branches(branch: np.ndarray, bounds: Sequence[int]) -> dict[str, Tensor]:
+    """`query_bounds`, `key_bounds` and `key_rows` of one row with these segments."""
+    queries, keys, rows = [0], [0], []
+    for start, stop in pairwise(bounds):
+        ends = [start + int(end) for end in np.flatnonzero(np.diff(branch[start:stop])) + 1]
+        parts = list(pairwise([start, *ends, stop]))
+        prompt = np.arange(*parts[0]) if branch[start] == 0 else np.arange(0)
+        for first, last in parts:
+            own = np.arange(first, last)
+            rows.append(own if branch[first] == 0 else np.concatenate([prompt, own]))
+            queries.append(last)
+            keys.append(keys[-1] + len(rows[-1]))
+    return {
+        "query_bounds": torch.tensor(queries, dtype=torch.int32),
+        "key_bounds": torch.tensor(keys, dtype=torch.int32),
+        "key_rows": torch.from_numpy(np.concatenate(rows)),
+    }
 
 
 def counted(prompt: list[int], response: list[int]) -> list[int]:

@@ -9,22 +9,23 @@ of their own. Attention of transformers takes it in one of three forms:
 
     mask     sdpa, eager          [R, 1, T, T], bool or for eager 0 and the lowest number
     blocks   flex_attention       a `BlockMask` of the same rule
-    bounds   flash_attention_2..  no mask: the bounds of the segments, which must not branch
+    bounds   flash_attention_2.., no mask: all segments in one row, and where each begins
+             sdpa on a CPU        (`wrpo.head.segment_attention`)
 
 Models with layers of several types take a dict of masks by type, as transformers' own `generate` hands them over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Sees = Callable[[Any, Any, Any, Any], Tensor]  # (row, head, q, k), as flex_attention calls it
+from .segment_attention import Piece, Sees, known_by_attention, pieces_of
 
-OF_PLACES = ("segment", "branch", "segment_bounds")  # in a batch, and in no model's forward
+# In a batch, and in no model's forward.
+OF_PLACES = ("segment", "branch", "segment_bounds", "query_bounds", "key_bounds", "key_rows")
 # Of all that a batch may hold, what goes into the model.
 OF_MODEL = ("input_ids", "attention_mask", "position_ids", "hidden_rows", *OF_PLACES)
 
@@ -34,54 +35,87 @@ def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: batch[name] for name in OF_MODEL if name in batch}
 
 
-def attention_form(model: nn.Module) -> str:
-    """mask, blocks or bounds.
+def attention_forms(model: nn.Module) -> tuple[str, ...]:
+    """Of mask, blocks and bounds those that the model's attention takes, the fastest first.
 
     Raises:
         ValueError: the model's attention takes none of them.
     """
-    name = str(getattr(model.config.get_text_config(), "_attn_implementation", None))
+    name = _attention_name(model)
+    if name == "sdpa" and next(model.parameters()).device.type == "cpu":
+        return ("bounds", "mask")
     if name in ("sdpa", "eager"):
-        return "mask"
+        return ("mask",)
     if name == "flex_attention":
-        return "blocks"
+        return ("blocks",)
     if "flash" in name:
-        return "bounds"
+        return ("bounds",)
     raise ValueError(f"attn_implementation {name!r} is not known to take a mask, blocks or bounds")
 
 
+def _attention_name(model: nn.Module) -> str:
+    return str(getattr(model.config.get_text_config(), "_attn_implementation", None))
+
+
 def with_attention(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs of the model's own forward: `segment`, `branch` and `segment_bounds` as its attention takes them.
+    """The inputs of the model's own forward: the names of `OF_PLACES` as its attention takes them.
 
     Raises:
         ValueError: the batch was made for another attention than the model's.
     """
     plain = {name: value for name, value in inputs.items() if name not in OF_PLACES}
-    if "segment" in inputs:
-        _check_form(model, has_bounds=inputs.get("segment_bounds") is not None)
-    if (bounds := inputs.get("segment_bounds")) is not None:
-        most = inputs["input_ids"].shape[1]  # tokens of a segment: a bound that no device is waited for
-        return plain | {
-            "attention_mask": None,
-            "cu_seq_lens_q": bounds,
-            "cu_seq_lens_k": bounds,
-            "max_length_q": most,
-            "max_length_k": most,
-        }
     if "segment" not in inputs:
         return plain
-    return plain | {"attention_mask": masks(model, inputs["position_ids"], inputs["segment"], inputs["branch"])}
+    has_bounds = inputs.get("segment_bounds") is not None
+    _check_form(model, has_bounds)
+    if not has_bounds:
+        return plain | {"attention_mask": masks(model, inputs["position_ids"], inputs["segment"], inputs["branch"])}
+    name = _attention_name(model)
+    known_by_attention(name)
+    if name == "sdpa":
+        # One that holds for the whole row, which no model changes, and that the pieces replace.
+        return plain | {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "pieces": pieces(model, inputs)}
+    return plain | _bounds(inputs)
 
 
 def _check_form(model: nn.Module, has_bounds: bool) -> None:
-    form = attention_form(model)
-    if has_bounds != (form == "bounds"):
-        made_for = "bounds" if has_bounds else "mask or blocks"
-        name = model.config.get_text_config()._attn_implementation
+    forms = attention_forms(model)
+    if ("bounds" not in forms) if has_bounds else forms == ("bounds",):
+        made_for, name = "bounds" if has_bounds else "mask or blocks", _attention_name(model)
         raise ValueError(
             f"the batch is made for attention by {made_for}, and attn_implementation {name!r} of "
-            f"{type(model).__name__} goes by {form}: make the collator with Layout(name, {form!r})"
+            f"{type(model).__name__} goes by {forms[0]}: make the collator with Layout(name, {forms[0]!r})"
         )
+
+
+def _bounds(inputs: dict[str, Any]) -> dict[str, Any]:
+    """As flash-attention takes them: bounds of queries and of keys, causal from the last query and key backwards."""
+    segments, most = inputs["segment_bounds"], inputs["input_ids"].shape[1]
+    return {
+        "attention_mask": None,
+        "cu_seq_lens_q": inputs.get("query_bounds", segments),
+        "cu_seq_lens_k": inputs.get("key_bounds", segments),
+        "max_length_q": most,  # of a segment: a bound that no device is waited for
+        "max_length_k": most,
+    } | ({"key_rows": inputs["key_rows"]} if "key_rows" in inputs else {})
+
+
+def pieces(model: nn.Module, inputs: dict[str, Any]) -> dict[str, list[Piece]]:
+    """By type of layer, what attention over this row is computed in.
+
+    Raises:
+        ValueError: layers of a type that takes no bounds.
+    """
+    config = model.config.get_text_config()
+    bounds = inputs["segment_bounds"].tolist()
+    made = {}
+    for kind in layer_types(config):
+        if kind == "chunked_attention":
+            raise ValueError(f"{type(config).__name__}: layers of type {kind!r} take no bounds")
+        sees = seeing(kind, config, inputs["position_ids"], inputs["segment"], inputs["branch"])
+        is_near = kind == "sliding_attention" and inputs["position_ids"].max() >= config.sliding_window
+        made[kind] = pieces_of(inputs["branch"][0], bounds, sees, is_near=bool(is_near))
+    return made
 
 
 def refuse_packed(inputs: dict[str, Any]) -> None:
@@ -102,7 +136,7 @@ def masks(model: nn.Module, position_ids: Tensor, segment: Tensor, branch: Tenso
     config = model.config.get_text_config()
     by_type = {kind: seeing(kind, config, position_ids, segment, branch) for kind in layer_types(config)}
     rows, length = segment.shape
-    if attention_form(model) == "blocks":
+    if attention_forms(model) == ("blocks",):
         from torch.nn.attention.flex_attention import create_block_mask
 
         shape = {"B": rows, "H": None, "Q_LEN": length, "KV_LEN": length}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from torch import nn
 from wrpo.data.collation import with_layout
 from wrpo.data.layout import PADDED, Layout
 from wrpo.data.lengths import longest_sequences
-from wrpo.head.attention import attention_form
+from wrpo.head.attention import attention_forms
 from wrpo.head.fused_head import find_causal_lm
 
 from .probe import disagreement
@@ -79,20 +79,23 @@ def choose_layout(
     if rows is None or (hasattr(rows, "__len__") and not len(rows)):
         return _without(wanted, "there are no rows to look at")
     try:
-        form = attention_form(find_causal_lm(model))
-        layout = None if wanted == "auto" else Layout(wanted, form)
+        forms = attention_forms(find_causal_lm(model))
     except ValueError as error:
         return _without(wanted, str(error))
 
     def refusal(layout: Layout) -> str | None:
         return disagreement(wrapped or model, probed(rows), collator, layout, autocast) if probe else None
 
-    if layout is not None:
-        reason = refusal(layout)
-        return Choice(layout, "as asked for") if reason is None else _without(wanted, reason)
+    if wanted != "auto":
+        reasons = []
+        for layout in (Layout(wanted, form) for form in forms):
+            if (reason := refusal(layout)) is None:
+                return Choice(layout, "as asked for")
+            reasons.append(reason)
+        return _without(wanted, reasons[-1])
     if not hasattr(rows, "__len__"):
         return Choice(PADDED, "a stream cannot be looked at before training; name another layout")
-    share = shares_of_work(model, sampled_sizes(rows, collator, batch_size, sorted_by_length), form)
+    share = shares_of_work(model, sampled_sizes(rows, collator, batch_size, sorted_by_length), forms)
     if not probe and min(share.values(), default=1.0) <= LARGEST_SHARE:
         return Choice(PADDED, "another layout would save work, but check_head is off; name it, and it is believed")
     return least_work(share, refusal)
@@ -124,13 +127,14 @@ def _without(wanted: str, reason: str) -> Choice:
     raise ValueError(f"layout {wanted!r}: {reason}. Use layout padded, or auto")
 
 
-def shares_of_work(model: nn.Module, batches: list[Sizes], form: str) -> dict[Layout, float]:
+def shares_of_work(model: nn.Module, batches: list[Sizes], forms: Sequence[str]) -> dict[Layout, float]:
     """Of each layout that these batches could have, its operations over those of padded rows."""
     several = any(len(responses) > 1 for sizes in batches for _, responses in sizes)
-    names = ["packed", *(["shared"] if several and form != "bounds" else [])]
+    names = ["packed", *(["shared"] if several else [])]
     body = Body(find_causal_lm(model))
-    padded = body.operations(batches, Layout("padded", form))
-    return {layout: body.operations(batches, layout) / padded for layout in (Layout(name, form) for name in names)}
+    padded = body.operations(batches, Layout("padded", forms[-1]))
+    layouts = [Layout(name, form) for name in names for form in forms]
+    return {layout: body.operations(batches, layout) / padded for layout in layouts}
 
 
 def sampled_sizes(rows: Any, collator: Any, batch_size: int, sorted_by_length: bool) -> list[Sizes]:

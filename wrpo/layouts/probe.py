@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from wrpo.data.batch import num_counted
 from wrpo.data.collation import IGNORE, Batch, with_layout
 from wrpo.data.layout import PADDED, Layout
-from wrpo.head.attention import model_inputs
+from wrpo.head.attention import attention_forms, model_inputs
 from wrpo.head.fused_head import find_causal_lm, run_in_head
 from wrpo.head.scores import untouched
 from wrpo.user_error import in_one_line
@@ -44,8 +44,10 @@ def disagreement(
     Raises:
         DataError: rows that the collator refuses.
     """
-    name = type(find_causal_lm(getattr(model, "module", model))).__name__
-    is_exact = layout.attention != "bounds" and all(p.dtype.itemsize > 2 for p in model.parameters())
+    causal_lm = find_causal_lm(getattr(model, "module", model))
+    name = type(causal_lm).__name__
+    is_flash = attention_forms(causal_lm) == ("bounds",)
+    is_exact = not is_flash and all(p.dtype.itemsize > 2 for p in model.parameters())
     arithmetic = in_full_float32 if is_exact else autocast
     batches = [with_layout(collator, wanted)(rows) for wanted in (PADDED, layout)]
     try:

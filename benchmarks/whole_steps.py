@@ -153,6 +153,9 @@ def add_work(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=whole_number, help="rows a step (default: by the model)")
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=dtype, help=f"default: {dtype}")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="seconds of the processor: for a busy machine, one thread"
+    )
 
 
 def contestants_of(args: argparse.Namespace, comparison: str) -> list[str]:
@@ -160,14 +163,19 @@ def contestants_of(args: argparse.Namespace, comparison: str) -> list[str]:
 
 
 def settings_of(args: argparse.Namespace) -> list[Setting]:
-    """Raises UserError for prompts and responses that do not go together."""
+    """Raises UserError for what does not go together."""
     if len(args.prompt) != len(args.response):
         raise UserError(f"expected a --response for each --prompt, got {len(args.response)} for {len(args.prompt)}")
+    if args.cpu_time and (torch.cuda.is_available() or torch.get_num_threads() > 1):
+        raise UserError(
+            "--cpu-time counts threads that wait for each other, and no GPU: expected OMP_NUM_THREADS=1 on a CPU"
+        )
     models = ["tiny"] if args.quick else args.model or ["SmolLM2-135M", "Llama"]
     steps = 1 + (3 if args.quick else args.rounds)
+    clock = "process_time" if args.cpu_time else "perf_counter"
     lengths = list(zip(args.prompt, args.response, strict=True)) or [None]
     return [
-        Setting(model, comparison, args.batch or BATCH[model], steps, some, args.dtype)
+        Setting(model, comparison, args.batch or BATCH[model], steps, some, args.dtype, clock)
         for model in models
         for some in lengths
         for comparison in args.comparison or CONTESTANTS

@@ -46,9 +46,10 @@ def draw(path: Path, facts: dict[str, str], rows: list[Figure]) -> None:
     pairs = [row for row in rows if row.comparison == "pairs"] or list(rows)
     pairs.sort(key=lambda row: list(CALLED).index(row.contestant))
     works = dict.fromkeys(work_of(row) for row in pairs)
+    clock = " Seconds of the processor, one thread." if "--cpu-time" in facts.get("command", "") else ""
     note = (
         f"plain torch: our trainer on whole logits. Line: {interval(pairs)}. Times as fast: median over rounds of "
-        f"neighbouring steps. {dated_table.caption(facts)}."
+        f"neighbouring steps.{clock} {dated_table.caption(facts)}."
     )
     with picture(path, headline(pairs), height=0.27 * (len(pairs) + len(works)) + 1.4, note=note) as plot:
         left, right = plot.subplots(1, 2, sharey=True)

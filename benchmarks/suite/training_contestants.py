@@ -88,6 +88,7 @@ class Setting(NamedTuple):
     steps: int
     lengths: tuple[int, int] | None = None  # tokens of every prompt and of every answer; None: those of the rows
     dtype: str = "float32"  # bfloat16: by autocast, weights in float32
+    clock: str = "perf_counter"  # of `time`; process_time: of the process's own threads
 
 
 def why_not(contestant: str, comparison: str) -> str | None:
@@ -174,8 +175,9 @@ def dpo_trainer(settings: dict[str, Any], model: nn.Module, tokenizer: Any, rows
 class OneStepAtATime(TrainerCallback):
     """Waits for a word before each optimizer step, and answers with what it took."""
 
-    def __init__(self, connection: Connection):
+    def __init__(self, connection: Connection, clock: str):
         self.connection, self.tokens, self.loss, self.start = connection, 0, 0.0, 0.0
+        self.clock = getattr(time, clock)
 
     def watch(self, trainer: Trainer) -> None:
         """Reads tokens and loss where the trainer has them; it rounds what it logs."""
@@ -192,12 +194,12 @@ class OneStepAtATime(TrainerCallback):
 
     def on_step_begin(self, *_args: Any, **_options: Any) -> None:
         self.connection.recv()
-        self.start = time.perf_counter()
+        self.start = self.clock()
 
     def on_step_end(self, *_args: Any, **_options: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.connection.send(Step(time.perf_counter() - self.start, self.tokens, self.loss))
+        self.connection.send(Step(self.clock() - self.start, self.tokens, self.loss))
 
 
 def padded_tokens(batch: dict[str, Tensor]) -> int:
@@ -224,7 +226,7 @@ def serve(connection: Connection, contestant: str, setting: Setting, threads: in
         trainer = trainer_of(contestant, setting, *work, folder)
         for teller in (PrinterCallback, StartReport):
             trainer.remove_callback(teller)
-        OneStepAtATime(connection).watch(trainer)
+        OneStepAtATime(connection, setting.clock).watch(trainer)
         connection.send(trainer.layout_choice.layout.name if isinstance(trainer, WRPOTrainer) else "padded")
         connection.send(peak_mib(trainer))
 

@@ -27,7 +27,7 @@ from wrpo.scoring.settings import RewardModelSettings, ScorerSettings, ScoreSett
 from wrpo.settings import GROUPS, DataSettings, ModelSettings, choices_of
 
 FOLDER = Path(__file__).resolve().parent
-INTEGRATIONS = tuple(f"wrpo_kernels.integrations.{name}" for name in ("trl", "pytorch"))
+INTEGRATIONS = tuple(f"wrpo_kernels.integrations.{name}" for name in ("trl", "pytorch", "cce", "liger"))
 MODULES = ("wrpo_kernels", "wrpo_kernels.environment", *INTEGRATIONS, "wrpo", "wrpo.data", "wrpo.head")
 LISTS = ("Args", "Attributes", "Raises")  # headings of docstrings with an entry a name
 TEXTS = ("Returns", "Numerics", "Memory", "Cost", "Source")

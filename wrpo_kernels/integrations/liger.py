@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from wrpo_kernels.cross_entropy import linear_cross_entropy
 from wrpo_kernels.dispatch.transfer import to_device
 from wrpo_kernels.integrations.autocast import as_linear_takes_it
-from wrpo_kernels.layout import role_by_role
+from wrpo_kernels.layout import HOST, role_by_role
 from wrpo_kernels.linear_preference_loss import linear_preference_loss
 from wrpo_kernels.linear_token_logp import linear_token_logp
 
@@ -62,7 +62,7 @@ class _Pairs(nn.Module):
             beta=self.beta,
             length_normalize=self.average_log_prob,
             nll_weight=self._of_chosen_tokens(length, pairs, tokens) if self.compute_nll_loss else 0.0,
-            **role_by_role(to_device([1.0, -1.0], torch.float64, target.device), pairs, target.device),
+            **role_by_role(to_device([1.0, -1.0], torch.float64, target.device), pairs, HOST),
             **self.loss,
         )
         nll = -out.logp[:pairs].sum() / tokens if self.compute_nll_loss else out.logp.new_zeros(())

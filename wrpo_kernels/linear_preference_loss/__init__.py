@@ -77,7 +77,8 @@ def linear_preference_loss(
         budget_bytes: what the logits that exist at a time may take. Default: 512 MiB, on an accelerator 1 GiB.
         grad_filter: eps > 0 leaves tokens that matter nowhere out of the gradients, with the bounds of
             linear_token_logp, where c_t is d loss / d logp of the row's sequence. Default: None, exact.
-        backend: "native", "cuda", "triton" or "reference". Default: the first that can.
+        backend: "native", "cuda", "triton" or "reference", the row kernel; or "triton_exp", as in linear_token_logp.
+            Default: the first that can.
 
     Returns:
         PreferenceOutput(loss, logp [S], reward [S], margin [G]), float32; only `loss` carries a gradient, to `hidden`,
@@ -109,7 +110,7 @@ def linear_preference_loss(
     length = lengths(labels, cu_seqlens, ignore_index)
     rows = count_rows(length, labels.numel(), num_rows)
     transform = (logit_scale, softcap, temperature)
-    check_name("linear_preference_loss", backend, preference.CANDIDATES)  # fewer than linear_token_logp has
+    check_name("linear_preference_loss", contract.loss_backend(backend), preference.CANDIDATES)
     options = checked_options(tensors, *transform, ignore_index, rows, budget_bytes, grad_filter, backend)
     loss, counted = loss_arguments(
         length,
@@ -132,7 +133,7 @@ def linear_preference_loss(
         outputs = in_one_pass(tensors, options, loss, counted, reduction, normalizer)
         return PreferenceOutput(*[nan_unless_counted(x, length, num_rows) for x in outputs])
     logp = nan_unless_counted(sequence_logp(tensors, options, cu_seqlens), length, num_rows)
-    return loss_of_sequences(logp, loss, counted, reduction, normalizer, backend)
+    return loss_of_sequences(logp, loss, counted, reduction, normalizer, contract.loss_backend(backend))
 
 
 def takes_one_pass(tensors: HeadTensors, options: HeadOptions) -> bool:

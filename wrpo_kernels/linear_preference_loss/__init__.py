@@ -18,7 +18,6 @@ from wrpo_kernels.lm_head.inputs import HeadOptions, HeadTensors, checked_option
 from wrpo_kernels.lm_head.labels import shifted_labels
 from wrpo_kernels.lm_head.rows import most_rows
 from wrpo_kernels.preference_loss import PreferenceOutput, loss_arguments, loss_of_sequences, reduce_loss
-from wrpo_kernels.preference_loss import contract as preference
 from wrpo_kernels.preference_loss.family import LossArguments
 from wrpo_kernels.token_logp.contract import logp_dtype
 
@@ -87,7 +86,8 @@ def linear_preference_loss(
         budget_bytes: what the logits that exist at a time may take. Default: 512 MiB, on an accelerator 1 GiB.
         grad_filter: eps > 0 leaves tokens that matter nowhere out of the gradients, with the bounds of
             linear_token_logp, where c_t is d loss / d logp of the row's sequence. Default: None, exact.
-        backend: "native", "cuda", "triton" or "reference". Default: the first that can.
+        backend: "native", "cuda", "triton" or "reference", the row kernel; or "triton_exp", as in linear_token_logp.
+            Default: the first that can.
 
     Returns:
         PreferenceOutput(loss, logp [S], reward [S], margin [G]), float32; only `loss` carries a gradient, to `hidden`,
@@ -140,14 +140,14 @@ def linear_preference_loss(
         num_groups=num_groups,
         empty=empty,
     )
-    check_name("linear_preference_loss", backend, preference.CANDIDATES)  # fewer than linear_token_logp has
+    check_name("linear_preference_loss", backend, contract.CANDIDATES)
     transform = (logit_scale, softcap, temperature)
     options = checked_options(tensors, *transform, ignore_index, counts.rows(), budget_bytes, grad_filter, backend)
     if reduction != "none" and takes_one_pass(tensors, options):
         outputs = in_one_pass(tensors, options, loss, on_host, counted, reduction, normalizer)
         return PreferenceOutput(*counts.nan_where_wrong(outputs))
     (logp,) = counts.nan_where_wrong((sequence_logp(tensors, options, cu_seqlens),))
-    return loss_of_sequences(logp, loss, counted, reduction, normalizer, backend)
+    return loss_of_sequences(logp, loss, counted, reduction, normalizer, contract.loss_backend(backend))
 
 
 def takes_one_pass(tensors: HeadTensors, options: HeadOptions) -> bool:

@@ -60,9 +60,10 @@ def linear_token_logp(
             |error of dh_t| <= |c_t| eps sum_{v in U} |W_v| and |error of dW_v| <= eps sum_t |c_t| |h_t|, v in U; the
             other rows of dW are exact. Pays for a trained model, which leaves few others; proof in `column_filter`. An
             accelerator is waited for once a chunk. Default: None, exact.
-        backend: "native", "cuda", "triton" or "reference", the row kernel; "triton_fused" writes no logits where
-            nothing needs a gradient and the head has no adapter, and is "triton" elsewhere. Default: the first that
-            can, "triton_fused" never.
+        backend: "native", "cuda", "triton" or "reference", the row kernel; "triton_exp", in bfloat16 and without a
+            `grad_filter`, a product that leaves powers of the scores and needs no row kernel; "triton_fused" writes no
+            logits where nothing needs a gradient and the head has no adapter, and is "triton" elsewhere. Default: the
+            first that can; "triton_fused" never, "triton_exp" on cards where its tests have run.
 
     Returns:
         [...] float32, nats, <= 0; differentiable in `hidden`, `weight`, `bias` and `adapter` for any upstream gradient,

@@ -243,18 +243,20 @@ def test_rows_of_like_length_are_put_together(form, strategy, tmp_path):
     if strategy not in str(WRPOConfig.__dataclass_fields__["train_sampling_strategy"].metadata["help"]):
         pytest.skip(f"this transformers has no {strategy}")
     rows = form(tiny_rows(64))
-    grouped = wrpo_trainer(tmp_path, rows=rows, train_sampling_strategy=strategy, per_device_train_batch_size=4,
-                           gradient_accumulation_steps=4)  # fmt: skip
-    plain = wrpo_trainer(tmp_path, rows=rows, per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    given = {"rows": rows, "layout": "padded", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+    grouped = wrpo_trainer(tmp_path, train_sampling_strategy=strategy, **given)
+    plain = wrpo_trainer(tmp_path, **given)
     assert padding(grouped) < 0.8 * padding(plain)
     grouped.train()
     assert grouped.state.global_step == 4
 
 
-def test_a_row_is_as_long_as_its_prompt_and_its_longest_response(tmp_path):
+@pytest.mark.parametrize(("layout", "of_responses"), [("padded", max), ("shared", sum)])
+def test_a_row_is_as_long_as_its_prompt_and_the_responses_that_stand_beside_it(layout, of_responses, tmp_path):
     rows = tiny_rows(6)
-    trainer = wrpo_trainer(tmp_path, rows=rows, train_sampling_strategy="group_by_length", eval_dataset=rows)
-    expected = [len(row["prompt_ids"]) + max(map(len, row["response_ids"])) for row in rows]
+    options = {"layout": layout, "train_sampling_strategy": "group_by_length", "eval_dataset": rows}
+    trainer = wrpo_trainer(tmp_path, rows=rows, **options)
+    expected = [len(row["prompt_ids"]) + of_responses(map(len, row["response_ids"])) for row in rows]
     for sampler in (trainer._get_train_sampler(), trainer._get_eval_sampler(rows)):
         assert isinstance(sampler, LengthGroupedSampler)
         assert sampler.lengths == expected

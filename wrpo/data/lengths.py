@@ -28,6 +28,11 @@ def longest_sequences(rows: Any) -> list[int]:
     return [prompt + max(responses, default=0) for prompt, responses, _ in lengths_of(rows)]
 
 
+def tokens_with_prompt_once(rows: Any) -> list[int]:
+    """Of each row, the tokens of its prompt and of all its responses, as a shared row holds them."""
+    return [prompt + sum(responses) for prompt, responses, _ in lengths_of(rows)]
+
+
 def largest_id(rows: Any) -> int:
     """-1 where there is no token."""
     if not hasattr(rows, "select_columns"):

@@ -60,15 +60,12 @@ def sequence_logp(model: nn.Module, batch: Batch, **options: Any) -> Tensor:
         return run_in_head(model, head_fn, **model_inputs(batch))
 
 
-def choose_reference(
-    wanted: str, model: nn.Module, loss_type: str, *, has_length: bool, has_reference: bool = False
-) -> str:
+def choose_reference(wanted: str, model: nn.Module, *, has_length: bool, has_reference: bool = False) -> str:
     """What "auto" means here, and whether what was named can be done.
 
     Args:
         wanted: "auto", "copy", "adapter", "precompute" or "none".
         model: the policy before training.
-        loss_type: of WRPOConfig; "simpo" needs no reference.
         has_length: every data set has a length, so it can be gone through once before training.
         has_reference: every data set brings `ref_logp` along; "auto" then uses it, as "precompute" does.
 
@@ -77,7 +74,7 @@ def choose_reference(
             says why.
     """
     is_peft = hasattr(model, "disable_adapter")
-    if wanted == "none" or loss_type == "simpo":
+    if wanted == "none":
         return "none"
     if wanted == "adapter" and not is_peft:
         raise ValueError(f"reference='adapter' needs a PEFT model, got {type(model).__name__}; use copy or precompute")

@@ -32,6 +32,7 @@ from wrpo.reference.reference import (
 )
 
 from .head_trainer import HeadTrainer
+from .loss_names import REFERENCE_FREE
 
 logger = logging.getLogger("wrpo.reference")
 
@@ -73,7 +74,8 @@ class ReferenceTrainer(HeadTrainer):
         bringing = [name for name, data in datasets.items() if brings_reference(data)]
         is_brought = has_length and bool(datasets) and len(bringing) == len(datasets)
         wanted = "copy" if ref_model is not None and args.reference == "auto" else args.reference
-        source = choose_reference(wanted, self.model, args.loss_type, has_length=has_length, has_reference=is_brought)
+        wanted = "none" if args.loss_type in REFERENCE_FREE else wanted
+        source = choose_reference(wanted, self.model, has_length=has_length, has_reference=is_brought)
         (source,) = broadcast_object_list([source])  # where the first process alone has loaded the weights, it decides
         if ref_model is not None and source in ("adapter", "none"):
             raise ValueError(f"ref_model is given but reference={source!r} does not use it; use copy or precompute")

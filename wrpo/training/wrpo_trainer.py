@@ -22,6 +22,7 @@ from wrpo.head.fused_head import run_in_head
 from wrpo.reference.fused import FusedReference
 from wrpo_kernels import PreferenceOutput, linear_preference_loss
 
+from .loss_names import names_in
 from .metrics import Measured, names_of_metrics, preference_metrics
 from .opening import open_model
 from .reference_trainer import ReferenceTrainer
@@ -116,10 +117,10 @@ class WRPOTrainer(ReferenceTrainer):
         )
 
     def start_lines(self, steps: int) -> list[str]:
-        args = self.args
+        args, losses = self.args, " + ".join(names_in(self.args.loss_type))
         return [
             *super().start_lines(steps),
-            f"loss       {args.loss_type}, beta {args.beta:g}, gamma {args.gamma:g}{self.alpha_words()}",
+            f"loss       {losses}, beta {args.beta:g}, gamma {args.gamma:g}{self.alpha_words()}",
             f"reference  {self.reference_source}",
         ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -32,10 +33,14 @@ def linear_preference_loss(
     *,
     seq_weight: Tensor,
     group: Tensor,
-    beta: float,
-    gamma: float = 0.0,
-    loss_type: str = "sigmoid",
+    beta: float | Tensor,
+    gamma: float | Tensor = 0.0,
+    loss_type: str | Sequence[str] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
     label_smoothing: float = 0.0,
+    discopop_tau: float = 0.05,
     length_normalize: bool = False,
     nll_weight: float | Tensor = 0.0,
     group_weight: Tensor | None = None,
@@ -68,8 +73,9 @@ def linear_preference_loss(
         weight: [V, D] head.
         labels: [S, T] int64 (or [N]); `ignore_index` marks prompt and padding, which never reach the head.
         ref_logp: [S] float32, summed reference log-prob of each response; None is reference-free.
-        seq_weight, group, beta, gamma, loss_type, label_smoothing, length_normalize, nll_weight, group_weight,
-            num_groups, reduction, normalizer, empty: as preference_loss; lengths are counted from `labels`.
+        seq_weight, group, beta, gamma, loss_type, loss_weights, f_divergence_type, f_alpha_divergence_coef,
+            label_smoothing, discopop_tau, length_normalize, nll_weight, group_weight, num_groups, reduction,
+            normalizer, empty: as preference_loss; lengths are counted from `labels`.
         bias, adapter, logit_scale, softcap, temperature, ignore_index: as linear_token_logp.
         cu_seqlens: [S+1] int32 | int64, bounds of the packed sequences, best on the CPU. Default: none, padded form.
         num_rows: how many labels count, where the caller knows, as in linear_token_logp. Default: counted, which waits
@@ -99,7 +105,7 @@ def linear_preference_loss(
     Cost: forward alone 2NDV flops, frozen head 4NDV, trained head 6NDV, whatever the length and the budget; an adapter
         of rank r on a frozen head 4NDV and 6NrV. N counts only the labels that count. 2DV more for each row beyond the
         budget of a group with both a margin and a likelihood term (`nll_weight`), or where that costs less than adding
-        a second dW.
+        a second dW. A loss of two sides, several losses and a divergence: as linear_token_logp.
     Source: WRPO, arXiv:2412.03187.
     """
     check_backend_name(backend)
@@ -111,7 +117,7 @@ def linear_preference_loss(
     transform = (logit_scale, softcap, temperature)
     check_name("linear_preference_loss", backend, preference.CANDIDATES)  # fewer than linear_token_logp has
     options = checked_options(tensors, *transform, ignore_index, rows, budget_bytes, grad_filter, backend)
-    loss, counted = loss_arguments(
+    loss, mixture, counted = loss_arguments(
         length,
         logp_dtype(hidden.dtype),
         ref_logp=ref_logp,
@@ -120,7 +126,11 @@ def linear_preference_loss(
         beta=beta,
         gamma=gamma,
         loss_type=loss_type,
+        loss_weights=loss_weights,
+        f_divergence_type=f_divergence_type,
+        f_alpha_divergence_coef=f_alpha_divergence_coef,
         label_smoothing=label_smoothing,
+        discopop_tau=discopop_tau,
         length=length,
         length_normalize=length_normalize,
         nll_weight=nll_weight,
@@ -128,11 +138,11 @@ def linear_preference_loss(
         num_groups=num_groups,
         empty=empty,
     )
-    if reduction != "none" and takes_one_pass(tensors, options):
+    if mixture is None and reduction != "none" and takes_one_pass(tensors, options):
         outputs = in_one_pass(tensors, options, loss, counted, reduction, normalizer)
         return PreferenceOutput(*[nan_unless_counted(x, length, num_rows) for x in outputs])
     logp = nan_unless_counted(sequence_logp(tensors, options, cu_seqlens), length, num_rows)
-    return loss_of_sequences(logp, loss, counted, reduction, normalizer, backend)
+    return loss_of_sequences(logp, loss, mixture, counted, reduction, normalizer, backend)
 
 
 def takes_one_pass(tensors: HeadTensors, options: HeadOptions) -> bool:

@@ -3,6 +3,7 @@
 `python -m wrpo_kernels` says which implementation runs here, and why the others do not.
 """
 
+from wrpo_kernels.kto import kto_loss, linear_kto_loss
 from wrpo_kernels.linear_preference_loss import linear_preference_loss
 from wrpo_kernels.linear_token_logp import linear_token_logp
 from wrpo_kernels.pairwise import (
@@ -23,8 +24,10 @@ __all__ = [
     "__version__",
     "dpo_loss",
     "ipo_loss",
+    "kto_loss",
     "linear_dpo_loss",
     "linear_ipo_loss",
+    "linear_kto_loss",
     "linear_preference_loss",
     "linear_simpo_loss",
     "linear_token_logp",

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wrpo.data.batch import num_counted, sum_by_response
+from wrpo.data.batch import num_counted, sum_by_response, tail_weight
 from wrpo.data.collation import Batch
 from wrpo.head.attention import model_inputs
 from wrpo.head.fused_head import run_in_head
@@ -42,18 +42,21 @@ WHILE_SHARDED = (
 Reference = Callable[[nn.Module, Batch], Tensor | None]  # (policy as the trainer wrapped it, batch) -> [S] or None
 
 
-def sequence_logp(model: nn.Module, batch: Batch, **options: Any) -> Tensor:
+def sequence_logp(model: nn.Module, batch: Batch, ld_alpha: float | None = None, **options: Any) -> Tensor:
     """Summed log-probs [S] float32 of a batch's responses, without gradients and without a trace in the model.
 
     Args:
         model: with a fused head, or a wrapper of one.
         batch: of `PreferenceCollator`, in any layout.
+        ld_alpha: weight of tokens beyond the row's shortest response. Default: all weigh 1.
         **options: budget_bytes and backend of `linear_token_logp`.
     """
     labels, num_rows = batch["labels"], num_counted(batch)
 
     def head_fn(hidden: Tensor, weight: Tensor, **head: Any) -> Tensor:
         rows = linear_token_logp(hidden, weight, labels, num_rows=num_rows, **head, **options)
+        if ld_alpha is not None:
+            rows = rows * tail_weight(batch, ld_alpha)
         return sum_by_response(rows, batch).float()
 
     with untouched(model):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wrpo.reference.fused import Fusion
-from wrpo.settings import knob
+from wrpo.settings import check_range, knob
 
 from .config import FusedHeadConfig
 from .inherited_fields import check_numbers
@@ -111,6 +111,18 @@ class WRPOConfig(FusedHeadConfig):
         "their mean. Default: 0.",
         group="loss",
     )
+    ld_alpha: float | None = knob(
+        None,
+        "Weight of the tokens beyond the length of the row's shortest response, in [0, 1], in log pi and log pi_ref "
+        "(LD-DPO, arXiv:2409.06411). Default: none, all tokens weigh 1.",
+        group="loss",
+    )
+    use_weighting: bool = knob(
+        False,
+        "Multiply each row's preference loss by how likely its responses are under the policy (WPO, arXiv:2406.11827; "
+        "training/on_policy_weight.py); two more products of the head. Default: False.",
+        group="loss",
+    )
     length_normalize: bool = knob(
         False,
         "Divide each response's log-ratio by its number of tokens. Default: False (paper); simpo always does, "
@@ -128,6 +140,17 @@ class WRPOConfig(FusedHeadConfig):
     )
     reference_cache_dir: str | None = knob(
         None, "Folder of the precomputed reference log-probs. Default: `reference` in output_dir.", group="reference"
+    )
+    sync_ref_model: bool = knob(
+        False,
+        "Move the reference towards the policy while training (TR-DPO, arXiv:2404.09656): every ref_model_sync_steps "
+        "steps reference = a * policy + (1 - a) * reference, a = ref_model_mixup_alpha. The reference is then a copy; "
+        "not for adapters, FSDP and DeepSpeed. Default: False.",
+        group="reference",
+    )
+    ref_model_mixup_alpha: float = knob(0.6, "a of sync_ref_model, in (0, 1]. Default: 0.6.", group="reference")
+    ref_model_sync_steps: int = knob(
+        512, "Optimizer steps from one move of the reference to the next. Default: 512.", group="reference"
     )
     reference_fusion: Literal["none", Fusion] = knob(
         "none",
@@ -154,6 +177,9 @@ class WRPOConfig(FusedHeadConfig):
         check_numbers(self, "beta", "source_temperature", low=0, open_low=True)
         check_numbers(self, "gamma", "f_alpha_divergence_coef")
         check_numbers(self, "discopop_tau", low=0, open_low=True)
+        check_range(self, "ld_alpha", low=0, high=1)
+        check_numbers(self, "ref_model_mixup_alpha", low=0, high=1, open_low=True)
+        check_numbers(self, "ref_model_sync_steps", low=1)
         check_numbers(self, "nll_weight", low=0)
         check_numbers(self, "alpha_goal_accuracy", low=0.5, high=1, open_low=True)
         check_numbers(self, "performance_decay", low=0, high=1, open_high=True)
@@ -161,7 +187,26 @@ class WRPOConfig(FusedHeadConfig):
         check_losses(
             self.loss_type, self.loss_weights, self.loss_label_smoothing, self.f_divergence_type, self.reference
         )
+        if self.sync_ref_model and (self.reference not in ("auto", "copy") or self.loss_type in REFERENCE_FREE):
+            raise ValueError(
+                f"sync_ref_model moves a copy: reference must be copy (or auto) and the loss one that has a reference, "
+                f"got {self.reference!r} and loss_type {self.loss_type!r}"
+            )
+        self._check_token_weights()
         self._check_weights_that_adapt()
+
+    def _check_token_weights(self) -> None:
+        losses = losses_of(self.loss_type)
+        of_batch = [name for name in losses if name in ("aot", "aot_unpaired", "sft", "orpo")]
+        if self.use_weighting and of_batch:
+            raise ValueError(f"use_weighting weighs rows, but loss_type {of_batch[0]!r} is of all rows together")
+        of_tokens = [name for name in losses if name in ("sft", "orpo")] + ["nll_weight"] * bool(self.nll_weight)
+        if self.ld_alpha is not None and of_tokens:
+            raise ValueError(f"ld_alpha is of log-ratios; {of_tokens[0]} is a likelihood, whose tokens all weigh 1")
+        if self.ld_alpha is not None and self.reference_fusion != "none":
+            raise ValueError(
+                "ld_alpha and reference_fusion cannot be had together: source_logp is a sum over all tokens"
+            )
 
     def default_scale(self) -> tuple[float, float]:
         """beta and gamma where nobody sets them. SimPO's log-probs are means over tokens, which beta makes up for."""

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from wrpo.data import PreferenceCollator
-from wrpo.data.batch import num_counted, response_lengths
+from wrpo.data.batch import num_counted, response_lengths, sum_by_response, tail_weight
 from wrpo.data.collation import Batch
 from wrpo.head.attention import model_inputs
 from wrpo.head.fused_head import run_in_head
 from wrpo.reference.fused import FusedReference
-from wrpo_kernels import PreferenceOutput, linear_preference_loss
+from wrpo_kernels import PreferenceOutput, linear_preference_loss, linear_token_logp, preference_loss
 
 from .loss_names import names_in
 from .metrics import Measured, names_of_metrics, preference_metrics
+from .on_policy_weight import on_policy_weight
 from .opening import open_model
 from .reference_trainer import ReferenceTrainer
 from .response_weights import response_weights, row_of, sum_by_row
@@ -170,9 +171,6 @@ class WRPOTrainer(ReferenceTrainer):
             preferred = preferred * counted[row_of(batch)]
         options = {
             **self.args.loss_options(),
-            **self.args.head_options(),
-            "cu_seqlens": batch.get("cu_seqlens"),
-            "num_rows": num_counted(batch),
             "seq_weight": weights,
             "group": row_of(batch),
             "num_groups": len(batch["num_responses"]),
@@ -183,8 +181,18 @@ class WRPOTrainer(ReferenceTrainer):
             "reduction": "none" if count is None else "mean",
         }
 
+        of_head = {**self.args.head_options(), "num_rows": num_counted(batch)}
+
         def head_fn(hidden: Tensor, weight: Tensor, **head: Any) -> PreferenceOutput:
-            return linear_preference_loss(hidden, weight, labels, ref_logp, **options, **head)
+            if self.args.use_weighting:
+                on_policy = on_policy_weight(hidden, weight, batch, weights, **self.args.head_options(), **head)
+                options["group_weight"] = on_policy if counted is None else on_policy * counted
+            if self.args.ld_alpha is not None:
+                rows = linear_token_logp(hidden, weight, labels, **of_head, **head)
+                logp = sum_by_response(rows * tail_weight(batch, self.args.ld_alpha), batch).float()
+                return preference_loss(logp, ref_logp, length=response_lengths(batch), **options)
+            options["cu_seqlens"] = batch.get("cu_seqlens")
+            return linear_preference_loss(hidden, weight, labels, ref_logp, **options, **of_head, **head)
 
         return run_in_head(model, head_fn, **model_inputs(batch))
 

@@ -18,6 +18,7 @@ from wrpo_kernels.checks import (
 )
 from wrpo_kernels.layout import count_sequences
 from wrpo_kernels.linear_preference_loss import linear_preference_loss
+from wrpo_kernels.linear_preference_loss.lengths import Lengths
 from wrpo_kernels.preference_loss import PreferenceOutput, preference_loss
 
 
@@ -91,6 +92,7 @@ def linear_kto_loss(
     temperature: float = 1.0,
     ignore_index: int = -100,
     cu_seqlens: Tensor | None = None,
+    lengths: Lengths | None = None,
     num_rows: int | None = None,
     budget_bytes: int | None = None,
     grad_filter: float | None = None,
@@ -108,7 +110,7 @@ def linear_kto_loss(
         ref_logp: [S] float32, summed reference log-prob of each response, nats; None is reference-free. Default: None.
         is_desirable, kl, beta, desirable_weight, undesirable_weight: as kto_loss.
         reduction, normalizer, empty, bias, adapter, logit_scale, softcap, temperature, ignore_index, cu_seqlens,
-            num_rows, budget_bytes, grad_filter, backend: as linear_preference_loss.
+            lengths, num_rows, budget_bytes, grad_filter, backend: as linear_preference_loss.
 
     Returns:
         PreferenceOutput(loss, logp [S], reward [S], margin [S]); only `loss` carries a gradient, to `hidden`, `weight`,
@@ -141,6 +143,7 @@ def linear_kto_loss(
         temperature=temperature,
         ignore_index=ignore_index,
         cu_seqlens=cu_seqlens,
+        lengths=lengths,
         num_rows=num_rows,
         budget_bytes=budget_bytes,
         grad_filter=grad_filter,

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from wrpo.data import PreferenceCollator
-from wrpo.data.batch import num_counted, response_lengths, sum_by_response, tail_weight
+from wrpo.data.batch import (
+    group_of,
+    lengths_on_host,
+    num_counted,
+    response_lengths,
+    row_of,
+    sum_by_response,
+    tail_weight,
+)
 from wrpo.data.collation import Batch
 from wrpo.head.attention import model_inputs
 from wrpo.head.fused_head import run_in_head
@@ -27,7 +35,7 @@ from .metrics import Measured, names_of_metrics, preference_metrics
 from .on_policy_weight import on_policy_weight
 from .opening import open_model
 from .reference_trainer import ReferenceTrainer
-from .response_weights import response_weights, row_of, sum_by_row
+from .response_weights import response_weights, sum_by_row
 from .schedule import adaptive_alpha, alpha_at
 from .source_performance import MEASURES, Measure, RunningPerformance, source_models_of
 from .start_report import data_size
@@ -172,7 +180,6 @@ class WRPOTrainer(ReferenceTrainer):
         options = {
             **self.args.loss_options(),
             "seq_weight": weights,
-            "group": row_of(batch),
             "num_groups": len(batch["num_responses"]),
             # -log pi of the preferred responses, each by its weight in the chosen reward.
             "nll_weight": self.args.nll_weight and self.args.nll_weight * preferred,
@@ -180,7 +187,6 @@ class WRPOTrainer(ReferenceTrainer):
             "normalizer": count,
             "reduction": "none" if count is None else "mean",
         }
-
         of_head = {**self.args.head_options(), "num_rows": num_counted(batch)}
 
         def head_fn(hidden: Tensor, weight: Tensor, **head: Any) -> PreferenceOutput:
@@ -190,9 +196,13 @@ class WRPOTrainer(ReferenceTrainer):
             if self.args.ld_alpha is not None:
                 rows = linear_token_logp(hidden, weight, labels, **of_head, **head)
                 logp = sum_by_response(rows * tail_weight(batch, self.args.ld_alpha), batch).float()
-                return preference_loss(logp, ref_logp, length=response_lengths(batch), **options)
-            options["cu_seqlens"] = batch.get("cu_seqlens")
-            return linear_preference_loss(hidden, weight, labels, ref_logp, **options, **of_head, **head)
+                return preference_loss(logp, ref_logp, group=row_of(batch), length=response_lengths(batch), **options)
+            layout = {
+                "cu_seqlens": batch.get("cu_seqlens"),
+                "lengths": lengths_on_host(batch),
+                "group": group_of(batch),
+            }
+            return linear_preference_loss(hidden, weight, labels, ref_logp, **options, **layout, **of_head, **head)
 
         return run_in_head(model, head_fn, **model_inputs(batch))
 

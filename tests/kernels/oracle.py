@@ -328,5 +328,5 @@ def loss_of_margin(m: Tensor, beta: float, loss_type: str, eps: float, tau: floa
         t = torch.sigmoid(m / tau)
         return -right * (1 - t) + (torch.nn.functional.logsigmoid(m / tau) - m).exp()
     if loss_type == "kto":
-        return torch.sigmoid(-m)  # without the cancellation
+        return wrong.exp()  # the derivative of a sigmoid near 1 would cancel
     return -(1 - eps) * right - eps * wrong

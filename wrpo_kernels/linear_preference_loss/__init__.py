@@ -17,9 +17,10 @@ from wrpo_kernels.lm_head.budget import rows_within
 from wrpo_kernels.lm_head.head import LabelsByPosition
 from wrpo_kernels.lm_head.inputs import HeadOptions, HeadTensors, checked_options, checked_tensors
 from wrpo_kernels.lm_head.rows import most_rows
-from wrpo_kernels.preference_loss import PreferenceOutput, loss_arguments, loss_of_sequences, reduce_loss
+from wrpo_kernels.preference_loss import PreferenceOutput, loss_arguments, loss_of_sequences
 from wrpo_kernels.preference_loss import contract as preference
 from wrpo_kernels.preference_loss.family import LossArguments
+from wrpo_kernels.preference_loss.reduction import reduce_loss
 from wrpo_kernels.token_logp.contract import logp_dtype
 
 SMALL_HEAD = 1 << 18  # elements of a weight [V, D] that is at home in the cache

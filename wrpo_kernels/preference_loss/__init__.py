@@ -14,8 +14,6 @@ from wrpo_kernels.checks import (
     LARGEST_FLOAT32,
     check_backend_name,
     check_bool,
-    check_constant,
-    check_device,
     check_int,
     check_int64,
     check_number,
@@ -26,6 +24,7 @@ from wrpo_kernels.preference_loss import contract
 from wrpo_kernels.preference_loss.catalogue import Mixture, check_mixture, family_or_mixture, mixed_loss
 from wrpo_kernels.preference_loss.divergence import Divergence
 from wrpo_kernels.preference_loss.family import Family, LossArguments, Sequences
+from wrpo_kernels.preference_loss.reduction import reduce_loss
 
 MOST_GROUPS = 1 << 31
 
@@ -319,40 +318,3 @@ def check_lengths(lengths: list[int], empty: str) -> None:
             f"sequence {sequence} has no counted token, so its log-prob means nothing; drop its example, give it a "
             "longer max_length, or pass empty='zero' to switch such examples off"
         )
-
-
-def _checked_normalizer(normalizer: Tensor, loss: Tensor) -> Tensor:
-    """[] in a type that leaves the loss its own; the value is read where that does not wait for a device."""
-    check_tensor("normalizer", normalizer)
-    if normalizer.numel() != 1:
-        raise ValueError(f"normalizer must be a number or a 0-d tensor, got {list(normalizer.shape)}")
-    if normalizer.device.type != "cpu":
-        check_device("normalizer", normalizer, "the loss", loss.device)
-    check_constant("normalizer", normalizer)
-    normalizer = normalizer.reshape(())
-    if is_readable(normalizer):
-        check_number("normalizer", normalizer.item(), above=0.0)
-        return normalizer
-    return normalizer.to(loss.dtype).where((normalizer > 0) & normalizer.isfinite(), torch.nan)
-
-
-def reduce_loss(loss: Tensor, reduction: str, normalizer: float | Tensor | None, counted: int | Tensor) -> Tensor:
-    """[G], or their sum [], -> the scalar that `reduction` and `normalizer` name."""
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if normalizer is not None:
-        if reduction != "mean":
-            raise ValueError(f"normalizer belongs to reduction='mean', got reduction={reduction!r}")
-        if isinstance(normalizer, Tensor):
-            normalizer = _checked_normalizer(normalizer, loss)
-        else:
-            check_number("normalizer", normalizer, above=0.0)
-            normalizer = float(normalizer)
-    if reduction == "none":
-        return loss
-    total = loss.sum() if loss.dim() else loss
-    if reduction == "sum":
-        return total
-    if normalizer is None:
-        normalizer = counted if isinstance(counted, Tensor) else max(counted, 1)
-    return total / (normalizer.to(total.dtype) if isinstance(normalizer, Tensor) else normalizer)

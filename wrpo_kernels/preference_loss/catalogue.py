@@ -62,9 +62,6 @@ BY_LENGTH = ("sigmoid_norm", "ipo_norm", "sft", "orpo")
 OF_DIVERGENCES = (*LOSS_TYPES, "sigmoid_norm", "ipo_norm", "sft")
 
 
-NO_REFERENCE = {"ref_logp": None, "group_beta": None, "group_gamma": None}
-
-
 class Mixture(NamedTuple):
     """A weighted sum of losses of the catalogue, of log-ratios that a divergence may bend."""
 
@@ -122,39 +119,37 @@ def mixed_loss(
 
 def _sum_of_terms(name: str, logp: Tensor, loss: LossArguments, divergence: Divergence, backend: str | None) -> Tensor:
     """[G], a loss of the table above."""
-    num_groups, family = loss.num_groups, loss.family
-    sequences = _changed(loss.sequences, nll_weight=None)
-    beta: float | Tensor = 1.0
-    if name == "orpo":
-        beta = family.beta if sequences.group_beta is None else sequences.group_beta
-        logp, sequences = _log_odds(logp, sequences.length), _changed(sequences, **NO_REFERENCE)
-        family = Family(1.0, 0.0, "sigmoid", 0.0, family.discopop_tau, False)
-    elif name == "aot":
-        sequences = _against_sorted_reference(logp.detach(), sequences, num_groups, family)
-    elif name == "aot_unpaired":
-        sequences = _with_sorted_rejected(logp.detach(), sequences, num_groups, family)
-    elif divergence.bends:
-        logp = score(logp if sequences.ref_logp is None else logp - sequences.ref_logp, divergence)
-        sequences = _changed(sequences, ref_logp=None)
+    logp, (sequences, num_groups, family) = _operands(name, logp, loss, divergence)
     eps = family.label_smoothing if name in SMOOTHED else 0.0
     values = []
     for term in TERMS[name]:
-        weight = sequences.seq_weight
-        both = term.chosen == term.rejected == 1
-        if not both:
+        weight, gamma, group_gamma = sequences.seq_weight, family.gamma, sequences.group_gamma
+        if not term.chosen == term.rejected == 1:
             weight = weight * torch.where(weight > 0, term.chosen, term.rejected)
-        of_term = _changed(sequences, seq_weight=weight, group_gamma=sequences.group_gamma if both else None)
-        kind = Family(
-            family.beta,
-            family.gamma if both else 0.0,
-            term.loss_type,
-            eps,
-            family.discopop_tau,
-            family.length_normalize or term.by_length,
-        )
+            gamma, group_gamma = 0.0, None
+        by_length = family.length_normalize or term.by_length
+        kind = Family(family.beta, gamma, term.loss_type, eps, family.discopop_tau, by_length)
+        of_term = _changed(sequences, seq_weight=weight, group_gamma=group_gamma)
         value, *_ = contract.preference_loss(logp, of_term, num_groups, kind, backend)
         values.append(term.factor * value)
-    return beta * torch.stack(values).sum(0)
+    return torch.stack(values).sum(0)
+
+
+def _operands(name: str, logp: Tensor, loss: LossArguments, divergence: Divergence) -> tuple[Tensor, LossArguments]:
+    """What the terms of a loss are taken of."""
+    sequences, num_groups, family = loss
+    sequences = _changed(sequences, nll_weight=None)
+    if name == "aot":
+        sequences = _against_sorted_reference(logp.detach(), sequences, num_groups, family)
+    elif name == "aot_unpaired":
+        sequences = _with_sorted_rejected(logp.detach(), sequences, num_groups, family)
+    elif name == "orpo":
+        logp, sequences = _log_odds(logp, sequences.length), _weighted_by_beta(sequences, num_groups, family)
+        family = Family(1.0, 0.0, "sigmoid", 0.0, family.discopop_tau, False)
+    elif divergence.bends:
+        logp = score(logp if sequences.ref_logp is None else logp - sequences.ref_logp, divergence)
+        sequences = _changed(sequences, ref_logp=None)
+    return logp, LossArguments(sequences, num_groups, family)
 
 
 def _token_mean(logp: Tensor, loss: LossArguments) -> Tensor:
@@ -170,10 +165,18 @@ def _token_mean(logp: Tensor, loss: LossArguments) -> Tensor:
     return _by_group(nll, sequences.group, num_groups).to(logp.dtype)
 
 
-def _log_odds(logp: Tensor, length: Tensor | None) -> Tensor:
+def _log_odds(logp: Tensor, length: Tensor) -> Tensor:
     """log p - log(1 - p) of the mean probability a token, p = exp(logp / length); of no token anything finite."""
-    mean = (logp.double() / length).where(length > 0, -1.0) if length is not None else logp.double()
+    mean = (logp.double() / length).where(length > 0, -1.0)
     return (mean - torch.log(-torch.expm1(mean))).to(logp.dtype)
+
+
+def _weighted_by_beta(sequences: Sequences, num_groups: int, family: Family) -> Sequences:
+    """Without a reference and a margin, beta as the weight of the group."""
+    ones = torch.ones(num_groups, dtype=sequences.seq_weight.dtype, device=sequences.seq_weight.device)
+    weight = ones if sequences.group_weight is None else sequences.group_weight
+    beta = family.beta if sequences.group_beta is None else sequences.group_beta
+    return _changed(sequences, ref_logp=None, group_beta=None, group_gamma=None, group_weight=weight * beta)
 
 
 def _against_sorted_reference(logp: Tensor, sequences: Sequences, num_groups: int, family: Family) -> Sequences:

@@ -235,6 +235,7 @@ REFUSED = {
     "a name among others": ({"loss_type": ["sigmoid", "dpo"]}, r"loss_type.*\['sigmoid', 'dpo'\]"),
     "no name": ({"loss_type": []}, r"loss_type.*got \[\]"),
     "weights that are too few": ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "loss_weights.*2.*got 1"),
+    "a margin of none": ({"loss_type": ["bco_pair", "sft"], "gamma": 0.5}, "gamma belongs to a margin.*bco_pair, sft"),
     "no length": ({"loss_type": "sft", "length": None}, "'sft' needs length"),
     "smoothing of none": ({"loss_type": ["bco_pair", "sft"], "label_smoothing": 0.1}, "label_smoothing.*0.1.*bco_pair"),
     "exo without smoothing": ({"loss_type": ["sft", "exo_pair"]}, "label_smoothing.*exo_pair"),

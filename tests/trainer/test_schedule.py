@@ -86,6 +86,7 @@ def test_a_bad_value_raises_and_names_the_field(field, value, tmp_path):
         ({"loss_type": "exo_pair"}, "loss_label_smoothing must be > 0 for loss_type 'exo_pair'.*0.001"),
         ({"loss_type": ["sigmoid", "simpo"]}, "'simpo'.* stands alone"),
         ({"loss_type": []}, "loss_type must name a loss"),
+        ({"loss_type": "bco_pair", "gamma": 0.5}, "gamma belongs to a margin, .*'bco_pair'"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, r"loss_weights must be 2 numbers.*got \[1.0\]"),
         ({"loss_type": "bco_pair", "f_divergence_type": "forward_kl"}, "'forward_kl' belongs to .*'bco_pair'"),
         ({"loss_type": "orpo", "reference": "precompute"}, "reference must be none"),

@@ -11,6 +11,7 @@ LossName = Literal[
 Losses: TypeAlias = LossName | list[LossName]
 DivergenceName = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
+WITHOUT_MARGIN = ("bco_pair", "nca_pair", "sppo_hard", "apo_zero", "orpo", "sft")
 # Names of whole recipes, each alone: their losses.
 RECIPES = {"simpo": ("sigmoid",), "dpo": ("sigmoid",), "cpo": ("sigmoid", "sft"), "orpo": ("orpo", "sft")}
 REFERENCE_FREE = ("simpo", "cpo", "orpo")
@@ -45,7 +46,7 @@ def losses_of(loss_type: Losses) -> list[str]:
 
 
 def check_losses(
-    loss_type: Losses, weights: list[float] | None, smoothing: float, divergence: str, reference: str
+    loss_type: Losses, weights: list[float] | None, gamma: float, smoothing: float, divergence: str, reference: str
 ) -> None:
     """Raises ValueError for losses that cannot be had together, or not with these settings."""
     names = names_in(loss_type)
@@ -58,6 +59,9 @@ def check_losses(
         f"loss_type {recipes[:1]} is a whole recipe and stands alone, got {names}": len(names) > 1 and bool(recipes),
         f"loss_weights must be {number} numbers, one for each of {losses_of(loss_type)}, got {weights}": (
             weights is not None and len(weights) != number
+        ),
+        f"gamma belongs to a margin, which loss_type {loss_type!r} has none of; set it to 0": (
+            gamma != 0 and all(name in WITHOUT_MARGIN for name in names)
         ),
         f"loss_label_smoothing belongs to {', '.join(SMOOTHED)}, got loss_type {loss_type!r}": unsmoothed,
         "loss_label_smoothing must be > 0 for loss_type 'exo_pair'; its paper takes 0.001": (

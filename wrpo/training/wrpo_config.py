@@ -184,9 +184,8 @@ class WRPOConfig(FusedHeadConfig):
         check_numbers(self, "alpha_goal_accuracy", low=0.5, high=1, open_low=True)
         check_numbers(self, "performance_decay", low=0, high=1, open_high=True)
         check_numbers(self, "loss_label_smoothing", low=0, high=0.5, open_high=True)
-        check_losses(
-            self.loss_type, self.loss_weights, self.loss_label_smoothing, self.f_divergence_type, self.reference
-        )
+        smoothing, divergence = self.loss_label_smoothing, self.f_divergence_type
+        check_losses(self.loss_type, self.loss_weights, self.gamma, smoothing, divergence, self.reference)
         if self.sync_ref_model and (self.reference not in ("auto", "copy") or self.loss_type in REFERENCE_FREE):
             raise ValueError(
                 f"sync_ref_model moves a copy: reference must be copy (or auto) and the loss one that has a reference, "

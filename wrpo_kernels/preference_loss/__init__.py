@@ -82,8 +82,8 @@ def preference_loss(
         "kto"       1 - sigmoid(m)
 
     Further names are sums of such terms, of the two sides of a margin or of all groups of the call: "sigmoid_norm",
-    "ipo_norm" (TRL's ipo), "bco_pair", "nca_pair", "sppo_hard", "apo_zero", "apo_down", "aot", "aot_unpaired", "sft".
-    Their formulas and sources, and which are as in TRL, are in docs/losses.md.
+    "ipo_norm" (TRL's ipo), "bco_pair", "nca_pair", "sppo_hard", "apo_zero", "apo_down", "aot", "aot_unpaired", "orpo",
+    "sft". Their formulas and sources, and which are as in TRL, are in docs/losses.md.
 
     WRPO is the weights [alpha, 1 - alpha, -1], DPO [1, -1]; several sources or several rejected responses are
     several weights.

@@ -95,9 +95,16 @@ def family_or_mixture(
 
 def check_mixture(mixture: Mixture, loss: LossArguments) -> None:
     check_smoothing(loss.family.label_smoothing, mixture.loss_types)
+    has_gamma = loss.family.gamma != 0 or loss.sequences.group_gamma is not None
+    if has_gamma and not any(_has_margin(name) for name in mixture.loss_types):
+        raise ValueError(f"gamma belongs to a margin, which loss_type {', '.join(mixture.loss_types)!r} has none of")
     by_length = [name for name in mixture.loss_types if name in BY_LENGTH]
     if by_length and loss.sequences.length is None:
         raise ValueError(f"loss_type {by_length[0]!r} needs length, the number of counted tokens of each sequence [S]")
+
+
+def _has_margin(name: str) -> bool:
+    return name != "orpo" and any(term.chosen == term.rejected == 1 for term in TERMS.get(name, ()))
 
 
 def mixed_loss(

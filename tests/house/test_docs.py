@@ -22,7 +22,8 @@ from wrpo_kernels.preference_loss.catalogue import CATALOGUE
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = [path for folder in (".", "docs", "benchmarks", "csrc", "examples/*") for path in ROOT.glob(f"{folder}/*.md")]
 # The pages with Python.
-RUNNING = ("README.md", "docs/own_loop.md", "docs/coming_from_trl.md", "docs/layouts.md", "docs/losses.md")
+IN_DOCS = ("own_loop", "coming_from", "coming_from_trl", "layouts", "losses")
+RUNNING = ("README.md", *(f"docs/{name}.md" for name in IN_DOCS))
 PAIRS = [{"prompt": f"What is 2 + {n}?", "chosen": f"It is {n + 2}.", "rejected": "hello world"} for n in range(4)]
 
 

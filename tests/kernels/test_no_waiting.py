@@ -79,7 +79,7 @@ def test_token_log_probs_and_their_gradients_read_nothing_back(asked, num_rows, 
         assert rows.spread(scaled_rows(unscaled, logp[:, None])).shape == (M, D)
     if asked.of_head:
         gradients = Gradients(tensors.hidden, head, asked, 2)
-        passes.backward(head, rows, plan, kept, logp[:, None], gradients)
+        passes.backward(head, rows, plan, kept, logp[:, None], logp, gradients)
         shapes = [total.shape for total in gradients.totals() if total is not None]
         assert shapes == [(M, D), (V, D), (M, R), (V, R)]
 
@@ -104,7 +104,7 @@ def test_groups_beyond_the_budget_are_planned_by_what_the_host_knows(lengths, nl
     head, rows = Head(tensors, given), rows_of(tensors, given)
     gradients = Gradients(tensors.hidden, head, given.asked, 2)
     size, number = torch.empty(S, device="meta"), torch.empty(S, dtype=torch.int64, device="meta")
-    sequences = Sequences(None, size, number, number, size if nll else None, None)
+    sequences = Sequences(None, size, number, number, size if nll else None, None, None, None)
     loss = LossArguments(sequences, 2, Family(0.1, 0.0, "sigmoid", 0.0, False))
     kernel = choose("preference_loss", "triton", CANDIDATES, size)
     on_host = torch.tensor([lengths, [0, 0, 0, 1, 1, 1]])

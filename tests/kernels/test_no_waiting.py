@@ -105,7 +105,7 @@ def test_groups_beyond_the_budget_are_planned_by_what_the_host_knows(lengths, nl
     gradients = Gradients(tensors.hidden, head, given.asked, 2)
     size, number = torch.empty(S, device="meta"), torch.empty(S, dtype=torch.int64, device="meta")
     sequences = Sequences(None, size, number, number, size if nll else None, None, None, None)
-    loss = LossArguments(sequences, 2, Family(0.1, 0.0, "sigmoid", 0.0, False))
+    loss = LossArguments(sequences, 2, Family(0.1, 0.0, "sigmoid", 0.0, 0.05, False))
     kernel = choose("preference_loss", "triton", CANDIDATES, size)
     on_host = torch.tensor([lengths, [0, 0, 0, 1, 1, 1]])
     result, _ = one_pass.run(head, rows, loss, on_host, 2, 3, gradients, kernel)

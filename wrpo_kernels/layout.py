@@ -9,13 +9,18 @@ from torch import Tensor
 
 from wrpo_kernels.checks import check_tensor
 
+HOST = torch.device("cpu")
 
-def role_by_role(weights: Tensor, examples: int) -> dict[str, Any]:
-    """`seq_weight` [R B], `group` [R B] and `num_groups` of B examples, whose R roles weigh `weights` [R] or [R, B]."""
+
+def role_by_role(weights: Tensor, examples: int, group_on: torch.device) -> dict[str, Any]:
+    """`seq_weight` [R B], `group` [R B] and `num_groups` of B examples, whose R roles weigh `weights` [R] or [R, B].
+
+    group_on: the device of `group`: that of the log-probs, or the CPU, where a linear loss reads it without waiting.
+    """
     roles = len(weights)
     return {
         "seq_weight": weights.reshape(roles, -1).expand(roles, examples).reshape(-1),
-        "group": torch.arange(examples, device=weights.device).expand(roles, examples).reshape(-1),
+        "group": torch.arange(examples, device=group_on).expand(roles, examples).reshape(-1),
         "num_groups": examples,
     }
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from wrpo_kernels.checks import check_constant, check_number, check_tensor, is_readable
 from wrpo_kernels.dispatch.transfer import to_device
-from wrpo_kernels.layout import count_sequences, role_by_role
-from wrpo_kernels.linear_preference_loss import linear_preference_loss
+from wrpo_kernels.layout import HOST, count_sequences, role_by_role
+from wrpo_kernels.linear_preference_loss import Lengths, linear_preference_loss
 from wrpo_kernels.preference_loss import PreferenceOutput, preference_loss
 
 
@@ -117,6 +117,7 @@ def linear_wrpo_loss(
     temperature: float = 1.0,
     ignore_index: int = -100,
     cu_seqlens: Tensor | None = None,
+    lengths: Lengths | None = None,
     num_rows: int | None = None,
     budget_bytes: int | None = None,
     grad_filter: float | None = None,
@@ -135,9 +136,9 @@ def linear_wrpo_loss(
         ref_logp: [S] float32, summed reference log-prob of each response, nats; None is reference-free. Default: None.
         alpha, beta, num_sources: as wrpo_loss.
         gamma, loss_type, label_smoothing, length_normalize, nll_weight, group_weight, reduction, normalizer, empty: as
-            wrpo_loss; lengths are counted from `labels`.
-        bias, adapter, logit_scale, softcap, temperature, ignore_index, cu_seqlens, num_rows, budget_bytes, grad_filter,
-            backend: as linear_preference_loss.
+            wrpo_loss.
+        bias, adapter, logit_scale, softcap, temperature, ignore_index, cu_seqlens, lengths, num_rows, budget_bytes,
+            grad_filter, backend: as linear_preference_loss.
 
     Returns:
         PreferenceOutput(loss, logp [S], reward [S], margin [B]); only `loss` carries a gradient, to `hidden`, `weight`,
@@ -157,7 +158,7 @@ def linear_wrpo_loss(
         weight,
         labels,
         ref_logp,
-        **wrpo_layout(count_sequences(labels, cu_seqlens), alpha, num_sources, hidden.device),
+        **wrpo_layout(count_sequences(labels, cu_seqlens), alpha, num_sources, hidden.device, HOST),
         beta=beta,
         gamma=gamma,
         loss_type=loss_type,
@@ -175,6 +176,7 @@ def linear_wrpo_loss(
         temperature=temperature,
         ignore_index=ignore_index,
         cu_seqlens=cu_seqlens,
+        lengths=lengths,
         num_rows=num_rows,
         budget_bytes=budget_bytes,
         grad_filter=grad_filter,
@@ -182,7 +184,13 @@ def linear_wrpo_loss(
     )
 
 
-def wrpo_layout(num_sequences: int, alpha: float | Tensor, num_sources: int, device: torch.device) -> dict[str, Any]:
+def wrpo_layout(
+    num_sequences: int,
+    alpha: float | Tensor,
+    num_sources: int,
+    device: torch.device,
+    group_on: torch.device | None = None,
+) -> dict[str, Any]:
     """`seq_weight` [S], `group` [S] and `num_groups` of the layout: weights alpha_k, 1 - sum alpha, -1."""
     if isinstance(num_sources, bool) or not isinstance(num_sources, int) or num_sources < 1:
         raise ValueError(f"num_sources must be an int >= 1, got {num_sources!r}")
@@ -194,8 +202,10 @@ def wrpo_layout(num_sequences: int, alpha: float | Tensor, num_sources: int, dev
         )
     examples = num_sequences // roles
     if isinstance(alpha, Tensor):
-        return role_by_role(_weights_of_examples(alpha, examples, num_sources, device), examples)
-    return role_by_role(_weights_of_roles(alpha, num_sources, device), examples)
+        weights = _weights_of_examples(alpha, examples, num_sources, device)
+    else:
+        weights = _weights_of_roles(alpha, num_sources, device)
+    return role_by_role(weights, examples, group_on or device)
 
 
 def _weights_of_roles(alpha: float, num_sources: int, device: torch.device) -> Tensor:

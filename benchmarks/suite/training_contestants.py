@@ -32,7 +32,8 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.suite.memory import MIB, peak_above_now
 from benchmarks.suite.training_models import work_of
 from wrpo import WRPOConfig, WRPOTrainer
-from wrpo.training.response_weights import response_weights, row_of
+from wrpo.data.batch import row_of
+from wrpo.training.response_weights import response_weights
 from wrpo.training.start_report import StartReport
 from wrpo_kernels import PreferenceOutput, preference_loss
 

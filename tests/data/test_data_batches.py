@@ -59,7 +59,8 @@ def test_a_preference_batch_is_row_after_row_right_padded_and_shifted():
     assert batch["num_responses"].tolist() == [3, 4]
     assert batch["role"].tolist() == [0, 1, 2, 0, 0, 1, 2]
     assert batch["share"].tolist() == [1, 1, 1, 0.25, 0.75, 1, 1]
-    assert {name: tensor.dtype for name, tensor in batch.items()} == {
+    assert batch["lengths"] == [[2, 1, 3], [1, 3, 2, 1]]
+    assert {name: value.dtype for name, value in batch.items() if isinstance(value, torch.Tensor)} == {
         "input_ids": torch.int64,
         "attention_mask": torch.int64,
         "labels": torch.int64,

@@ -32,9 +32,34 @@ def check_batch(batch: Any, needed: tuple[str, ...]) -> Any:
     return batch
 
 
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors there."""
+    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
+
+
 def num_counted(batch: Batch) -> int | None:
     """How many labels count, where that is known without waiting for the device."""
+    if (lengths := lengths_on_host(batch)) is not None:
+        return sum(lengths)
     return len(batch["labels"]) if "cu_seqlens" in batch else None
+
+
+def lengths_on_host(batch: Batch) -> list[int] | None:
+    """[S], the tokens of each response that count, as the collator knows them; None of a batch made elsewhere."""
+    return [length for row in batch["lengths"] for length in row] if "lengths" in batch else None
+
+
+def group_of(batch: Batch) -> Tensor:
+    """[S] int64, the row of each response; on the CPU where the collator has told."""
+    if "lengths" in batch:
+        return torch.tensor([row for row, lengths in enumerate(batch["lengths"]) for _ in lengths])
+    return row_of(batch)
+
+
+def row_of(batch: Batch) -> Tensor:
+    """[S] int64, the row of each response, on the device of the batch; nothing waits for it."""
+    count = batch["num_responses"]
+    return torch.arange(len(count), device=count.device).repeat_interleave(count, output_size=len(batch["role"]))
 
 
 def response_lengths(batch: Batch) -> Tensor:

@@ -26,7 +26,7 @@ from .roles import Role, best_response, model_names
 from .tokenised_row import check_row, reference_logp, refuse_empty, source_logp
 
 IGNORE = -100
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]  # tensors, and `lengths`, which stay on the host
 
 
 @dataclass
@@ -45,6 +45,7 @@ class PreferenceCollator:
         layout: `wrpo.data.layout.Layout`, where the tokens stand. Default: padded rows.
 
     Returns a dict with
+        lengths: list of B lists, on the host: the tokens of each response of a row that count;
         input_ids [S, T] int64, attention_mask [S, T] int64, labels [S, T] int64; in packed and shared rows what
             `wrpo.data.layout.place_tokens` returns;
         num_responses [B] int64, how many of the S sequences each row has;
@@ -127,7 +128,7 @@ class PreferenceCollator:
 class SFTCollator:
     """Rows of `tokenize_examples` to one batch of each row's best answer, see `wrpo.data.roles.best_response`.
 
-    Args and returned tensors as `PreferenceCollator`: input_ids, attention_mask, labels, with S = B.
+    Args and what is returned as `PreferenceCollator`: lengths, input_ids, attention_mask, labels, with S = B.
     """
 
     pad_token_id: int
@@ -165,16 +166,17 @@ def with_layout(collator: Any, layout: Layout) -> Any:
 
 
 def laid_out(examples: list[Example], pad_token_id: int, layout: Layout, multiple: int | None = None) -> Batch:
-    """The tensors of tokens and labels of a batch."""
+    """Tokens, labels and lengths of a batch."""
+    lengths = [[len(counted(prompt, response)) for response in responses] for prompt, responses in examples]
     if layout.name != "padded":
-        return place_tokens(examples, pad_token_id, layout, multiple)
+        return {"lengths": lengths, **place_tokens(examples, pad_token_id, layout, multiple)}
     pairs = [(prompt, response) for prompt, responses in examples for response in responses]
-    return pad_sequences(pairs, pad_token_id, multiple)
+    return {"lengths": lengths, **pad_sequences(pairs, pad_token_id, multiple)}
 
 
 def pad_sequences(
     pairs: list[tuple[list[int], list[int]]], pad_token_id: int, pad_to_multiple_of: int | None = None
-) -> Batch:
+) -> dict[str, Tensor]:
     """S pairs (prompt ids, response ids) as input_ids, attention_mask, labels: [S, T] int64, padded on the right."""
     longest = max(len(prompt) + len(response) for prompt, response in pairs)
     multiple = pad_to_multiple_of or 1

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from wrpo.data import PreferenceCollator, load_examples, tokenize_examples
+from wrpo.data.batch import on_device
 from wrpo.data.collation import pad_token
 from wrpo.data.model_limits import refuse_beyond
 from wrpo.data.roles import Role
@@ -73,7 +74,7 @@ def response_logps(
     with tqdm(total=len(rows), desc=title, unit="triple") as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            tensors = {name: value.to(device) for name, value in collator([rows[i] for i in batch]).items()}
+            tensors = on_device(collator([rows[i] for i in batch]), device)
             logps = sequence_logp(model, tensors, **options).cpu().split(tensors["num_responses"].tolist())
             found.update(zip(batch, logps, strict=True))
             bar.update(len(batch))

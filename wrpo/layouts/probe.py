@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wrpo.data.batch import num_counted
+from wrpo.data.batch import num_counted, on_device
 from wrpo.data.collation import IGNORE, Batch, with_layout
 from wrpo.data.layout import PADDED, Layout
 from wrpo.head.attention import model_inputs
@@ -67,8 +67,7 @@ def disagreement(
 
 def token_logps(model: nn.Module, batch: Batch) -> tuple[Tensor, torch.dtype]:
     """Of the response tokens that count, response after response [N], and the type of the head's hidden states."""
-    device = next(model.parameters()).device
-    batch = {name: value.to(device) for name, value in batch.items()}
+    batch = on_device(batch, next(model.parameters()).device)
     labels, dtypes = batch["labels"], []
 
     def head_fn(hidden: Tensor, weight: Tensor, **head: Any) -> Tensor:

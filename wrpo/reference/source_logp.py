@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from wrpo.data import PreferenceCollator, tokenize_examples
+from wrpo.data.batch import on_device
 from wrpo.data.collation import pad_token
 from wrpo.data.model_limits import refuse_beyond
 from wrpo.head.fused_head import install_fused_head
@@ -91,7 +92,7 @@ def summed_logp(
     collate = in_best_layout(PreferenceCollator(pad_token(tokenizer, model)), model, tokens, batch_size=batch_size)
 
     def logp_of(rows: list[dict]) -> Tensor:
-        return sequence_logp(model, {name: value.to(accelerator.device) for name, value in collate(rows).items()})
+        return sequence_logp(model, on_device(collate(rows), accelerator.device))
 
     fingerprint = model_fingerprint(model, tokenizer, {"dtype": str(model.dtype), "head": str(head)})
     file = ReferenceFile(tokens, cache_file, fingerprint, accelerator)

@@ -15,14 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from wrpo.data.batch import row_of
 from wrpo.data.collation import Batch
 from wrpo.data.roles import Role
-
-
-def row_of(batch: Batch) -> Tensor:
-    """[S] int64, the row of each response; nothing waits for the device."""
-    count = batch["num_responses"]
-    return torch.arange(len(count), device=count.device).repeat_interleave(count, output_size=len(batch["role"]))
 
 
 def sum_by_row(values: Tensor, batch: Batch) -> Tensor:

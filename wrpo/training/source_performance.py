@@ -35,10 +35,11 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from wrpo.data.batch import row_of
 from wrpo.data.collation import Batch
 from wrpo.data.roles import Role, model_names
 
-from .response_weights import row_of, shares_by_score, sum_by_row
+from .response_weights import shares_by_score, sum_by_row
 
 logger = logging.getLogger("wrpo.training.source_performance")
 

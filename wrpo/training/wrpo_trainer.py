@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wrpo.data import PreferenceCollator
-from wrpo.data.batch import num_counted, response_lengths
+from wrpo.data.batch import group_of, lengths_on_host, num_counted, response_lengths, row_of
 from wrpo.data.collation import Batch
 from wrpo.head.attention import model_inputs
 from wrpo.head.fused_head import run_in_head
@@ -25,7 +25,7 @@ from wrpo_kernels import PreferenceOutput, linear_preference_loss
 from .metrics import Measured, names_of_metrics, preference_metrics
 from .opening import open_model
 from .reference_trainer import ReferenceTrainer
-from .response_weights import response_weights, row_of, sum_by_row
+from .response_weights import response_weights, sum_by_row
 from .schedule import adaptive_alpha, alpha_at
 from .source_performance import MEASURES, Measure, RunningPerformance, source_models_of
 from .start_report import data_size
@@ -172,9 +172,10 @@ class WRPOTrainer(ReferenceTrainer):
             **self.args.loss_options(),
             **self.args.head_options(),
             "cu_seqlens": batch.get("cu_seqlens"),
+            "lengths": lengths_on_host(batch),
             "num_rows": num_counted(batch),
             "seq_weight": weights,
-            "group": row_of(batch),
+            "group": group_of(batch),
             "num_groups": len(batch["num_responses"]),
             # -log pi of the preferred responses, each by its weight in the chosen reward.
             "nll_weight": self.args.nll_weight and self.args.nll_weight * preferred,

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from wrpo_kernels.checks import check_backend_name, check_int
 from wrpo_kernels.dispatch.backends import check_name
-from wrpo_kernels.dispatch.transfer import to_device
 from wrpo_kernels.linear_preference_loss import contract
+from wrpo_kernels.linear_preference_loss.lengths import Counts, Lengths, per_sequence
 from wrpo_kernels.linear_token_logp import contract as token_contract
 from wrpo_kernels.lm_head.budget import rows_within
 from wrpo_kernels.lm_head.head import LabelsByPosition
 from wrpo_kernels.lm_head.inputs import HeadOptions, HeadTensors, checked_options, checked_tensors
-from wrpo_kernels.lm_head.rows import count_labels, count_rows, most_rows, nan_unless_counted
+from wrpo_kernels.lm_head.rows import most_rows
 from wrpo_kernels.preference_loss import PreferenceOutput, loss_arguments, loss_of_sequences, reduce_loss
 from wrpo_kernels.preference_loss import contract as preference
 from wrpo_kernels.preference_loss.family import LossArguments
@@ -50,6 +50,7 @@ def linear_preference_loss(
     temperature: float = 1.0,
     ignore_index: int = -100,
     cu_seqlens: Tensor | None = None,
+    lengths: Lengths | None = None,
     num_rows: int | None = None,
     budget_bytes: int | None = None,
     grad_filter: float | None = None,
@@ -69,11 +70,16 @@ def linear_preference_loss(
         labels: [S, T] int64 (or [N]); `ignore_index` marks prompt and padding, which never reach the head.
         ref_logp: [S] float32, summed reference log-prob of each response; None is reference-free.
         seq_weight, group, beta, gamma, loss_type, label_smoothing, length_normalize, nll_weight, group_weight,
-            num_groups, reduction, normalizer, empty: as preference_loss; lengths are counted from `labels`.
+            num_groups, reduction, normalizer, empty: as preference_loss. `group` may lie on the CPU beside an
+            accelerator.
         bias, adapter, logit_scale, softcap, temperature, ignore_index: as linear_token_logp.
         cu_seqlens: [S+1] int32 | int64, bounds of the packed sequences, best on the CPU. Default: none, padded form.
-        num_rows: how many labels count, where the caller knows, as in linear_token_logp. Default: counted, which waits
-            for an accelerator once. A trained head whose rows exceed the budget waits once more, to plan its passes.
+        lengths: [S] list, tuple or int tensor on the CPU, how many labels of each sequence count, where the host knows.
+            Wrong ones are an error where the labels are on the CPU, and make NaN of all outputs elsewhere. With them,
+            and with `group` on the CPU where a group may exceed the budget, no call waits for an accelerator. Default:
+            counted, which waits once, and once more to plan the passes of a trained head beyond the budget.
+        num_rows: how many labels count in all, for a caller who knows no more, as in linear_token_logp. Default: the
+            sum of `lengths`, or counted.
         budget_bytes: what the logits that exist at a time may take. Default: 512 MiB, on an accelerator 1 GiB.
         grad_filter: eps > 0 leaves tokens that matter nowhere out of the gradients, with the bounds of
             linear_token_logp, where c_t is d loss / d logp of the row's sequence. Default: None, exact.
@@ -91,7 +97,8 @@ def linear_preference_loss(
         On an accelerator and in compiled code values are not looked at first: what is wrong in labels, lengths, bounds,
         groups or `num_rows` raises or makes NaN of the loss and its gradient, as preference_loss says.
 
-    Compiled: as preference_loss; `num_rows` may change from call to call too.
+    Compiled: as preference_loss; `num_rows` may change from call to call too, and so may `lengths` as a tensor, which
+        make NaN where they are wrong. A tensor that is traced has no values: give `num_rows` beside it.
     Numerics: as linear_token_logp and preference_loss. A group of weight 0 is out of the loss, but not NaN or infinity
         in its hidden states out of the head's gradient: set its labels to `ignore_index` and `empty` to "zero".
     Memory: `budget_bytes`. A 16-bit trained head whose rows do not fit at once keeps its dW in float32 until the
@@ -106,11 +113,8 @@ def linear_preference_loss(
     tensors = checked_tensors(hidden, weight, labels, bias, adapter, "labels")
     check_sequences(labels, cu_seqlens)
     check_int("ignore_index", ignore_index)
-    length = lengths(labels, cu_seqlens, ignore_index)
-    rows = count_rows(length, labels.numel(), num_rows)
-    transform = (logit_scale, softcap, temperature)
-    check_name("linear_preference_loss", backend, preference.CANDIDATES)  # fewer than linear_token_logp has
-    options = checked_options(tensors, *transform, ignore_index, rows, budget_bytes, grad_filter, backend)
+    counts = Counts(labels, cu_seqlens, ignore_index, lengths, num_rows)
+    length, group, on_host = counts.with_groups(group)
     loss, counted = loss_arguments(
         length,
         logp_dtype(hidden.dtype),
@@ -122,16 +126,20 @@ def linear_preference_loss(
         loss_type=loss_type,
         label_smoothing=label_smoothing,
         length=length,
+        lengths=counts.told,
         length_normalize=length_normalize,
         nll_weight=nll_weight,
         group_weight=group_weight,
         num_groups=num_groups,
         empty=empty,
     )
+    check_name("linear_preference_loss", backend, preference.CANDIDATES)  # fewer than linear_token_logp has
+    transform = (logit_scale, softcap, temperature)
+    options = checked_options(tensors, *transform, ignore_index, counts.rows(), budget_bytes, grad_filter, backend)
     if reduction != "none" and takes_one_pass(tensors, options):
-        outputs = in_one_pass(tensors, options, loss, counted, reduction, normalizer)
-        return PreferenceOutput(*[nan_unless_counted(x, length, num_rows) for x in outputs])
-    logp = nan_unless_counted(sequence_logp(tensors, options, cu_seqlens), length, num_rows)
+        outputs = in_one_pass(tensors, options, loss, on_host, counted, reduction, normalizer)
+        return PreferenceOutput(*counts.nan_where_wrong(outputs))
+    (logp,) = counts.nan_where_wrong((sequence_logp(tensors, options, cu_seqlens),))
     return loss_of_sequences(logp, loss, counted, reduction, normalizer, backend)
 
 
@@ -158,6 +166,7 @@ def in_one_pass(
     tensors: HeadTensors,
     options: HeadOptions,
     loss: LossArguments,
+    on_host: Tensor | None,
     counted: int | Tensor,
     reduction: str,
     normalizer: float | Tensor | None,
@@ -166,7 +175,7 @@ def in_one_pass(
     # The mean over all groups is the op's own: a division outside is a node of the graph with a backward.
     averages = reduction == "mean" and normalizer is None and not isinstance(counted, Tensor)
     total, logp, reward, margin, *_ = contract.linear_preference_loss(
-        tensors, loss.sequences, options, loss.num_groups, loss.family, averages
+        tensors, loss.sequences, on_host, options, loss.num_groups, loss.family, averages
     )
     value = total if averages else reduce_loss(total, reduction, normalizer, counted)
     return PreferenceOutput(value, logp, reward, margin)
@@ -180,34 +189,8 @@ def sequence_logp(tensors: HeadTensors, options: HeadOptions, cu_seqlens: Tensor
     return per_sequence(token_logp, cu_seqlens)
 
 
-def lengths(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> Tensor:
-    """[S] int64, how many labels of each sequence count."""
-    if cu_seqlens is None:
-        return count_labels(labels, ignore_index)
-    return per_sequence(labels != ignore_index, cu_seqlens)
-
-
 def check_sequences(labels: Tensor, cu_seqlens: Tensor | None) -> None:
     if cu_seqlens is not None:
         contract.check_cu_seqlens(cu_seqlens, labels)
     elif labels.dim() != 2:
         raise ValueError(f"labels must be [S, T], or packed [N] with cu_seqlens, got {list(labels.shape)}")
-
-
-def per_sequence(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """[S, T] or packed [N] -> [S]; booleans are counted as int64, log-probs summed in float64.
-
-    Wrong bounds on an accelerator make every log-prob NaN and every length -1, which makes NaN of the loss.
-    """
-    wide = torch.float64 if values.is_floating_point() else torch.int64
-    narrow = values.dtype if values.is_floating_point() else torch.int64
-    if cu_seqlens is None:
-        return values.sum(1, dtype=wide).to(narrow)
-    bounds = to_device(contract.checked_cu_seqlens(cu_seqlens, len(values)), torch.int64, values.device)
-    # On an accelerator the checks of segment_reduce would read the bounds back.
-    unsafe = values.device.type != "cpu"
-    within = bounds.clamp(0, len(values)) if unsafe else bounds
-    sums = torch.segment_reduce(values.double(), "sum", offsets=within, axis=0, initial=0.0, unsafe=unsafe).to(narrow)
-    if cu_seqlens.device.type == "cpu":
-        return sums
-    return sums.where(contract.are_bounds(bounds, len(values)), torch.nan if values.is_floating_point() else -1)

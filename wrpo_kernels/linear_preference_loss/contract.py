@@ -31,7 +31,13 @@ from wrpo_kernels.token_logp.contract import logp_dtype
 
 
 def _linear_preference_loss(
-    tensors: HeadTensors, sequences: Sequences, options: HeadOptions, num_groups: int, family: Family, averages: bool
+    tensors: HeadTensors,
+    sequences: Sequences,
+    on_host: Tensor | None,
+    options: HeadOptions,
+    num_groups: int,
+    family: Family,
+    averages: bool,
 ) -> tuple[Tensor | None, ...]:
     preference.check_groups(sequences.group, num_groups)
     sequences = preference.in_dtype(logp_dtype(tensors.hidden.dtype), sequences)
@@ -42,19 +48,28 @@ def _linear_preference_loss(
         gradients = Gradients(tensors.hidden, head, options.asked, chunks, options.grad_filter)
         kernel = choose("preference_loss", options.backend, preference.CANDIDATES, sequences.seq_weight)
         loss = LossArguments(sequences, num_groups, family)
-        result, factor = one_pass.run(head, rows, loss, divisor, fit, gradients, kernel)
+        result, factor = one_pass.run(head, rows, loss, on_host, divisor, fit, gradients, kernel)
         if factor is None and chunks > 1:
             factor = torch.ones_like(result.total)
         return result.total, result.logp, result.reward, result.margin, factor, *gradients.totals()
 
 
 def _check(
-    tensors: HeadTensors, sequences: Sequences, options: HeadOptions, num_groups: int, family: Family, averages: bool
+    tensors: HeadTensors,
+    sequences: Sequences,
+    on_host: Tensor | None,
+    options: HeadOptions,
+    num_groups: int,
+    family: Family,
+    averages: bool,
 ) -> None:
     check_head(tensors, options)
     if sequences.length is None or sequences.length.dim() != 1:
         raise ValueError("length must be [S], the number of counted rows of each sequence")
     check_device("length", sequences.length, "hidden", tensors.hidden.device)
+    if on_host is not None:
+        check_shape("on_host", on_host, "[2, S], lengths and groups", 2, sequences.length.shape[0])
+        check_device("on_host", on_host, "the host", torch.device("cpu"))
     preference.check(sequences.length, LossArguments(sequences, num_groups, family))
 
 
@@ -65,7 +80,13 @@ def _chunks(tensors: HeadTensors, options: HeadOptions) -> tuple[int, int]:
 
 
 def _fake(
-    tensors: HeadTensors, sequences: Sequences, options: HeadOptions, num_groups: int, family: Family, averages: bool
+    tensors: HeadTensors,
+    sequences: Sequences,
+    on_host: Tensor | None,
+    options: HeadOptions,
+    num_groups: int,
+    family: Family,
+    averages: bool,
 ) -> tuple[Tensor, ...]:
     hidden, weight, _, *rest = tensors
     wide, (_, chunks) = logp_dtype(hidden.dtype), _chunks(tensors, options)
@@ -83,6 +104,7 @@ def _save(
     outputs: tuple[Tensor | None, ...],
     tensors: HeadTensors,
     sequences: Sequences,
+    on_host: Tensor | None,
     options: HeadOptions,
     *_: Any,
 ) -> None:
@@ -174,7 +196,7 @@ scaled_to = register(
 )
 linear_preference_loss = register_differentiable(
     "linear_preference_loss",
-    Arguments(HeadTensors, Sequences, HeadOptions, "SymInt num_groups", Family, "bool averages"),
+    Arguments(HeadTensors, Sequences, "Tensor? on_host", HeadOptions, "SymInt num_groups", Family, "bool averages"),
     "Tensor loss, Tensor logp, Tensor reward, Tensor margin, Tensor factor, "
     "Tensor dh, Tensor dw, Tensor db, Tensor dlow, Tensor dup",
     check=_check,

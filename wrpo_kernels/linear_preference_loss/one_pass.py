@@ -49,6 +49,9 @@ class GroupPass:
         self._head, self._divisor, self._buffer = head, divisor, buffer
         self._gradients, self._kernel = gradients, kernel
 
+    def walk(self, way: str, rows: Rows, loss: LossArguments, is_alone: bool) -> Result:
+        return self.scaled(rows, loss, is_alone) if way == "scaled" else getattr(self, way)(rows, loss)
+
     def whole(self, rows: Rows, loss: LossArguments) -> Result:
         """Rows that fit the buffer together."""
         number = len(rows)
@@ -76,7 +79,8 @@ class GroupPass:
         token_logp = self._walk(rows, coef, gradients)
         result, final = self._values_and_coefficients(token_logp, loss)
         largest = coef.abs().argmax(0)  # of any row the same, but for rounding and where it is zero
-        factor = (final.take(largest) / coef.take(largest)).reshape(())
+        own, whole = coef.take(largest), final.take(largest)
+        factor = (whole / own).where(own != 0, whole).reshape(())
         if is_alone:
             self.pending = factor
         else:
@@ -120,32 +124,39 @@ class GroupPass:
 
 
 def run(
-    head: Head, rows: Rows, loss: LossArguments, divisor: int, fit: int, gradients: Gradients, kernel: Backend
+    head: Head,
+    rows: Rows,
+    loss: LossArguments,
+    on_host: Tensor | None,
+    divisor: int,
+    fit: int,
+    gradients: Gradients,
+    kernel: Backend,
 ) -> tuple[Result, Tensor | None]:
     """Adds the gradients of the summed loss over `divisor` to `gradients`; returns the values, and what is left to
-    multiply all gradients by, or None."""
+    multiply all gradients by, or None. on_host [2, S]: lengths and groups, where the host knows them."""
     buffer = head.weight.new_empty(min(fit, len(rows)), len(head.weight))
     passes = GroupPass(head, divisor, buffer, gradients, kernel)
     if len(rows) <= fit:
         return passes.whole(rows, loss), None
     sequences, num_groups, family = loss
+    facts = facts_of(sequences, on_host)
+    check_group_numbers(facts.group, num_groups)
+    plan = plan_passes(facts, num_groups, fit, rows_of_a_total(buffer.device) if gradients.dw is not None else 0)
+    if len(plan) == 1:  # all rows as they stand
+        return passes.walk(plan[0].walk, rows, loss, is_alone=True), passes.pending
     logp = torch.zeros(len(sequences.seq_weight), dtype=head.logp_dtype, device=buffer.device)
     value, margin, reward = logp.new_empty(num_groups), logp.new_empty(num_groups), torch.zeros_like(logp)
-    facts = facts_of(sequences)
-    check_group_numbers(facts.group, num_groups)
     of_sequence = rows.positions().split(facts.length)
-    plan = plan_passes(facts, num_groups, fit, rows_of_a_total(buffer.device) if gradients.dw is not None else 0)
     for members, walk in plan:
         some = rows.at(torch.cat([of_sequence[s] for s in members]))
         numbers = sorted({facts.group[s] for s in members})
-        chosen, groups = (to_device(values, torch.int64, buffer.device) for values in (members, numbers))
         local = {g: number for number, g in enumerate(numbers)}
-        renumbered = to_device([local[facts.group[s]] for s in members], torch.int64, buffer.device)
-        part = LossArguments(sequences.at(chosen, groups, renumbered), len(numbers), family)
-        if walk == "scaled":
-            values = passes.scaled(some, part, is_alone=len(plan) == 1)
-        else:
-            values = getattr(passes, walk)(some, part)
+        renumbered = [local[facts.group[s]] for s in members]
+        sent = to_device(members + renumbered + numbers, torch.int64, buffer.device)
+        chosen, group, groups = sent.split([len(members), len(members), len(numbers)])
+        part = LossArguments(sequences.at(chosen, groups, group), len(numbers), family)
+        values = passes.walk(walk, some, part, is_alone=False)
         logp[chosen], reward[chosen] = values.logp, values.reward
         value[groups], margin[groups] = values.loss, values.margin
     return Result(value.sum() / divisor, value, logp, reward, margin), passes.pending

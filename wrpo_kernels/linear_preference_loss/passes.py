@@ -20,6 +20,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from wrpo_kernels.preference_loss.family import Sequences
 
@@ -45,9 +46,15 @@ class Facts(NamedTuple):
     has_nll: list[int]  # v_s is not zero
 
 
-def facts_of(sequences: Sequences) -> Facts:
-    """The one place that waits for an accelerator: which rows share a pass depends on the lengths."""
+def facts_of(sequences: Sequences, on_host: Tensor | None) -> Facts:
+    """The one place that waits for an accelerator, unless its caller knows lengths and groups, `on_host` [2, S].
+
+    Then the weights, which lie on the device, may be anything but what the arguments rule out.
+    """
     length, group, seq_weight, nll = sequences.length, sequences.group, sequences.seq_weight, sequences.nll_weight
+    if on_host is not None:
+        lengths, groups = on_host.tolist()
+        return Facts(lengths, groups, [1] * len(groups), [int(nll is not None)] * len(groups))
     has_nll = torch.zeros_like(length) if nll is None else (nll != 0).to(length.dtype)
     return Facts(*torch.stack([length, group, (seq_weight != 0).to(length.dtype), has_nll]).tolist())
 

@@ -90,4 +90,5 @@ def linear_token_logp(
     transform = (logit_scale, softcap, temperature)
     options = checked_options(tensors, *transform, ignore_index, rows, budget_bytes, grad_filter, backend)
     logp, _, _ = contract.linear_token_logp(tensors, options)
-    return nan_unless_counted(logp, counted, num_rows)
+    (logp,) = nan_unless_counted((logp,), counted, num_rows)
+    return logp

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -143,8 +145,14 @@ def _wrong_count(counted: int, num_rows: int) -> ValueError:
     return ValueError(f"num_rows must be the number of labels that count, {counted}, got {num_rows}")
 
 
-def nan_unless_counted(values: Tensor, length: Tensor, num_rows: int | None) -> Tensor:
+def nan_unless_counted(values: Sequence[Tensor], length: Tensor, num_rows: int | None) -> Sequence[Tensor]:
     """A wrong `num_rows` would leave rows out in silence, and raising would wait for the device: it gives NaN."""
     if num_rows is None or is_readable(length):
         return values
-    return values * torch.where(length.sum() == num_rows, 1.0, torch.nan).to(values.dtype)
+    return nan_unless(values, length.sum() == num_rows)
+
+
+def nan_unless(values: Sequence[Tensor], is_right: Tensor) -> list[Tensor]:
+    """The values, or NaN in their place."""
+    one = torch.where(is_right, 1.0, torch.nan)
+    return [value * one.to(value.dtype) for value in values]

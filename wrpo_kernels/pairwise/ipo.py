@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from wrpo_kernels.linear_preference_loss import linear_preference_loss
+from wrpo_kernels.linear_preference_loss import Lengths, linear_preference_loss
 from wrpo_kernels.pairwise.pairs import linear_pair_arguments, pair_arguments
 from wrpo_kernels.preference_loss import PreferenceOutput, preference_loss
 
@@ -102,6 +102,7 @@ def linear_ipo_loss(
     temperature: float = 1.0,
     ignore_index: int = -100,
     cu_seqlens: Tensor | None = None,
+    lengths: Lengths | None = None,
     num_rows: int | None = None,
     budget_bytes: int | None = None,
     grad_filter: float | None = None,
@@ -118,10 +119,9 @@ def linear_ipo_loss(
         weight: [V, D] head.
         labels: [2B, T] int64 (or [N]); `ignore_index` marks prompt and padding, which never reach the head.
         ref_logp: [2B] float32, summed reference log-prob of each response, nats; None is reference-free. Default: None.
-        beta, length_normalize, nll_weight, group_weight, reduction, normalizer, empty: as ipo_loss; lengths are counted
-            from `labels`.
-        bias, adapter, logit_scale, softcap, temperature, ignore_index, cu_seqlens, num_rows, budget_bytes, grad_filter,
-            backend: as linear_preference_loss.
+        beta, length_normalize, nll_weight, group_weight, reduction, normalizer, empty: as ipo_loss.
+        bias, adapter, logit_scale, softcap, temperature, ignore_index, cu_seqlens, lengths, num_rows, budget_bytes,
+            grad_filter, backend: as linear_preference_loss.
 
     Returns:
         PreferenceOutput(loss, logp [2B], reward [2B], margin [B]), B chosen, then B rejected; only `loss` carries a
@@ -156,6 +156,7 @@ def linear_ipo_loss(
         temperature=temperature,
         ignore_index=ignore_index,
         cu_seqlens=cu_seqlens,
+        lengths=lengths,
         num_rows=num_rows,
         budget_bytes=budget_bytes,
         grad_filter=grad_filter,

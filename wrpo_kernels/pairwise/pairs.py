@@ -18,7 +18,7 @@ from wrpo_kernels.checks import (
     check_tensor,
 )
 from wrpo_kernels.dispatch.transfer import to_device
-from wrpo_kernels.layout import count_sequences, role_by_role
+from wrpo_kernels.layout import HOST, count_sequences, role_by_role
 
 
 def pair_arguments(
@@ -44,7 +44,7 @@ def pair_arguments(
         "ref_logp": _joined("ref_{}_logp", ref_chosen_logp, ref_rejected_logp, chosen_logp, _check_reference),
         "length": _joined("{}_length", chosen_length, rejected_length, chosen_logp, check_int64),
         "length_normalize": length_normalize,
-        **_weights(len(chosen_logp), nll_weight, chosen_logp.device),
+        **_weights(len(chosen_logp), nll_weight, chosen_logp.device, chosen_logp.device),
     }
 
 
@@ -57,12 +57,12 @@ def linear_pair_arguments(
     if num_sequences % 2:
         holder = "labels" if cu_seqlens is None else "cu_seqlens"
         raise ValueError(f"{holder} must hold 2 * B sequences, B chosen, then B rejected, got {num_sequences}")
-    return _weights(num_sequences // 2, nll_weight, hidden.device)
+    return _weights(num_sequences // 2, nll_weight, hidden.device, HOST)
 
 
-def _weights(pairs: int, nll_weight: float | Tensor, device: torch.device) -> dict[str, Any]:
+def _weights(pairs: int, nll_weight: float | Tensor, device: torch.device, group_on: torch.device) -> dict[str, Any]:
     signs = to_device([1.0, -1.0], torch.float64, device)
-    return {**role_by_role(signs, pairs), "nll_weight": _of_chosen(nll_weight, pairs, device)}
+    return {**role_by_role(signs, pairs, group_on), "nll_weight": _of_chosen(nll_weight, pairs, device)}
 
 
 def _of_chosen(nll_weight: float | Tensor, pairs: int, device: torch.device) -> float | Tensor:

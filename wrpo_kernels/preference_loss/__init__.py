@@ -149,6 +149,7 @@ def loss_arguments(
     loss_type: str,
     label_smoothing: float,
     length: Tensor | None,
+    lengths: Tensor | None = None,
     length_normalize: bool,
     nll_weight: float | Tensor,
     group_weight: Tensor | None,
@@ -157,7 +158,8 @@ def loss_arguments(
 ) -> tuple[LossArguments, int | Tensor]:
     """The checked arguments of the op after `logp`, and the number of groups that count.
 
-    `like` [S] has the shape and the device of the log-probs, `dtype` is theirs.
+    `like` [S] has the shape and the device of the log-probs, `dtype` is theirs; `lengths` [S] are those of `length` on
+    the CPU, where the caller knows them.
     """
     check_bool("length_normalize", length_normalize)
     num_groups = count_groups(group, num_groups)
@@ -165,7 +167,7 @@ def loss_arguments(
     sequences = Sequences(ref_logp, seq_weight, group, length, nll_weight, group_weight)
     loss = LossArguments(sequences, num_groups, Family(beta, gamma, loss_type, label_smoothing, length_normalize))
     contract.check(like, loss)
-    return checked_lengths(empty, loss, dtype)
+    return checked_lengths(empty, loss, dtype, length if lengths is None else lengths)
 
 
 def loss_of_sequences(
@@ -205,24 +207,26 @@ def spread_nll_weight(nll_weight: float | Tensor, like: Tensor, dtype: torch.dty
     return torch.ones_like(like, dtype=dtype, requires_grad=False) * nll_weight if nll_weight else None
 
 
-def checked_lengths(empty: str, loss: LossArguments, dtype: torch.dtype) -> tuple[LossArguments, int | Tensor]:
+def checked_lengths(
+    empty: str, loss: LossArguments, dtype: torch.dtype, lengths: Tensor | None
+) -> tuple[LossArguments, int | Tensor]:
     """The arguments after `empty`, and the number of groups that count: "zero" gives weight 0 to the groups that hold
-    an empty response. Where the lengths cannot be read a wrong one makes NaN of its group."""
+    an empty response. `lengths` [S] are those of `loss` wherever they can best be read; where they cannot, a wrong one
+    makes NaN of its group."""
     if empty not in ("raise", "zero"):
         raise ValueError(f"empty must be 'raise' or 'zero', got {empty!r}")
     sequences, num_groups, family = loss
-    length = sequences.length
-    if length is None:
+    if lengths is None:
         if empty == "zero":
             raise ValueError("empty='zero' needs the lengths, numbers of counted tokens [S], to know what is empty")
         return loss, num_groups
-    if is_readable(length):
-        check_lengths(length.tolist(), empty)
-    if empty == "zero":
+    if is_readable(lengths):
+        check_lengths(lengths.tolist(), empty)
+    if empty == "zero" and not (lengths is not sequences.length and is_readable(lengths) and lengths.all()):
         return _without_empty(loss, dtype)
-    if is_readable(length):
+    if is_readable(lengths):
         return loss, num_groups
-    weight = sequences.seq_weight.where(length > 0, torch.nan)
+    weight = sequences.seq_weight.where(sequences.length > 0, torch.nan)
     sequences = sequences.weighing(weight, sequences.nll_weight, sequences.group_weight)
     return LossArguments(sequences, num_groups, family), num_groups
 

@@ -232,7 +232,7 @@ COLLATORS = {
     "without roles": (
         lambda rows: {name: value for name, value in preference_batch(rows).items() if name not in ("role", "share")},
         ValueError,
-        "got none of role, share beside input_ids, ",
+        "got none of role, share beside .*input_ids",
     ),
     "no tensors": (lambda rows: preference_batch(rows) | {"labels": [[1]]}, ValueError, "got none of labels beside"),
 }

@@ -60,7 +60,7 @@ class GroupPass:
             delta = self._head.delta_into(token_logp, rows, 0, number, self._buffer)
         result, coef = self._values_and_coefficients(token_logp, loss)
         if number:
-            self._gradients.add(rows, 0, delta, coef)
+            self._gradients.add(rows, 0, delta, self._head.coefficients(coef, token_logp))
         return result
 
     def known(self, rows: Rows, loss: LossArguments) -> Result:
@@ -97,6 +97,7 @@ class GroupPass:
             self._head.logp_into(token_logp[first:last], rows, first, last, buffer)
         delta = self._head.delta_into(token_logp[before:], rows, before, number, buffer)
         result, coef = self._values_and_coefficients(token_logp, loss)
+        coef = self._head.coefficients(coef, token_logp)
         self._gradients.add(rows, before, delta, coef[before:])
         for first, last in reversed(pieces):
             delta = self._head.delta_into(token_logp[first:last], rows, first, last, buffer)
@@ -108,7 +109,8 @@ class GroupPass:
         token_logp = torch.empty_like(coef[:, 0])
         for first, last in chunks(0, len(rows), even_chunk(len(rows), len(self._buffer))):
             delta = self._head.delta_into(token_logp[first:last], rows, first, last, self._buffer)
-            gradients.add(rows, first, delta, slice_rows(coef, first, last))
+            some = self._head.coefficients(slice_rows(coef, first, last), token_logp[first:last])
+            gradients.add(rows, first, delta, some)
         return token_logp
 
     def _values_and_coefficients(self, token_logp: Tensor, loss: LossArguments) -> tuple[Result, Tensor]:

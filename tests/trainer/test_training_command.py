@@ -110,7 +110,18 @@ def test_the_file_that_logp_writes_trains_as_the_reference_that_training_compute
     losses = {}
     for name, rows in (("computed", TRIPLES), ("brought", str(brought))):
         here = ["--model_name_or_path", str(tiny_model), "--output_dir", str(tmp_path / name), "--use_cpu"]
-        often = ["--logging_steps", "1", "--learning_rate", "0.01", "--warmup_steps", "0", "--beta", "1", "--max_steps", "3"]
+        often = [
+            "--logging_steps",
+            "1",
+            "--learning_rate",
+            "0.01",
+            "--warmup_steps",
+            "0",
+            "--beta",
+            "1",
+            "--max_steps",
+            "3",
+        ]
         quick = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--save_strategy", "no"]
         assert cli.main([command, rows, *here, *limits, *often, *quick, "--reference", "precompute"]) == 0
         log = json.loads((tmp_path / name / "metrics.json").read_text())["log_history"]

@@ -22,7 +22,7 @@ from transformers.utils import (
 from wrpo.settings import ModelSettings, SettingsError
 from wrpo.user_error import in_one_line
 
-from .checkpoint import not_loaded
+from .checkpoint import not_loaded, refuse_file
 
 OF_LORA = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",
            "lora_target_modules": "target_modules"}  # setting: field of adapter_config.json  # fmt: skip
@@ -51,6 +51,7 @@ def find_adapter(settings: ModelSettings, field: str) -> AdapterFolder | None:
         SettingsError: an adapter without its model's name, or on another adapter, or beside a whole model.
     """
     name, place = settings.model_name_or_path, f"{field} {settings.model_name_or_path!r}"
+    refuse_file(name, field)
     fields = _config_of(name, place)
     if fields is None:
         return None

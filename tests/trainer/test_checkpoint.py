@@ -159,5 +159,5 @@ def test_a_folder_of_gguf_files_alone_says_which_there_are_and_one_of_that_name_
     assert type(load_model(ModelSettings(str(save(folder))))) is type(tiny_model())
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "q4.gguf").touch()
-    with pytest.raises(SettingsError, match="It holds q4.gguf: name it in gguf_file$"):
+    with pytest.raises(SettingsError, match=r"It holds q4\.gguf: name it in gguf_file$"):
         load_model(ModelSettings(str(tmp_path / "other")))

@@ -3,6 +3,7 @@
 `python -m wrpo_kernels` says which implementation runs here, and why the others do not.
 """
 
+from wrpo_kernels.likelihood import LikelihoodOutput, linear_nll_loss
 from wrpo_kernels.linear_preference_loss import linear_preference_loss
 from wrpo_kernels.linear_token_logp import linear_token_logp
 from wrpo_kernels.pairwise import (
@@ -19,12 +20,14 @@ from wrpo_kernels.version import __version__
 from wrpo_kernels.weighted_reward import linear_wrpo_loss, wrpo_loss
 
 __all__ = [
+    "LikelihoodOutput",
     "PreferenceOutput",
     "__version__",
     "dpo_loss",
     "ipo_loss",
     "linear_dpo_loss",
     "linear_ipo_loss",
+    "linear_nll_loss",
     "linear_preference_loss",
     "linear_simpo_loss",
     "linear_token_logp",

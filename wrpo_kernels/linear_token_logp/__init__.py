@@ -49,7 +49,8 @@ def linear_token_logp(
         ignore_index: such positions never reach the head: logp 0, gradient 0. Default: -100.
         num_rows: how many labels count, where the caller knows: an accelerator is then never waited for. A wrong
             number is an error on the CPU and gives NaN elsewhere. Default: counted, which waits once.
-        budget_bytes: what the logits that exist at a time may take. Default: 512 MiB, on an accelerator 1 GiB.
+        budget_bytes: what the logits that exist at a time may take. Default: 512 MiB; on an accelerator a 32nd of its
+            memory, at most 4 GiB.
         grad_filter: eps > 0 leaves out of the gradients of `hidden` and `weight` the tokens U that are the target of no
             row of a chunk and have |d logp / d logit| < eps in all of them. With c the upstream gradient,
             |error of dh_t| <= |c_t| eps sum_{v in U} |W_v| and |error of dW_v| <= eps sum_t |c_t| |h_t|, v in U; the
@@ -77,7 +78,7 @@ def linear_token_logp(
         run.
     Memory: `budget_bytes`, of which 4 (D + r) values a row are for what is multiplied by the head, held until the
         backward if the head or an adapter is trained; beside it a float32 dW when a 16-bit head's rows do not fit the
-        budget at once, and a converted weight when its type is not that of `hidden`.
+        budget at once and would take more memory so, and a converted weight when its type is not that of `hidden`.
     Cost: 2NDV flops forward alone, 4NDV with a frozen head, 6NDV with a trained one, plus 2DV for each row whose
         logits did not fit the budget; N counts only the rows that are not ignored. An adapter adds 2NrV for its
         share of the logits and for each of its gradients; on a frozen head deltas are then kept as for a trained one.

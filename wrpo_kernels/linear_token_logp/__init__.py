@@ -73,7 +73,9 @@ def linear_token_logp(
     Compiled: `num_rows` may change from call to call; each new value of another number compiles again.
 
     Numerics: log-probs are accumulated in float32. dW is summed in float32 inside each product and, where the rows
-        need several, across them; a 16-bit product on the CPU is rounded to its type before it is added. Of an
+        need several, across them; a 16-bit product on the CPU is rounded to its type before it is added, and one on a
+        GPU may add parts of its sum in 16 bits where torch lets it, as it does by default
+        (`torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction`, `allow_fp16_...`). Of an
         adapter, low up^T is rounded once to the type of `hidden` before hidden W^T is added. The same bits on every
         run.
     Memory: `budget_bytes`, of which 4 (D + r) values a row are for what is multiplied by the head, held until the

@@ -35,8 +35,9 @@ def total_dtype(products: torch.dtype, wanted: torch.dtype, chunks: int) -> torc
 class Gradients:
     """dh [..., D], dW [V, D], db [V], dlow [..., r] and dup [V, r]; each None unless it is asked for.
 
-    One chunk of dW is summed in float32 inside the product and rounded once, where its tensor has the type of the
-    products; several are added up in a float32 total, and so is what belongs to a float32 head of 16-bit products.
+    One chunk of dW is summed inside the product, in float32 but for what `linear_token_logp` says of GPUs, and rounded
+    once, where its tensor has the type of the products; several are added up in a float32 total, and so is what belongs
+    to a float32 head of 16-bit products.
     With a `grad_filter` dh and dW leave out what `column_filter` says.
     """
 

@@ -27,7 +27,8 @@ from wrpo.scoring.settings import RewardModelSettings, ScorerSettings, ScoreSett
 from wrpo.settings import GROUPS, DataSettings, ModelSettings, choices_of
 
 FOLDER = Path(__file__).resolve().parent
-MODULES = ("wrpo_kernels", "wrpo_kernels.environment", "wrpo", "wrpo.data", "wrpo.head")
+INTEGRATIONS = tuple(f"wrpo_kernels.integrations.{name}" for name in ("trl", "pytorch", "cce", "liger"))
+MODULES = ("wrpo_kernels", "wrpo_kernels.environment", *INTEGRATIONS, "wrpo", "wrpo.data", "wrpo.head")
 LISTS = ("Args", "Attributes", "Raises")  # headings of docstrings with an entry a name
 TEXTS = ("Returns", "Numerics", "Memory", "Cost", "Source")
 
@@ -73,9 +74,10 @@ def public(module: Any) -> list[str]:
 
 
 def documented_in(module: Any) -> Iterator[str]:
-    """The public names that no module before it in `MODULES` has."""
+    """The public names but for those of an object that a module before it in `MODULES` has."""
     before = [importlib.import_module(name) for name in MODULES[: MODULES.index(module.__name__)]]
-    return (name for name in public(module) if not any(name in public(other) for other in before))
+    shown = [getattr(other, name) for other in before for name in public(other)]
+    return (name for name in public(module) if not any(getattr(module, name) is other for other in shown))
 
 
 def described(module: str, name: str, value: Any) -> list[str]:

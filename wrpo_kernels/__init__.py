@@ -3,6 +3,7 @@
 `python -m wrpo_kernels` says which implementation runs here, and why the others do not.
 """
 
+from wrpo_kernels.cross_entropy import linear_cross_entropy
 from wrpo_kernels.likelihood import LikelihoodOutput, linear_nll_loss
 from wrpo_kernels.linear_preference_loss import linear_preference_loss
 from wrpo_kernels.linear_token_logp import linear_token_logp
@@ -25,6 +26,7 @@ __all__ = [
     "__version__",
     "dpo_loss",
     "ipo_loss",
+    "linear_cross_entropy",
     "linear_dpo_loss",
     "linear_ipo_loss",
     "linear_nll_loss",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ def check_tensor(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a dense tensor, got a nested one; use .to_padded_tensor(0)")
     if value.layout is not torch.strided:
         raise ValueError(f"{name} must be a dense tensor (torch.strided), got {value.layout}; use .to_dense()")
+    if hasattr(value, "full_tensor"):
+        raise ValueError(f"{name} must be a whole tensor, got a DTensor; pass {name}.full_tensor(), or call inside the "
+                         "forward of the module that FSDP wraps, which gathers it")  # fmt: skip
 
 
 def check_shape(name: str, value: Tensor, letters: str, *expected: int) -> None:
@@ -39,6 +43,12 @@ def check_int64(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must be int64, got {value.dtype}; convert it with {name}.long()")
 
 
+def int64_labels(name: str, labels: Tensor) -> Tensor:
+    """int32 labels widened; those of any other type are left for the checks to refuse."""
+    check_tensor(name, labels)
+    return labels.long() if labels.dtype == torch.int32 else labels
+
+
 def check_device(name: str, value: Tensor, like: str, device: torch.device) -> None:
     if value.device != device:
         raise ValueError(f"{name} must be on the device of {like}, {device}, got {value.device}")
@@ -52,8 +62,10 @@ def check_constant(name: str, value: Tensor) -> None:
 def check_number(
     name: str, value: float, *, above: float = -math.inf, least: float = -math.inf, most: float = LARGEST
 ) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}{_as_number(name, value)}")
+    if not isinstance(value, (int, float)):
+        value = float(value)  # numpy's would be compared in its own precision
     if not -LARGEST <= value <= most or value <= above or value < least:  # an int may be beyond float64
         bound = f" > {above:g}" if above > -math.inf else f" >= {least:g}" if least > -math.inf else ""
         bound += f" and <= {most:g}" if most < LARGEST else ""
@@ -61,7 +73,7 @@ def check_number(
 
 
 def _as_number(name: str, value: object) -> str:
-    """What to do with a scalar of numpy or torch, which is no number of Python's."""
+    """What to do with a scalar of torch, which is no number."""
     return f"; pass {name}.item()" if hasattr(value, "item") else ""
 
 
@@ -84,7 +96,7 @@ def check_bool(name: str, value: bool) -> None:
 
 
 def check_int(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}{_as_number(name, value)}")
     if not -(1 << 63) <= value < 1 << 63:  # comparisons alone: to a compiler the number may be a symbol
         raise ValueError(f"{name} must fit int64, got {_shown(value)}")

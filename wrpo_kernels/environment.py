@@ -89,7 +89,10 @@ def _backends() -> list[str]:
             lines.append(f"{op:<16} {device:<5} runs {chosen}")
             lines += [f"{'':<16} {'':<5} not {name}: {reason}" for name, reason in answers if reason is not None]
     lines.append("linear_token_logp and linear_preference_loss run the matrix products of torch around these;")
-    lines.append('linear_token_logp has a product that writes no logits: backend="triton_fused", where it is named.')
+    lines.append('linear_token_logp has a product that writes no logits: backend="triton_fused", where it is named;')
+    lines.append(
+        'both have one that leaves powers of the scores, in bfloat16: backend="triton_exp", see docs/triton.md.'
+    )
     return lines
 
 

@@ -15,6 +15,7 @@ from wrpo_kernels.checks import (
     check_int,
     check_shape,
     check_tensor,
+    int64_labels,
 )
 from wrpo_kernels.dispatch.backends import check_name
 from wrpo_kernels.layout import HOST, count_sequences
@@ -25,10 +26,11 @@ from wrpo_kernels.linear_preference_loss import (
     sequence_logp,
     takes_one_pass,
 )
+from wrpo_kernels.linear_preference_loss.contract import CANDIDATES
 from wrpo_kernels.linear_preference_loss.lengths import Counts
 from wrpo_kernels.lm_head.inputs import checked_options, checked_tensors
+from wrpo_kernels.lm_head.labels import shifted_labels
 from wrpo_kernels.preference_loss import reduce_loss
-from wrpo_kernels.preference_loss.contract import CANDIDATES
 from wrpo_kernels.token_logp.contract import logp_dtype
 
 
@@ -52,6 +54,7 @@ def linear_nll_loss(
     softcap: float | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    shift: bool | int = False,
     cu_seqlens: Tensor | None = None,
     lengths: Lengths | None = None,
     num_rows: int | None = None,
@@ -65,17 +68,17 @@ def linear_nll_loss(
         logp[s] = sum_t log softmax(z[s, t])[labels[s, t]]            over the labels that count; z as linear_token_logp
         loss    = -sum_s seq_weight[s] * logp[s] / normalizer
 
-    Labels are NOT shifted here: labels[s, t] is predicted from hidden[s, t]. With a batch of Hugging Face pass
-    hidden[:, :-1] and labels[:, 1:].
+    labels[s, t] is predicted from hidden[s, t]. In a batch of Hugging Face it is from hidden[s, t - 1]: pass its labels
+    whole and shift=True.
 
     Args:
         hidden: [S, T, D] float32 | bfloat16 | float16, or packed [N, D] with `cu_seqlens`.
         weight: [V, D] head.
-        labels: [S, T] int64 (or [N]); `ignore_index` marks prompt and padding, which never reach the head.
+        labels: [S, T] int64 | int32 (or [N]); `ignore_index` marks prompt and padding, which never reach the head.
         seq_weight: [S] float32, what each response weighs; 0 leaves one out. Default: 1.
         normalizer: number or 0-d tensor > 0. Default: the number of labels that count, for a mean over tokens.
-        bias, adapter, logit_scale, softcap, temperature, ignore_index, cu_seqlens, lengths, num_rows, budget_bytes,
-            grad_filter, backend: as linear_preference_loss.
+        bias, adapter, logit_scale, softcap, temperature, ignore_index, shift, cu_seqlens, lengths, num_rows,
+            budget_bytes, grad_filter, backend: as linear_preference_loss.
 
     Returns:
         LikelihoodOutput(loss, logp [S]), float32; only `loss` carries a gradient, to `hidden`, `weight`, `bias` and
@@ -93,9 +96,12 @@ def linear_nll_loss(
     Source: ours.
     """
     check_backend_name(backend)
+    labels = int64_labels("labels", labels)
     tensors = checked_tensors(hidden, weight, labels, bias, adapter, "labels")
     check_sequences(labels, cu_seqlens)
     check_int("ignore_index", ignore_index)
+    labels = shifted_labels("labels", labels, shift, ignore_index, weight.shape[0], cu_seqlens)
+    tensors = tensors._replace(target=labels)
     check_name("linear_nll_loss", backend, CANDIDATES)
     counts = Counts(labels, cu_seqlens, ignore_index, lengths, num_rows)
     one_group = torch.zeros(count_sequences(labels, cu_seqlens), dtype=torch.int64, device=HOST)

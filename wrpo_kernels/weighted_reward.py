@@ -116,6 +116,7 @@ def linear_wrpo_loss(
     softcap: float | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    shift: bool | int = False,
     cu_seqlens: Tensor | None = None,
     lengths: Lengths | None = None,
     num_rows: int | None = None,
@@ -125,20 +126,20 @@ def linear_wrpo_loss(
 ) -> PreferenceOutput:
     """`wrpo_loss` from hidden states in one pass; the logits are never stored.
 
-    Labels are NOT shifted here: labels[s, t] is predicted from hidden[s, t]. With a batch of Hugging Face pass
-    hidden[:, :-1] and labels[:, 1:].
+    labels[s, t] is predicted from hidden[s, t]. In a batch of Hugging Face it is from hidden[s, t - 1]: pass its labels
+    whole and shift=True.
 
     Args:
         hidden: [S, T, D] float32 | bfloat16 | float16, S = (K + 2) * B sequences in the layout above, or packed [N, D]
             with `cu_seqlens`.
         weight: [V, D] head.
-        labels: [S, T] int64 (or [N]); `ignore_index` marks prompt and padding, which never reach the head.
+        labels: [S, T] int64 | int32 (or [N]); `ignore_index` marks prompt and padding, which never reach the head.
         ref_logp: [S] float32, summed reference log-prob of each response, nats; None is reference-free. Default: None.
         alpha, beta, num_sources: as wrpo_loss.
         gamma, loss_type, label_smoothing, length_normalize, nll_weight, group_weight, reduction, normalizer, empty: as
             wrpo_loss.
-        bias, adapter, logit_scale, softcap, temperature, ignore_index, cu_seqlens, lengths, num_rows, budget_bytes,
-            grad_filter, backend: as linear_preference_loss.
+        bias, adapter, logit_scale, softcap, temperature, ignore_index, shift, cu_seqlens, lengths, num_rows,
+            budget_bytes, grad_filter, backend: as linear_preference_loss.
 
     Returns:
         PreferenceOutput(loss, logp [S], reward [S], margin [B]); only `loss` carries a gradient, to `hidden`, `weight`,
@@ -175,6 +176,7 @@ def linear_wrpo_loss(
         softcap=softcap,
         temperature=temperature,
         ignore_index=ignore_index,
+        shift=shift,
         cu_seqlens=cu_seqlens,
         lengths=lengths,
         num_rows=num_rows,

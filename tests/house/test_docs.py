@@ -19,7 +19,8 @@ from wrpo.cli import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = [path for folder in (".", "docs", "benchmarks", "csrc", "examples/*") for path in ROOT.glob(f"{folder}/*.md")]
-RUNNING = ("README.md", "docs/own_loop.md", "docs/coming_from_trl.md", "docs/layouts.md")  # the pages with Python
+# The pages with Python.
+RUNNING = ("README.md", "docs/own_loop.md", "docs/coming_from.md", "docs/coming_from_trl.md", "docs/layouts.md")
 PAIRS = [{"prompt": f"What is 2 + {n}?", "chosen": f"It is {n + 2}.", "rejected": "hello world"} for n in range(4)]
 
 

@@ -131,6 +131,7 @@ def test_every_public_name_exists_and_no_other_is_exported():
         "__version__",
         "dpo_loss",
         "ipo_loss",
+        "linear_cross_entropy",
         "linear_dpo_loss",
         "linear_ipo_loss",
         "linear_preference_loss",

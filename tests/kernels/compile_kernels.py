@@ -24,9 +24,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from wrpo_kernels.lm_head import scaling_kernel as scaling
 from wrpo_kernels.lm_head import triton_kernel as linear_token_logp
+from wrpo_kernels.lm_head.exp_product import form
+from wrpo_kernels.lm_head.exp_product import launch as exp_product
 from wrpo_kernels.logit_transform import LogitTransform
 from wrpo_kernels.preference_loss import triton_kernel as preference_loss
 from wrpo_kernels.preference_loss.family import Family, LossArguments, Sequences
@@ -72,6 +75,8 @@ class Launch:
 def type_of(value: object) -> str:
     if isinstance(value, torch.Tensor):
         return POINTERS[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{POINTERS[value.base.dtype][1:]}{[*value.block_shape]}>"
     if isinstance(value, float):
         return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"
@@ -219,13 +224,42 @@ def resources() -> dict[str, dict[str, dict[str, int]]]:
             launch()
         for number, one in enumerate(launches):
             row = table.setdefault(name if len(launches) == 1 else f"{name}, launch {number + 1}", {})
-            for target, gpu in targets_of(name).items():
-                built = triton.compile(one.source(), target=gpu, options=one.options)
-                row[target] = (
-                    cuda_resources(built.asm["cubin"]) if gpu.backend == "cuda" else hip_resources(built.asm["amdgcn"])
-                )
-                row[target]["shared"] = built.metadata.shared  # what the launch asks for, beside what is static
+            row.update((target, built(one, gpu)) for target, gpu in targets_of(name).items())
+    for target in EXP_TARGETS:
+        for name, one in exp_launches(target).items():
+            table.setdefault(name, {})[target] = built(one, TARGETS[target])
     return table
+
+
+def built(launch: Launch, gpu: GPUTarget) -> dict[str, int]:
+    code = triton.compile(launch.source(), target=gpu, options=launch.options)
+    found = cuda_resources(code.asm["cubin"]) if gpu.backend == "cuda" else hip_resources(code.asm["amdgcn"])
+    return found | {"shared": code.metadata.shared}  # what the launch asks for, beside what is static
+
+
+EXP_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def exp_launches(target: str) -> dict[str, Launch]:
+    """The kernels of `exp_product` in the tiles that the table has for this target: all with every transform and an
+    adapter, the product also without."""
+    before, form.architecture = form.architecture, lambda device: target
+    with recorded() as plain:
+        exp_delta(with_all=False)
+    with recorded() as launches:
+        exp_delta(with_all=True)
+    form.architecture = before
+    found = {f"exp_product {one.kernel.__name__}, every transform": one for one in launches}
+    return found | {f"exp_product {one.kernel.__name__}": one for one in plain if "_product_" in one.kernel.__name__}
+
+
+def exp_delta(with_all: bool) -> None:
+    rows, vocabulary, width, rank = 256, 1024, 4096, 16
+    transform = LogitTransform(torch.zeros(vocabulary, dtype=BF16) if with_all else None, 1.3, 30.0 * with_all, 0.7)
+    shapes = [(rows, width), (vocabulary, width)] + [(rows, rank), (vocabulary, rank)] * with_all
+    operands = [torch.zeros(*shape, dtype=BF16) for shape in shapes]
+    out = torch.zeros(rows, vocabulary, dtype=BF16)
+    exp_product.delta_of_hidden(tuple(operands), torch.zeros(rows).long(), -100, transform, torch.zeros(rows), out)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch import Tensor
 from wrpo_kernels import (
     dpo_loss,
     ipo_loss,
+    linear_cross_entropy,
     linear_dpo_loss,
     linear_ipo_loss,
     linear_nll_loss,
@@ -109,6 +110,10 @@ def doors(device: torch.device, backend: str, **size) -> dict[str, tuple[Callabl
             lambda h, w, b, y: linear_simpo_loss(h, w, y, bias=b, **head).loss,
             given[:4],
         ),
+        "linear_cross_entropy": (
+            lambda h, w, b, y: linear_cross_entropy(h, w, y, bias=b, shift=True, **head),
+            given[:4],
+        ),
         "linear_token_logp, adapter": (
             lambda h, w, low, up, y: linear_token_logp(h, w, y, adapter=(low, up), **head),
             (hidden, weight.detach(), low, up, labels),
@@ -130,5 +135,5 @@ def value_and_gradients(function: Callable[..., Tensor], given: tuple[Tensor, ..
 
 
 DOORS = tuple(doors(torch.device("cpu"), "reference"))
-# Without the losses of pairs, which call the general ones: for what is true of an op, whoever calls it.
-OF_OPS = tuple(door for door in DOORS if not door.endswith(("dpo_loss", "ipo_loss", "simpo_loss")))
+# Without the losses that call the general ones: for what is true of an op, whoever calls it.
+OF_OPS = tuple(door for door in DOORS if not door.endswith(("dpo_loss", "ipo_loss", "simpo_loss", "cross_entropy")))

@@ -38,6 +38,7 @@ def calls(dtype: torch.dtype = torch.float32) -> dict[str, Callable[..., torch.T
     needed: dict[str, tuple[tuple, dict]] = {
         "token_logp": ((logits, labels), {}),
         "linear_token_logp": ((hidden, weight, labels), {}),
+        "linear_cross_entropy": ((hidden, weight, labels), {}),
         "preference_loss": ((logp,), general),
         "linear_preference_loss": ((hidden, weight, labels), general),
         "wrpo_loss": ((logp,), {"alpha": 0.3}),
@@ -94,6 +95,7 @@ def test_the_backend_that_was_named_is_the_one_that_runs_forward_and_backward(do
     needed = {
         "token_logp": {"token_logp", "token_logp_grad"},
         "linear_token_logp": {"token_logp_delta_"},
+        "linear_cross_entropy": {"token_logp_delta_"},
     }
     of_loss = {"token_logp_delta_", "preference_loss_of_rows"} if door.startswith("linear_") else {"preference_loss"}
     assert set(native_calls) >= needed.get(door, of_loss)

@@ -79,7 +79,7 @@ def test_token_log_probs_and_their_gradients_read_nothing_back(asked, num_rows, 
         assert rows.spread(scaled_rows(unscaled, logp[:, None])).shape == (M, D)
     if asked.of_head:
         gradients = Gradients(tensors.hidden, head, asked, 2)
-        passes.backward(head, rows, plan, kept, logp[:, None], gradients)
+        passes.backward(head, rows, plan, kept, logp[:, None], logp, gradients)
         shapes = [total.shape for total in gradients.totals() if total is not None]
         assert shapes == [(M, D), (V, D), (M, R), (V, R)]
 

@@ -8,6 +8,9 @@
 So a row that fits is not touched by 2 and 3; responses stay whole as long as the prompt can pay for it; a response that
 is cut still has at least half of `max_length`, and none is ever cut to nothing. A beginning-of-sequence token at the
 front of the prompt survives its cut: models that are trained with one misbehave without.
+
+The WRPO authors' code has the same two limits and another rule: it leaves a prompt that is too long alone where the row
+fits, and cuts every response to max_length - max_prompt_length once one does not.
 """
 
 from __future__ import annotations

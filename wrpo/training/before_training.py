@@ -17,7 +17,7 @@ from wrpo.head.fused_head import adapts_tied_weight
 from wrpo.reference.reference import brings_reference
 from wrpo.spelling import nearest
 from wrpo.user_error import in_one_line
-from wrpo_kernels import token_logp
+from wrpo_kernels import linear_simpo_loss
 
 from .saving import refuse_unsaveable
 
@@ -49,7 +49,8 @@ def check_arguments(args: Any, config_class: Any, options: dict[str, Any]) -> No
 def check_backend(name: str, device: torch.device) -> None:
     """Raises ValueError if the backend that was named cannot run there; now rather than in the first step."""
     try:
-        token_logp(torch.zeros(1, 1, device=device), torch.zeros(1, dtype=torch.int64, device=device), backend=name)
+        hidden = torch.zeros(2, 1, 8, dtype=torch.bfloat16, device=device)
+        linear_simpo_loss(hidden, hidden[0], torch.zeros_like(hidden[..., 0], dtype=torch.int64), backend=name)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"kernel_backend={name!r}: {error}. Leave it out for the best that runs here") from error
 

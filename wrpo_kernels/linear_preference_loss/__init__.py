@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from wrpo_kernels.checks import check_backend_name, check_int
+from wrpo_kernels.checks import check_backend_name, check_int, int64_labels
 from wrpo_kernels.dispatch.backends import check_name
 from wrpo_kernels.linear_preference_loss import contract
 from wrpo_kernels.linear_preference_loss.lengths import Counts, Lengths, per_sequence
@@ -15,9 +15,9 @@ from wrpo_kernels.linear_token_logp import contract as token_contract
 from wrpo_kernels.lm_head.budget import rows_at_once
 from wrpo_kernels.lm_head.head import LabelsByPosition
 from wrpo_kernels.lm_head.inputs import HeadOptions, HeadTensors, checked_options, checked_tensors
+from wrpo_kernels.lm_head.labels import shifted_labels
 from wrpo_kernels.lm_head.rows import most_rows
 from wrpo_kernels.preference_loss import PreferenceOutput, loss_arguments, loss_of_sequences, reduce_loss
-from wrpo_kernels.preference_loss import contract as preference
 from wrpo_kernels.preference_loss.family import Family, LossArguments, Sequences
 from wrpo_kernels.token_logp.contract import logp_dtype
 
@@ -49,6 +49,7 @@ def linear_preference_loss(
     softcap: float | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    shift: bool | int = False,
     cu_seqlens: Tensor | None = None,
     lengths: Lengths | None = None,
     num_rows: int | None = None,
@@ -61,18 +62,20 @@ def linear_preference_loss(
         logp[s] = sum_t log softmax(z[s, t])[labels[s, t]]            over the labels that count; z as linear_token_logp
         loss    = preference_loss(logp, ref_logp, ...)                formula and remaining arguments: see there
 
-    Labels are NOT shifted here: labels[s, t] is predicted from hidden[s, t]. With a batch of Hugging Face pass
-    hidden[:, :-1] and labels[:, 1:].
+    labels[s, t] is predicted from hidden[s, t]. In a batch of Hugging Face it is from hidden[s, t - 1]: pass its labels
+    whole and shift=True.
 
     Args:
         hidden: [S, T, D] float32 | bfloat16 | float16, or packed [N, D] with `cu_seqlens`.
         weight: [V, D] head.
-        labels: [S, T] int64 (or [N]); `ignore_index` marks prompt and padding, which never reach the head.
+        labels: [S, T] int64 | int32 (or [N]); `ignore_index` marks prompt and padding, which never reach the head.
         ref_logp: [S] float32, summed reference log-prob of each response; None is reference-free.
         seq_weight, group, beta, gamma, loss_type, label_smoothing, length_normalize, nll_weight, group_weight,
             num_groups, reduction, normalizer, empty: as preference_loss. `group` may lie on the CPU beside an
             accelerator.
         bias, adapter, logit_scale, softcap, temperature, ignore_index: as linear_token_logp.
+        shift: how many positions before its label a hidden state stands, within its own sequence; True is 1. Only
+            labels are moved; `lengths` and `num_rows` count those that are left. Default: False, 0.
         cu_seqlens: [S+1] int32 | int64, bounds of the packed sequences, best on the CPU. Default: none, padded form.
         lengths: [S] list, tuple or int tensor on the CPU, how many labels of each sequence count, where the host knows.
             Wrong ones are an error where the labels are on the CPU, and make NaN of all outputs elsewhere. With them,
@@ -84,7 +87,8 @@ def linear_preference_loss(
             memory, at most 4 GiB.
         grad_filter: eps > 0 leaves tokens that matter nowhere out of the gradients, with the bounds of
             linear_token_logp, where c_t is d loss / d logp of the row's sequence. Default: None, exact.
-        backend: "native", "cuda", "triton" or "reference". Default: the first that can.
+        backend: "native", "cuda", "triton" or "reference", the row kernel; or "triton_exp", as in linear_token_logp.
+            Default: the first that can.
 
     Returns:
         PreferenceOutput(loss, logp [S], reward [S], margin [G]), float32; only `loss` carries a gradient, to `hidden`,
@@ -112,9 +116,12 @@ def linear_preference_loss(
     Source: WRPO, arXiv:2412.03187.
     """
     check_backend_name(backend)
+    labels = int64_labels("labels", labels)
     tensors = checked_tensors(hidden, weight, labels, bias, adapter, "labels")
     check_sequences(labels, cu_seqlens)
     check_int("ignore_index", ignore_index)
+    labels = shifted_labels("labels", labels, shift, ignore_index, weight.shape[0], cu_seqlens)
+    tensors = tensors._replace(target=labels)
     counts = Counts(labels, cu_seqlens, ignore_index, lengths, num_rows)
     length, group, on_host = counts.with_groups(group)
     loss, counted = loss_arguments(
@@ -135,14 +142,14 @@ def linear_preference_loss(
         num_groups=num_groups,
         empty=empty,
     )
-    check_name("linear_preference_loss", backend, preference.CANDIDATES)  # fewer than linear_token_logp has
+    check_name("linear_preference_loss", backend, contract.CANDIDATES)
     transform = (logit_scale, softcap, temperature)
     options = checked_options(tensors, *transform, ignore_index, counts.rows(), budget_bytes, grad_filter, backend)
     if reduction != "none" and takes_one_pass(tensors, options):
         outputs = in_one_pass(tensors, options, loss, on_host, counted, reduction, normalizer)
         return PreferenceOutput(*counts.nan_where_wrong(outputs))
     (logp,) = counts.nan_where_wrong((sequence_logp(tensors, options, cu_seqlens),))
-    return loss_of_sequences(logp, loss, counted, reduction, normalizer, backend)
+    return loss_of_sequences(logp, loss, counted, reduction, normalizer, contract.loss_backend(backend))
 
 
 def takes_one_pass(tensors: HeadTensors, options: HeadOptions) -> bool:

@@ -17,10 +17,12 @@ from wrpo_kernels.checks import check_device, check_shape, check_tensor
 from wrpo_kernels.dispatch.autograd import owns_saved, register, register_differentiable
 from wrpo_kernels.dispatch.backends import choose
 from wrpo_kernels.dispatch.schema import Arguments
+from wrpo_kernels.dispatch.triton_backend import TritonBackend
 from wrpo_kernels.linear_preference_loss import one_pass
 from wrpo_kernels.linear_token_logp.contract import rows_of
 from wrpo_kernels.lm_head import scaling
 from wrpo_kernels.lm_head.budget import rows_at_once, rows_within
+from wrpo_kernels.lm_head.exp_product.form import ExpProduct
 from wrpo_kernels.lm_head.gradients import Gradients, total_dtype
 from wrpo_kernels.lm_head.head import Head, LabelsByPosition, no_autocast
 from wrpo_kernels.lm_head.inputs import HeadGradients, HeadOptions, HeadTensors, check_head
@@ -28,6 +30,8 @@ from wrpo_kernels.lm_head.rows import most_rows
 from wrpo_kernels.preference_loss import contract as preference
 from wrpo_kernels.preference_loss.family import Family, LossArguments, Sequences
 from wrpo_kernels.token_logp.contract import logp_dtype
+
+CANDIDATES = (*preference.CANDIDATES, ExpProduct())  # fewer than linear_token_logp has
 
 
 def _linear_preference_loss(
@@ -47,7 +51,7 @@ def _linear_preference_loss(
     with no_autocast(tensors.hidden), LabelsByPosition("labels", tensors, options.ignore_index):
         head, rows = Head(tensors, options), rows_of(tensors, options)
         gradients = Gradients(tensors.hidden, head, options.asked, chunks, options.grad_filter)
-        kernel = choose("preference_loss", options.backend, preference.CANDIDATES, sequences.seq_weight)
+        kernel = choose("preference_loss", loss_backend(options.backend), preference.CANDIDATES, sequences.seq_weight)
         loss = LossArguments(sequences, num_groups, family)
         result, factor = one_pass.run(head, rows, loss, on_host, divisor, fit, gradients, kernel, has_margin)
         if factor is None and chunks > 1:
@@ -73,6 +77,11 @@ def _check(
         check_shape("on_host", on_host, "[2, S], lengths and groups", 2, sequences.length.shape[0])
         check_device("on_host", on_host, "the host", torch.device("cpu"))
     preference.check(sequences.length, LossArguments(sequences, num_groups, family))
+
+
+def loss_backend(name: str | None) -> str | None:
+    """The backend of the loss itself beside that of the head: it has no product, so "triton" for "triton_exp"."""
+    return TritonBackend.NAME if name == ExpProduct.NAME else name
 
 
 def _chunks(tensors: HeadTensors, options: HeadOptions) -> tuple[int, int]:

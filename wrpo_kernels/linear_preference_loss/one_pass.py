@@ -60,7 +60,7 @@ class GroupPass:
             delta = self._head.delta_into(token_logp, rows, 0, number, self._buffer)
         result, coef = self._values_and_coefficients(token_logp, loss)
         if number:
-            self._gradients.add(rows, 0, delta, coef)
+            self._gradients.add(rows, 0, delta, self._head.coefficients(coef, token_logp))
         return result
 
     def known(self, rows: Rows, loss: LossArguments) -> Result:
@@ -95,6 +95,7 @@ class GroupPass:
             self._head.logp_into(token_logp[first:last], rows, first, last, buffer)
         delta = self._head.delta_into(token_logp[before:], rows, before, number, buffer)
         result, coef = self._values_and_coefficients(token_logp, loss)
+        coef = self._head.coefficients(coef, token_logp)
         self._gradients.add(rows, before, delta, coef[before:])
         for first, last in reversed(pieces):
             delta = self._head.delta_into(token_logp[first:last], rows, first, last, buffer)
@@ -110,7 +111,8 @@ class GroupPass:
             delta = self._head.delta_into(token_logp[first:last], rows, first, last, self._buffer)
             if coef is None:  # behind the first product, which then waits for nothing that is as small
                 coef = share.repeat_interleave(loss.sequences.length, output_size=number)[:, None]
-            gradients.add(rows, first, delta, slice_rows(coef, first, last))
+            some = self._head.coefficients(slice_rows(coef, first, last), token_logp[first:last])
+            gradients.add(rows, first, delta, some)
         return token_logp, coef
 
     def _values_and_coefficients(self, token_logp: Tensor, loss: LossArguments) -> tuple[Result, Tensor]:

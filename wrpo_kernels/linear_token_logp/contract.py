@@ -57,27 +57,28 @@ def _fake(tensors: HeadTensors, options: HeadOptions) -> tuple[Tensor, Tensor, T
 
 
 def _linear_token_logp_backward(
-    grad_logp: Tensor, unscaled: Tensor, kept: Tensor, tensors: HeadTensors, options: HeadOptions
+    grad_logp: Tensor, logp: Tensor, unscaled: Tensor, kept: Tensor, tensors: HeadTensors, options: HeadOptions
 ) -> tuple[Tensor, ...]:
     hidden, asked = tensors.hidden, options.asked
     with no_autocast(hidden):
-        rows = rows_of(tensors, options)
-        coef = rows.take(grad_logp.reshape(-1, 1))
+        head, rows = Head(tensors, options), rows_of(tensors, options)
+        coef, logp = rows.take(grad_logp.reshape(-1, 1)), rows.take(logp.reshape(-1))
         if not asked.of_head:
-            dh = rows.spread_scaled(unscaled[: len(rows)], coef)
+            dh = rows.spread_scaled(unscaled[: len(rows)], head.coefficients(coef, logp))
             return _complete(tensors, HeadGradients(dh.view(hidden.shape), None, None, None, None))
-        head, plan = Head(tensors, options), plan_of(tensors, options)
+        plan = plan_of(tensors, options)
         chunks = (plan.keep > 0) + -(-(len(rows) - plan.keep) // max(plan.chunk, 1))
         gradients = Gradients(hidden, head, asked, chunks, options.grad_filter)
-        passes.backward(head, rows, plan, kept, coef, gradients)
+        passes.backward(head, rows, plan, kept, coef, logp, gradients)
         return _complete(tensors, gradients.totals())
 
 
 def _check_backward(
-    grad_logp: Tensor, unscaled: Tensor, kept: Tensor, tensors: HeadTensors, options: HeadOptions
+    grad_logp: Tensor, logp: Tensor, unscaled: Tensor, kept: Tensor, tensors: HeadTensors, options: HeadOptions
 ) -> None:
     check_head(tensors, options)
     check_like_logp("grad_logp", grad_logp, tensors.hidden, tensors.target.shape)
+    check_like_logp("logp", logp, tensors.hidden, tensors.target.shape)
     rows = most_rows(options.num_rows, tensors.target) if options.asked.only_hidden else 0
     saved = {"unscaled": (unscaled, (rows, tensors.hidden.shape[-1]))}
     stride = row_stride(tensors.hidden.device, tensors.weight.shape[0])
@@ -96,7 +97,7 @@ def _complete(tensors: HeadTensors, found: HeadGradients) -> tuple[Tensor, ...]:
 
 
 def _fake_backward(
-    grad_logp: Tensor, unscaled: Tensor, kept: Tensor, tensors: HeadTensors, options: HeadOptions
+    grad_logp: Tensor, logp: Tensor, unscaled: Tensor, kept: Tensor, tensors: HeadTensors, options: HeadOptions
 ) -> tuple[Tensor, ...]:
     hidden, weight, _, *rest = tensors
     pairs = zip(options.asked, (hidden, weight, *rest), strict=True)
@@ -104,21 +105,24 @@ def _fake_backward(
 
 
 def _save(ctx: Any, outputs: tuple[Tensor, ...], tensors: HeadTensors, options: HeadOptions) -> None:
-    _, unscaled, kept = outputs
+    logp, unscaled, kept = outputs
     ctx.mark_non_differentiable(unscaled, kept)
-    ctx.save_for_backward(unscaled, kept, *tensors)
+    # A copy: the caller may change what he was given in place.
+    ctx.save_for_backward(logp.detach().clone(), unscaled, kept, *tensors)
     ctx.options = options
 
 
 def _backward(ctx: Any, grad_logp: Tensor, *_: None) -> dict[str, Tensor | None]:
-    unscaled, kept, *tensors = ctx.saved_tensors
-    grads = HeadGradients(*linear_token_logp_backward(grad_logp, unscaled, kept, HeadTensors(*tensors), ctx.options))
+    logp, unscaled, kept, *tensors = ctx.saved_tensors
+    grads = HeadGradients(
+        *linear_token_logp_backward(grad_logp, logp, unscaled, kept, HeadTensors(*tensors), ctx.options)
+    )
     return {name: grad for name, grad in grads._asdict().items() if getattr(ctx.options.asked, name)}
 
 
 linear_token_logp_backward = register(
     "linear_token_logp_backward",
-    Arguments("Tensor grad_logp", "Tensor unscaled", "Tensor kept", HeadTensors, HeadOptions),
+    Arguments("Tensor grad_logp", "Tensor logp", "Tensor unscaled", "Tensor kept", HeadTensors, HeadOptions),
     "Tensor dh, Tensor dw, Tensor db, Tensor dlow, Tensor dup",
     check=_check_backward,
     kernel=_linear_token_logp_backward,

@@ -47,8 +47,12 @@ def forward(head: Head, rows: Rows, plan: Plan, unscaled: Tensor, kept: Tensor, 
     return logp
 
 
-def backward(head: Head, rows: Rows, plan: Plan, kept: Tensor, coef: Tensor, gradients: Gradients) -> None:
-    """Adds the gradients of the rows, each scaled by its `coef` [N, 1], from their kept or recomputed deltas."""
+def backward(
+    head: Head, rows: Rows, plan: Plan, kept: Tensor, coef: Tensor, logp: Tensor, gradients: Gradients
+) -> None:
+    """Adds the gradients of the rows, each scaled by its `coef` [N, 1], from their kept or recomputed deltas; `logp`
+    [N] is what the forward returned."""
+    coef = head.coefficients(coef, logp)
     first_chunk = min(plan.keep, len(rows))
     if first_chunk:
         gradients.add(rows, 0, kept[:first_chunk, : len(head.weight)], coef[:first_chunk])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import NamedTuple
 
 import torch
@@ -112,8 +113,9 @@ def memory_of(device: torch.device) -> int:
 def check_budget(budget_bytes: int | None, device: torch.device) -> int:
     if budget_bytes is None:
         return default_budget(device)
-    if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, int):
+    if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, (int, numbers.Integral)):
         raise TypeError(f"budget_bytes must be an int, got {type(budget_bytes).__name__}")
+    budget_bytes = int(budget_bytes)
     if budget_bytes <= 0:
         raise ValueError(f"budget_bytes must be > 0, got {budget_bytes}")
     return min(budget_bytes, LARGEST_BUDGET)

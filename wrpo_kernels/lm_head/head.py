@@ -11,13 +11,15 @@ from torch import Tensor
 from wrpo_kernels.checks import check_labels
 from wrpo_kernels.dispatch.backends import choose
 from wrpo_kernels.dispatch.triton_backend import FusedTritonBackend
+from wrpo_kernels.lm_head.exp_product.form import ExpProduct, row_scale
+from wrpo_kernels.lm_head.exp_product.self_check import require
 from wrpo_kernels.lm_head.inputs import HeadOptions, HeadTensors
 from wrpo_kernels.lm_head.products import logits_into
 from wrpo_kernels.lm_head.rows import Rows, slice_rows
 from wrpo_kernels.token_logp.contract import CANDIDATES as ROW_KERNELS
 from wrpo_kernels.token_logp.contract import logp_dtype
 
-CANDIDATES = (*ROW_KERNELS, FusedTritonBackend("wrpo_kernels.lm_head.triton_kernel"))
+CANDIDATES = (ExpProduct(), *ROW_KERNELS, FusedTritonBackend("wrpo_kernels.lm_head.triton_kernel"))
 
 
 def no_autocast(like: Tensor) -> AbstractContextManager:
@@ -54,23 +56,48 @@ class Head:
         self.ignore_index = options.ignore_index
         self.kernel = choose("linear_token_logp", options.backend, CANDIDATES, hidden)
         self.logp_dtype = logp_dtype(hidden.dtype)
+        self._leaves_powers = isinstance(self.kernel, ExpProduct)
+        if self._leaves_powers:
+            if options.grad_filter:
+                raise RuntimeError("triton_exp: has no grad_filter, which compares deltas; leave out one of the two")
+            require(self.kernel.delta_of_hidden, hidden.device, self.transform, up is not None)
 
     @property
     def is_fused(self) -> bool:
         """Whether log-probs come straight from the hidden states, without a buffer of logits."""
-        return isinstance(self.kernel, FusedTritonBackend) and self.up is None
+        return self._leaves_powers or (isinstance(self.kernel, FusedTritonBackend) and self.up is None)
 
     def logp_of(self, rows: Rows, logp: Tensor) -> None:
-        hidden = rows.hidden(0, len(rows))
-        self.kernel.logp_of_hidden(hidden, self.weight, rows.target, self.ignore_index, self.transform, logp)
+        if self._leaves_powers:
+            self.kernel.logp_of_hidden(*self._operands(rows, 0, len(rows)), logp)
+        else:
+            hidden = rows.hidden(0, len(rows))
+            self.kernel.logp_of_hidden(hidden, self.weight, rows.target, self.ignore_index, self.transform, logp)
 
     def logp_into(self, logp: Tensor, rows: Rows, first: int, last: int, buffer: Tensor) -> None:
         """Log-probs of rows [first, last) into `logp` [n]; the buffer [>= n, V] is left with the logits."""
-        self._run(self.kernel.forward, logp, rows, first, last, buffer)
+        if self._leaves_powers:
+            self.kernel.logp_of_hidden(*self._operands(rows, first, last), logp)
+        else:
+            self._run(self.kernel.forward, logp, rows, first, last, buffer)
 
     def delta_into(self, logp: Tensor, rows: Rows, first: int, last: int, buffer: Tensor) -> Tensor:
-        """The same, and returns the part of the buffer [n, V] that now holds d logp / d (h W^T)."""
-        return self._run(self.kernel.delta_, logp, rows, first, last, buffer)
+        """The same, and returns the part of the buffer [n, V] that now holds d logp / d (h W^T), its rows still to be
+        scaled: see `coefficients`."""
+        if not self._leaves_powers:
+            return self._run(self.kernel.delta_, logp, rows, first, last, buffer)
+        out = slice_rows(buffer, 0, last - first)
+        self.kernel.delta_of_hidden(*self._operands(rows, first, last), logp, out)
+        return out
+
+    def coefficients(self, coef: Tensor, logp: Tensor) -> Tensor:
+        """[n, 1], what multiplies the rows that `delta_into` left beside these log-probs [n], for `coef` [n, 1] times
+        their delta."""
+        return coef * row_scale(logp, self.transform.slope) if self._leaves_powers else coef
+
+    def _operands(self, rows: Rows, first: int, last: int) -> tuple:
+        operands = (rows.hidden(first, last), self.weight, rows.low(first, last), self.up)
+        return operands, slice_rows(rows.target, first, last), self.ignore_index, self.transform
 
     def _run(self, kernel: Callable, logp: Tensor, rows: Rows, first: int, last: int, buffer: Tensor) -> Tensor:
         lse = logp.new_empty(2, last - first)

@@ -139,7 +139,7 @@ def checked_options(
         float(logit_scale),
         float(softcap or 0.0),
         float(temperature),
-        ignore_index,
+        int(ignore_index),
         num_rows,
         check_budget(budget_bytes, hidden.device),
         gradients_asked(tensors),

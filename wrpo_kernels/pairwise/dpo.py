@@ -105,6 +105,7 @@ def linear_dpo_loss(
     softcap: float | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    shift: bool | int = False,
     cu_seqlens: Tensor | None = None,
     lengths: Lengths | None = None,
     num_rows: int | None = None,
@@ -114,19 +115,19 @@ def linear_dpo_loss(
 ) -> PreferenceOutput:
     """`dpo_loss` from hidden states in one pass; the logits are never stored.
 
-    Labels are NOT shifted here: labels[s, t] is predicted from hidden[s, t]. With a batch of Hugging Face pass
-    hidden[:, :-1] and labels[:, 1:].
+    labels[s, t] is predicted from hidden[s, t]. In a batch of Hugging Face it is from hidden[s, t - 1]: pass its labels
+    whole and shift=True.
 
     Args:
         hidden: [2B, T, D] float32 | bfloat16 | float16, B chosen sequences, then B rejected in the same order; or
             packed [N, D] with `cu_seqlens`.
         weight: [V, D] head.
-        labels: [2B, T] int64 (or [N]); `ignore_index` marks prompt and padding, which never reach the head.
+        labels: [2B, T] int64 | int32 (or [N]); `ignore_index` marks prompt and padding, which never reach the head.
         ref_logp: [2B] float32, summed reference log-prob of each response, nats; None is reference-free. Default: None.
         beta, gamma, label_smoothing, length_normalize, nll_weight, group_weight, reduction, normalizer, empty: as
             dpo_loss.
-        bias, adapter, logit_scale, softcap, temperature, ignore_index, cu_seqlens, lengths, num_rows, budget_bytes,
-            grad_filter, backend: as linear_preference_loss.
+        bias, adapter, logit_scale, softcap, temperature, ignore_index, shift, cu_seqlens, lengths, num_rows,
+            budget_bytes, grad_filter, backend: as linear_preference_loss.
 
     Returns:
         PreferenceOutput(loss, logp [2B], reward [2B], margin [B]), B chosen, then B rejected; only `loss` carries a
@@ -161,6 +162,7 @@ def linear_dpo_loss(
         softcap=softcap,
         temperature=temperature,
         ignore_index=ignore_index,
+        shift=shift,
         cu_seqlens=cu_seqlens,
         lengths=lengths,
         num_rows=num_rows,

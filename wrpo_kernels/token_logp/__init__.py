@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from wrpo_kernels.checks import int64_labels
 from wrpo_kernels.logit_transform import LogitTransform
 from wrpo_kernels.token_logp import contract
 
@@ -27,7 +28,7 @@ def token_logp(
     Args:
         logits: [..., V] float32 | bfloat16 | float16, unnormalised scores in nats. Any row stride; rows that are not
             contiguous, or whose leading dimensions cannot be flattened, are copied.
-        target: [...] int64 in [0, V), or `ignore_index`.
+        target: [...] int64 | int32 in [0, V), or `ignore_index`.
         bias: [V] added to the logits. Default: none.
         logit_scale: factor on logits and bias. Default: 1.
         softcap: bound of the tanh, in nats. Default: none.
@@ -50,6 +51,7 @@ def token_logp(
     Memory: keeps three floats a row for the backward; the gradient is the only [N, V] tensor that is made.
     Source: WRPO, arXiv:2412.03187; online softmax, arXiv:1805.02867.
     """
+    target = int64_labels("target", target)
     contract.check(logits, target, bias, logit_scale, softcap, temperature, ignore_index, backend)
     rows = logits.reshape(-1, logits.shape[-1])
     transform = LogitTransform(bias, float(logit_scale), float(softcap or 0.0), float(temperature))

@@ -47,7 +47,7 @@ def grad(
 ) -> None:
     """Writes `grad_logits[n, v] = grad_logp[n] * delta[n, v]`."""
     for rows in _row_blocks(logits):
-        scores = _scores(logits[rows], transform)
+        scores = scores_of(logits[rows], transform)
         delta = _delta_rows(scores, target[rows], ignore_index, transform, logp[rows], lse[:, rows])
         counts = target[rows, None] != ignore_index  # an ignored row has gradient 0 whatever comes from above
         grad_logits[rows] = (delta * grad_logp[rows, None]).where(counts, 0.0).to(grad_logits.dtype)
@@ -59,7 +59,7 @@ def _row_blocks(logits: Tensor) -> list[slice]:
     return [slice(first, first + step) for first in range(0, rows, step)]
 
 
-def _scores(logits: Tensor, transform: LogitTransform) -> Tensor:
+def scores_of(logits: Tensor, transform: LogitTransform) -> Tensor:
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if transform.bias is not None:
         z = z + transform.bias.to(z.dtype)
@@ -73,7 +73,7 @@ def _forward_rows(
     logits: Tensor, target: Tensor, ignore_index: int, transform: LogitTransform, logp: Tensor, lse: Tensor
 ) -> Tensor:
     """Returns the scores. The label is left out of the sum: where it is nearly certain it would hide the others."""
-    scores = _scores(logits, transform)
+    scores = scores_of(logits, transform)
     counts = target != ignore_index
     label = target.where(counts, 0)[:, None]
     top = scores.amax(1, keepdim=True)

@@ -1,0 +1,173 @@
+"""`linear_cross_entropy`: the values and gradients of torch's own cross entropy on whole logits, in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import oracle
+import pytest
+import torch
+from oracle import Transform
+from torch import Tensor
+from torch.nn import functional as F
+
+from wrpo_kernels import linear_cross_entropy
+from wrpo_kernels.integrations import pytorch
+
+N, D, V = 11, 7, 23
+SMALL_BUDGET = 3 * (V + 4 * D) * 8
+
+
+def head(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden, weight, bias, labels; NaN where no label counts."""
+    labels = torch.randint(0, V, (N,))
+    labels[::4] = -100
+    hidden, weight, bias = (torch.randn(shape, dtype=dtype) for shape in ((N, D), (V, D), (V,)))
+    hidden[labels == -100] = torch.nan
+    return hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), labels
+
+
+def truth(
+    hidden,
+    weight,
+    bias,
+    labels,
+    transform=None,
+    *,
+    class_weight=None,
+    z_loss=0.0,
+    reduction="mean",
+    label_smoothing=0.0,
+) -> Tensor:
+    """Torch's cross entropy, and the z-loss as its formula says; the mean is over what counts, by class weight."""
+    scores = (transform or Transform())(hidden.where((labels != -100)[:, None], 0.0) @ weight.T, bias)
+    loss = F.cross_entropy(scores, labels, class_weight, reduction="none", label_smoothing=label_smoothing)
+    counts = (labels != -100).double()
+    loss = loss + z_loss * scores.logsumexp(1) ** 2 * counts
+    if reduction == "none":
+        return loss
+    share = counts if class_weight is None else class_weight[labels.clamp(min=0)] * counts
+    return loss.sum() if reduction == "sum" else loss.sum() / share.sum()
+
+
+SCALED = {"logit_scale": 0.3, "temperature": 0.7}
+CASES = [
+    *itertools.product(("mean", "none"), (0.0, 0.1), (0.0, 0.02), (False, True), [SCALED]),
+    *itertools.product(("sum",), (0.0, 1.0), (0.0, 0.02), (True,), [{}]),
+    *itertools.product(("mean",), (0.0,), (0.0, 0.02), (False, True), [{"softcap": 3.0, "temperature": 0.7}]),
+]
+
+
+@pytest.mark.parametrize("budget", [None, SMALL_BUDGET], ids=["all rows fit", "chunks"])
+@pytest.mark.parametrize(("reduction", "smoothing", "z_loss", "weighted", "transform"), CASES)
+def test_values_and_gradients_are_those_of_torch(reduction, smoothing, z_loss, weighted, transform, budget):
+    hidden, weight, bias, labels = head()
+    class_weight = torch.rand(V, dtype=torch.float64) if weighted else None
+    options = {"reduction": reduction, "label_smoothing": smoothing, "z_loss": z_loss}
+    got = linear_cross_entropy(
+        hidden, weight, labels, bias=bias, class_weight=class_weight, budget_bytes=budget, **options, **transform
+    )
+    expected = truth(hidden, weight, bias, labels, Transform(**transform), class_weight=class_weight, **options)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    c = torch.randn_like(got)
+    grads = [torch.autograd.grad(y, [hidden, weight, bias], c) for y in (got, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-11)
+
+
+def test_labels_of_hugging_face_are_shifted_here():
+    hidden, weight, bias, labels = head()
+    hidden, labels = hidden.detach().nan_to_num().view(1, N, D), labels.view(1, N)
+    for options in ({}, {"label_smoothing": 0.1, "z_loss": 0.01}):
+        got = linear_cross_entropy(hidden, weight, labels, bias=bias, shift=True, **options)
+        expected = truth(hidden[0, :-1], weight, bias, labels[0, 1:], **options)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.01}], ids=str)
+def test_of_sixteen_bits_only_the_logits_are_rounded(options):
+    hidden, weight, bias, labels = head(torch.bfloat16)
+    got = linear_cross_entropy(hidden, weight, labels, bias=bias, reduction="none", **options)
+    given = [x.detach().double() for x in (hidden, weight, bias)]
+    exact = truth(*given, labels, reduction="none", **options)
+    largest = (given[0].nan_to_num() @ given[1].T).abs().amax(1) + given[2].abs().max()
+    assert got.dtype == torch.float32
+    assert (
+        (got - exact).abs() <= oracle.ulp(largest, torch.bfloat16)
+    ).all()  # half of the label's, half of the others'
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.01}], ids=str)
+def test_a_batch_without_labels_is_nan_in_the_mean_as_in_torch_and_zero_in_the_sum(options):
+    hidden, weight, _, labels = head()
+    labels[:] = -100
+    assert linear_cross_entropy(hidden, weight, labels, **options).isnan()
+    assert linear_cross_entropy(hidden, weight, labels, reduction="sum", **options) == 0
+    empty = linear_cross_entropy(hidden[:0], weight, labels[:0], reduction="none", **options)
+    assert empty.shape == (0,)
+
+
+def test_torchs_own_names_mean_the_same():
+    hidden, weight, bias, labels = head()
+    hidden = hidden.detach().nan_to_num()
+    labels[labels == -100] = 5
+    class_weight = torch.rand(V, dtype=torch.float64)
+    given = {"linear_bias": bias, "weight": class_weight, "label_smoothing": 0.1, "ignore_index": 5}
+    got = pytorch.linear_cross_entropy(hidden, weight, labels, **given)
+    expected = F.cross_entropy(
+        F.linear(hidden, weight, bias), labels, class_weight, ignore_index=5, label_smoothing=0.1
+    )
+    torch.testing.assert_close(got, expected)
+
+
+def test_the_signature_is_torchs_where_torch_has_it():
+    import inspect
+
+    if not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("torch.nn.functional.linear_cross_entropy came with torch 2.13")
+    own, theirs = (inspect.signature(f).parameters for f in (pytorch.linear_cross_entropy, F.linear_cross_entropy))
+    assert {(p.name, p.kind, p.default) for p in own.values()} == {(p.name, p.kind, p.default) for p in theirs.values()}
+    assert [*own] == [*theirs]
+
+
+def test_under_autocast_torchs_name_multiplies_in_its_type():
+    hidden, weight, _, labels = head(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = pytorch.linear_cross_entropy(hidden, weight, labels)
+    expected = linear_cross_entropy(hidden.bfloat16(), weight, labels)
+    oracle.assert_same_bits("loss", got, expected)
+
+
+GOOD = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(5, 4), "labels": torch.zeros(2).long()}
+ADAPTER = (torch.zeros(2, 1), torch.zeros(5, 1))
+REFUSED = {
+    "unknown reduction": ({"reduction": "max"}, ValueError, "reduction.*'max'"),
+    "class weights of another size": (
+        {"class_weight": torch.ones(4)},
+        ValueError,
+        r"class_weight.*\[V\].*\[5\].*\[4\]",
+    ),
+    "class weights that are trained": ({"class_weight": torch.ones(5, requires_grad=True)}, ValueError, "class_weight"),
+    "too much smoothing": ({"label_smoothing": 1.5}, ValueError, "label_smoothing.*1.5"),
+    "smoothing with a softcap": ({"label_smoothing": 0.1, "softcap": 30.0}, ValueError, "label_smoothing.*softcap"),
+    "smoothing with an adapter": ({"label_smoothing": 0.1, "adapter": ADAPTER}, ValueError, "label_smoothing.*adapter"),
+    "z-loss with an adapter": ({"z_loss": 0.1, "adapter": ADAPTER}, ValueError, "z_loss.*adapter"),
+    "negative z-loss": ({"z_loss": -1.0}, ValueError, "z_loss.*-1"),
+    "labels of another shape": ({"labels": torch.zeros(3).long()}, ValueError, "labels|target"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_wrong_argument_is_named_in_the_error(name):
+    changes, error, message = REFUSED[name]
+    with pytest.raises(error, match=message):
+        linear_cross_entropy(**{**GOOD, **changes})
+
+
+def test_what_torchs_name_cannot_do_here_is_refused():
+    hidden, weight, _, labels = head(torch.float32)
+    with pytest.raises(NotImplementedError, match="class indices"):
+        pytorch.linear_cross_entropy(hidden, weight, torch.rand(N, V))
+    with pytest.raises(NotImplementedError, match=r"\[V, D\]"):
+        pytorch.linear_cross_entropy(hidden, weight.view(V, 1, D), labels)
+    with pytest.raises(NotImplementedError, match="options"):
+        pytorch.linear_cross_entropy(hidden, weight, labels, options=object())

@@ -1,0 +1,183 @@
+"""Cross entropy of a language-model head, from hidden states: what supervised fine-tuning minimises."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wrpo_kernels.checks import (
+    check_constant,
+    check_device,
+    check_float,
+    check_number,
+    check_shape,
+    check_tensor,
+    int64_labels,
+)
+from wrpo_kernels.likelihood import linear_nll_loss
+from wrpo_kernels.linear_token_logp import linear_token_logp
+from wrpo_kernels.lm_head.labels import shifted_labels
+from wrpo_kernels.logit_transform import LogitTransform
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    reduction: str = "mean",
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    bias: Tensor | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    shift: bool | int = False,
+    num_rows: int | None = None,
+    budget_bytes: int | None = None,
+    grad_filter: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Cross entropy of labels under a language-model head, without storing the logits.
+
+        z      = the logits of linear_token_logp;    lse_n = logsumexp_v z[n, v];    y = labels[n]
+        loss_n = (1 - eps) w_y (lse_n - z[n, y]) + eps / V sum_v w_v (lse_n - z[n, v]) + z_loss lse_n^2
+        mean   = sum_n loss_n / sum_n w_y         eps = label_smoothing, w = class_weight or 1, n counts
+
+    labels[..., t] is predicted from hidden[..., t]. In a batch of Hugging Face it is from hidden[..., t - 1]: pass its
+    labels whole and shift=True.
+
+    Args:
+        hidden: [..., D] float32 | bfloat16 | float16.
+        weight: [V, D] head.
+        labels: [...] int64 | int32 in [0, V), or `ignore_index`: such positions never reach the head.
+        reduction: "mean" over the labels that count, by class_weight where there is one, and NaN where none counts, as
+            in torch; "sum"; "none", 0 where ignored. Default: "mean".
+        class_weight: [V] weight of each token as a label, a constant. Default: 1 each.
+        label_smoothing: eps in [0, 1], the share of each label that all tokens have in equal parts; not with a softcap
+            or an adapter. Default: 0.
+        z_loss: weight of the squared log-sum-exp, >= 0, which keeps the logits near 0. Default: 0.
+        bias, adapter, logit_scale, softcap, temperature, ignore_index, shift, num_rows, budget_bytes, grad_filter,
+            backend: as linear_token_logp.
+
+    Returns:
+        [] float32, nats; [...] of `labels` for "none". Differentiable in `hidden`, `weight`, `bias` and `adapter`.
+
+    Raises:
+        ValueError: a shape, dtype, device, option or label is wrong; the message names it.
+        TypeError: an argument is of another kind.
+        RuntimeError: the backend that was asked for refuses.
+
+    Compiled: label_smoothing and z_loss break the graph, for they look for the labels that count.
+    Numerics: as linear_token_logp. lse is the label's logit, of 16-bit hidden states a float32 product, less its logp.
+    Memory: as linear_token_logp. label_smoothing and z_loss also hold the hidden states and the rows of the weight of
+        the labels that count in float32, 8 N D bytes; label_smoothing with class_weight a float32 weight.
+    Cost: of labels [S, T] reduced, without class_weight, label_smoothing and z_loss, as linear_nll_loss: no row is
+        computed twice. Else as linear_token_logp; label_smoothing and z_loss add products of vectors, 6ND and 3VD
+        flops.
+    Source: label smoothing, arXiv:1512.00567; z-loss, arXiv:2204.02311.
+    """
+    labels = int64_labels("labels", labels)
+    _check_options(reduction, class_weight, label_smoothing, z_loss, softcap, adapter, labels, weight)
+    options = {
+        "bias": bias,
+        "adapter": adapter,
+        "logit_scale": logit_scale,
+        "softcap": softcap,
+        "temperature": temperature,
+        "ignore_index": ignore_index,
+        "shift": shift,
+        "num_rows": num_rows,
+        "budget_bytes": budget_bytes,
+        "grad_filter": grad_filter,
+        "backend": backend,
+    }
+    if reduction != "none" and labels.dim() == 2 and class_weight is None and not (label_smoothing or z_loss):
+        total = linear_nll_loss(hidden, weight, labels, normalizer=1.0, **options).loss
+        counts = shifted_labels("labels", labels, shift, ignore_index, weight.shape[0]) != ignore_index
+        return total if reduction == "sum" else total / counts.sum()
+    logp = linear_token_logp(hidden, weight, labels, **options)
+    labels = shifted_labels("labels", labels, shift, ignore_index, weight.shape[0])
+    counts = labels != ignore_index
+    share = counts.to(logp.dtype)
+    if class_weight is not None:
+        share = share * class_weight.to(logp.dtype)[labels.where(counts, 0)]
+    loss = -logp * share if not label_smoothing else -logp * share * (1 - label_smoothing)
+    if label_smoothing or z_loss:
+        transform = LogitTransform(bias, logit_scale, softcap or 0.0, temperature)
+        rows = counts.reshape(-1).nonzero()[:, 0]
+        some = (hidden.reshape(-1, hidden.shape[-1])[rows], labels.reshape(-1)[rows], logp.reshape(-1)[rows])
+        more = _of_all_tokens(*some, weight, transform, class_weight, label_smoothing, z_loss)
+        loss = loss + torch.zeros_like(loss).view(-1).index_copy(0, rows, more).view(loss.shape)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / share.sum()
+
+
+def _check_options(
+    reduction: str,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    adapter: tuple[Tensor, Tensor] | None,
+    labels: Tensor,
+    weight: Tensor,
+) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if class_weight is not None:
+        check_tensor("class_weight", class_weight)
+        check_float("class_weight", class_weight)
+        check_tensor("weight", weight)
+        check_shape("class_weight", class_weight, "[V]", weight.shape[0])
+        check_device("class_weight", class_weight, "labels", labels.device)
+        check_constant("class_weight", class_weight)
+    check_number("label_smoothing", label_smoothing, least=0.0)
+    if label_smoothing > 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    check_number("z_loss", z_loss, least=0.0)
+    if label_smoothing and softcap:
+        raise ValueError("label_smoothing needs logits that are linear in hidden; it cannot be had with a softcap")
+    if adapter is not None and (label_smoothing or z_loss):
+        raise ValueError("label_smoothing and z_loss cannot be had with an adapter on the head")
+
+
+def _of_all_tokens(
+    hidden: Tensor,
+    labels: Tensor,
+    logp: Tensor,
+    weight: Tensor,
+    transform: LogitTransform,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+) -> Tensor:
+    """[N] eps / V sum_v w_v (lse - z_v) + z_loss lse^2 of rows whose log-probs are known. No logit is made but the
+    label's: lse = z_y - logp, and a sum of logits is one product with the sum of their rows of the weight."""
+    kind = logp.dtype
+    hidden = hidden.to(kind)
+    own = (hidden * weight[labels].to(kind)).sum(1)
+    if transform.bias is not None:
+        own = own + transform.bias.to(kind)[labels]
+    own = own * transform.logit_scale
+    if transform.softcap:
+        own = transform.softcap * torch.tanh(own / transform.softcap)
+    log_sum = own / transform.temperature - logp
+    total = z_loss * log_sum**2
+    if not label_smoothing:
+        return total
+    if class_weight is None:
+        direction, weights = weight.sum(0, dtype=kind), weight.shape[0]
+        offset = 0.0 if transform.bias is None else transform.bias.sum(dtype=kind)
+    else:
+        class_weight = class_weight.to(kind)
+        direction, weights = class_weight @ weight.to(kind), class_weight.sum()
+        offset = 0.0 if transform.bias is None else class_weight @ transform.bias.to(kind)
+    scores = transform.slope * (hidden @ direction + offset)  # sum_v w_v z_v
+    return total + label_smoothing / weight.shape[0] * (weights * log_sum - scores)

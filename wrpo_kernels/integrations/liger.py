@@ -1,0 +1,279 @@
+"""Liger-Kernel's losses from hidden states, by the names, arguments and results of liger_kernel 0.8.
+
+    from wrpo_kernels.integrations.liger import LigerFusedLinearDPOLoss, LigerFusedLinearCrossEntropyLoss
+
+What cannot be had here raises NotImplementedError when the module is made. `compiled`, `chunk_size` and `accum_dtype`
+are taken and not needed: nothing is compiled, memory is a budget in bytes, and sums are float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wrpo_kernels.cross_entropy import linear_cross_entropy
+from wrpo_kernels.dispatch.transfer import to_device
+from wrpo_kernels.integrations.autocast import as_linear_takes_it
+from wrpo_kernels.layout import HOST, role_by_role
+from wrpo_kernels.linear_preference_loss import linear_preference_loss
+from wrpo_kernels.linear_token_logp import linear_token_logp
+
+__all__ = [
+    "LigerFusedLinearCPOLoss",
+    "LigerFusedLinearCrossEntropyLoss",
+    "LigerFusedLinearDPOLoss",
+    "LigerFusedLinearORPOLoss",
+    "LigerFusedLinearSimPOLoss",
+]
+
+
+class _Pairs(nn.Module):
+    """Chosen sequences, then rejected ones: the loss, and Liger's tuple of what it logs.
+
+        loss = preference loss of the pairs + alpha * mean NLL of all tokens of the chosen
+
+    Returns (loss, (chosen_logps [B], rejected_logps [B], chosen_logits_mean, rejected_logits_mean, nll_loss,
+    chosen_rewards [B], rejected_rewards [B])); only the loss carries a gradient.
+    """
+
+    def __init__(
+        self, ignore_index: int, beta: float, alpha: float, compute_nll_loss: bool, average: bool, **loss: Any
+    ) -> None:
+        super().__init__()
+        self.ignore_index, self.beta, self.alpha = ignore_index, beta, alpha
+        self.compute_nll_loss, self.average_log_prob = compute_nll_loss, average
+        self.loss = loss
+
+    def of_pairs(
+        self, weight: Tensor, hidden: Tensor, target: Tensor, bias: Tensor | None, ref_logp: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        hidden, pairs = as_linear_takes_it(hidden), target.shape[0] // 2
+        length = (target != self.ignore_index).sum(1)
+        tokens = length[:pairs].sum().clamp(min=1)
+        out = linear_preference_loss(
+            hidden,
+            weight,
+            target,
+            ref_logp,
+            bias=bias,
+            ignore_index=self.ignore_index,
+            beta=self.beta,
+            length_normalize=self.average_log_prob,
+            nll_weight=self._of_chosen_tokens(length, pairs, tokens) if self.compute_nll_loss else 0.0,
+            **role_by_role(to_device([1.0, -1.0], torch.float64, target.device), pairs, HOST),
+            **self.loss,
+        )
+        nll = -out.logp[:pairs].sum() / tokens if self.compute_nll_loss else out.logp.new_zeros(())
+        logp = out.logp / length if self.average_log_prob else out.logp
+        means = mean_logits(hidden, weight, bias)
+        return out.loss, (*logp.split(pairs), *means, nll, *out.reward.split(pairs))
+
+    def _of_chosen_tokens(self, length: Tensor, pairs: int, tokens: Tensor) -> Tensor:
+        """[2B] weights which make of the likelihood term, a mean over pairs, alpha times the mean over tokens."""
+        share = (length if self.average_log_prob else torch.ones_like(length)) / tokens
+        share[pairs:] = 0.0
+        return self.alpha * pairs * share
+
+
+@torch.no_grad()
+def mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    """[] and []: the mean logit over all positions and tokens, of the first half of the sequences and of the second.
+
+    By linearity it is the product of two means, in float32.
+    """
+    direction = weight.mean(0, dtype=torch.float32)
+    offset = 0.0 if bias is None else bias.mean(dtype=torch.float32)
+    return tuple(half.mean((0, 1), dtype=torch.float32) @ direction + offset for half in hidden.chunk(2))
+
+
+class LigerFusedLinearDPOLoss(_Pairs):
+    """liger_kernel.chunked_loss.LigerFusedLinearDPOLoss; `ref_weight` is read and never trained.
+
+    A `label_smoothing` that Liger's formula of a loss does not have is refused, where Liger passes over it.
+    """
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        beta: float = 0.1,
+        alpha: float = 1.0,
+        compute_nll_loss: bool = False,
+        compiled: bool = True,
+        use_ref_model: bool = True,
+        average_log_prob: bool = False,
+        chunk_size: int = 1,
+        loss_type: str = "sigmoid",
+        label_smoothing: float = 0.0,
+        discopop_tau: float = 0.05,
+    ) -> None:
+        if loss_type not in ("sigmoid", "hinge"):
+            raise NotImplementedError(f"loss_type {loss_type!r} of Liger's DPO is not supported; sigmoid and hinge are")
+        if label_smoothing:
+            raise NotImplementedError(
+                f"Liger's {loss_type} loss has no label_smoothing; wrpo_kernels.linear_dpo_loss has, cDPO's"
+            )
+        super().__init__(ignore_index, beta, alpha, compute_nll_loss, average_log_prob, loss_type=loss_type)
+        self.use_ref_model = use_ref_model
+
+    def forward(
+        self,
+        lin_weight: Tensor,
+        _input: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        ref_input: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if not self.use_ref_model:
+            return self.of_pairs(lin_weight, _input, target, bias)
+        if ref_input is None or ref_weight is None:
+            raise ValueError("ref_input and ref_weight must be given with use_ref_model=True")
+        with torch.no_grad():
+            ref_input = as_linear_takes_it(ref_input)
+            token_logp = linear_token_logp(ref_input, ref_weight, target, bias=ref_bias, ignore_index=self.ignore_index)
+        return self.of_pairs(lin_weight, _input, target, bias, token_logp.sum(1))
+
+
+class LigerFusedLinearCPOLoss(_Pairs):
+    """liger_kernel.chunked_loss.LigerFusedLinearCPOLoss."""
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        beta: float = 0.1,
+        alpha: float = 1.0,
+        label_smoothing: float = 0.0,
+        compute_nll_loss: bool = True,
+        compiled: bool = True,
+        average_log_prob: bool = False,
+        chunk_size: int = 1,
+    ) -> None:
+        super().__init__(ignore_index, beta, alpha, compute_nll_loss, average_log_prob, label_smoothing=label_smoothing)
+
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self.of_pairs(lin_weight, _input, target, bias)
+
+
+class LigerFusedLinearSimPOLoss(_Pairs):
+    """liger_kernel.chunked_loss.LigerFusedLinearSimPOLoss."""
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        beta: float = 0.1,
+        alpha: float = 1.0,
+        label_smoothing: float = 0.0,
+        compute_nll_loss: bool = True,
+        compiled: bool = True,
+        gamma: float = 0.5,
+        chunk_size: int = 1,
+    ) -> None:
+        super().__init__(
+            ignore_index, beta, alpha, compute_nll_loss, True, gamma=gamma, label_smoothing=label_smoothing
+        )
+
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self.of_pairs(lin_weight, _input, target, bias)
+
+
+class LigerFusedLinearORPOLoss(nn.Module):
+    """liger_kernel.chunked_loss.LigerFusedLinearORPOLoss.
+
+        o(y) = log P - log(1 - P), log P the mean log-prob of y's tokens
+        loss = mean NLL of all tokens of the chosen - beta mean_b log sigmoid(o(chosen b) - o(rejected b))
+
+    Returns as the pairs' losses, and mean log sigmoid and mean log odds ratio besides. Source: arXiv:2403.07691.
+    """
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        beta: float = 0.1,
+        compute_nll_loss: bool = True,
+        compiled: bool = True,
+        chunk_size: int = 1,
+    ) -> None:
+        super().__init__()
+        self.ignore_index, self.beta, self.compute_nll_loss = ignore_index, beta, compute_nll_loss
+
+    def forward(
+        self,
+        lin_weight: Tensor,
+        _input: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        nll_target: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        hidden, pairs = as_linear_takes_it(_input), target.shape[0] // 2
+        options = {"bias": bias, "ignore_index": self.ignore_index}
+        length = (target != self.ignore_index).sum(1)
+        token_logp = linear_token_logp(hidden, lin_weight, target, **options)
+        logp = token_logp.sum(1) / length
+        chosen, rejected = logp.split(pairs)
+        log_odds = (chosen - rejected) - (torch.log(-torch.expm1(chosen)) - torch.log(-torch.expm1(rejected)))
+        log_share = nn.functional.logsigmoid(log_odds)
+        nll = logp.new_zeros(())
+        if self.compute_nll_loss and nll_target is None:
+            nll = -token_logp[:pairs].sum() / length[:pairs].sum()
+        elif self.compute_nll_loss:
+            nll = linear_cross_entropy(hidden[:pairs], lin_weight, nll_target[:pairs], **options)
+        means = mean_logits(hidden, lin_weight, bias)
+        logged = (chosen, rejected, *means, nll, self.beta * chosen, self.beta * rejected)
+        more = (log_share.mean(), log_odds.mean())
+        return nll - self.beta * log_share.mean(), tuple(x.detach() for x in (*logged, *more))
+
+
+class LigerFusedLinearCrossEntropyLoss(nn.Module):
+    """liger_kernel.transformers.LigerFusedLinearCrossEntropyLoss, of _input [N, D] and target [N]."""
+
+    def __init__(
+        self,
+        ce_weight: Tensor | None = None,
+        ignore_index: int = -100,
+        lse_square_scale: float = 0.0,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        softcap: float | None = None,
+        return_z_loss: bool = False,
+        accum_dtype: torch.dtype | None = None,
+        use_token_scaling: bool = False,
+        return_token_accuracy: bool = False,
+        return_predicted_tokens: bool = False,
+    ) -> None:
+        super().__init__()
+        wanted = {
+            "return_z_loss": return_z_loss,
+            "return_token_accuracy": return_token_accuracy,
+            "return_predicted_tokens": return_predicted_tokens,
+            "ce_weight together with lse_square_scale": ce_weight is not None and lse_square_scale,
+            "use_token_scaling with ce_weight, label_smoothing or lse_square_scale": use_token_scaling
+            and (ce_weight is not None or label_smoothing or lse_square_scale),
+        }
+        for name, value in wanted.items():
+            if value:
+                raise NotImplementedError(f"{name} of Liger's fused linear cross entropy is not supported")
+        self.reduction, self.use_token_scaling = reduction, use_token_scaling
+        self.options = {
+            "class_weight": ce_weight,
+            "ignore_index": ignore_index,
+            "z_loss": lse_square_scale,
+            "label_smoothing": label_smoothing,
+            "softcap": softcap,
+        }
+
+    def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:
+        hidden = as_linear_takes_it(_input)
+        reduction = "none" if self.use_token_scaling else self.reduction
+        loss = linear_cross_entropy(hidden, lin_weight, target, bias=bias, reduction=reduction, **self.options)
+        if not self.use_token_scaling:
+            return loss
+        loss = loss * torch.exp(-loss.detach())  # by the probability of its label
+        counts = target != self.options["ignore_index"]
+        return loss if self.reduction == "none" else loss.sum() / (counts.sum() if self.reduction == "mean" else 1)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from wrpo.data import SFTCollator
-from wrpo.data.batch import lengths_on_host, num_counted, response_lengths
+from wrpo.data.batch import OF_SFT, lengths_on_host, num_counted, response_lengths
 from wrpo.data.collation import Batch
 from wrpo.head.attention import model_inputs
 from wrpo.head.fused_head import run_in_head
@@ -40,6 +40,7 @@ class SFTTrainer(HeadTrainer):
     Logs loss in nats a token.
     """
 
+    of_batch = OF_SFT
     stage = "sft"
     config_class = SFTConfig
 

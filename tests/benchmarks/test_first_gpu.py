@@ -71,7 +71,7 @@ def test_no_step_begins_after_the_end_or_without_its_program(run):
 def test_the_limits_of_the_steps_are_near_that_of_the_run(second):
     planned = steps.steps(Path("out"), second, dry_run=True)
     assert [one.name for one in planned] == [name for name in steps.NAMES if name in {one.name for one in planned}]
-    assert sum(one.seconds for one in planned) <= (345 if second else 455)  # no step takes all of its limit
+    assert sum(one.seconds for one in planned) <= 1.15 * (300 if second else 420)  # few take all of their limit
 
 
 @interpreted

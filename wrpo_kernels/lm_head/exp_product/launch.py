@@ -108,7 +108,9 @@ class Problem:
         }
         self.factors = _factors_in_bits(transform)
         self.shape = {**self.tiles.shape, "enable_fp_fusion": True}
-        self.group, self.split = self.shape.pop("GROUP"), self.shape.pop("SPLIT")
+        self.walk = {name: self.shape.pop(name) for name in ("GROUP", "SPLIT", "FLATTEN")}
+        if operands.up is not None:  # a second loop over the columns, which is not flattened with the first
+            self.walk["FLATTEN"] = 0
         if transform.softcap:  # its bend is as large as the tile: with 4 warps it spills
             self.shape["num_warps"] = 8
         self.across = triton.cdiv(self.vocabulary, self.shape["BLOCK_V"])
@@ -134,7 +136,7 @@ class Problem:
         product._exp_product_fwd[(programs,)](
             *(*given, self.bias, self.target, self.score, stored, self.sums[0], self.number),
             *(*self.operands.sizes, _stride(out), *self.factors),
-            **self.flags, **self.shape, **described, STORES=out is not None, GROUP=self.group, SPLIT=self.split,
+            **self.flags, **self.shape, **self.walk, **described, STORES=out is not None,
         )  # fmt: skip
 
     def finish(self, out: Tensor | None) -> None:
@@ -173,7 +175,7 @@ class Problem:
             None if x is None else _descriptor(x, rows, self.shape["BLOCK_K"])
             for x, rows in zip(self.operands, heights, strict=True)
         ]
-        stored = None if out is None else _descriptor(out, height, self.shape["BLOCK_V"] // self.split)
+        stored = None if out is None else _descriptor(out, height, self.shape["BLOCK_V"] // self.walk["SPLIT"])
         return given, stored, {"DESCRIPTORS": True}
 
 

@@ -14,6 +14,7 @@ from wrpo_kernels.checks import (
     check_tensor,
     int64_labels,
 )
+from wrpo_kernels.likelihood import linear_nll_loss
 from wrpo_kernels.linear_token_logp import linear_token_logp
 from wrpo_kernels.lm_head.labels import shifted_labels
 from wrpo_kernels.logit_transform import LogitTransform
@@ -76,27 +77,31 @@ def linear_cross_entropy(
     Numerics: as linear_token_logp. lse is the label's logit, of 16-bit hidden states a float32 product, less its logp.
     Memory: as linear_token_logp. label_smoothing and z_loss also hold the hidden states and the rows of the weight of
         the labels that count in float32, 8 N D bytes; label_smoothing with class_weight a float32 weight.
-    Cost: as linear_token_logp; label_smoothing and z_loss add products of vectors, 6ND and 3VD flops.
+    Cost: of labels [S, T] reduced, without class_weight, label_smoothing and z_loss, as linear_nll_loss: no row is
+        computed twice. Else as linear_token_logp; label_smoothing and z_loss add products of vectors, 6ND and 3VD
+        flops.
     Source: label smoothing, arXiv:1512.00567; z-loss, arXiv:2204.02311.
     """
     labels = int64_labels("labels", labels)
     _check_options(reduction, class_weight, label_smoothing, z_loss, softcap, adapter, labels, weight)
-    logp = linear_token_logp(
-        hidden,
-        weight,
-        labels,
-        bias=bias,
-        adapter=adapter,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        temperature=temperature,
-        ignore_index=ignore_index,
-        shift=shift,
-        num_rows=num_rows,
-        budget_bytes=budget_bytes,
-        grad_filter=grad_filter,
-        backend=backend,
-    )
+    options = {
+        "bias": bias,
+        "adapter": adapter,
+        "logit_scale": logit_scale,
+        "softcap": softcap,
+        "temperature": temperature,
+        "ignore_index": ignore_index,
+        "shift": shift,
+        "num_rows": num_rows,
+        "budget_bytes": budget_bytes,
+        "grad_filter": grad_filter,
+        "backend": backend,
+    }
+    if reduction != "none" and labels.dim() == 2 and class_weight is None and not (label_smoothing or z_loss):
+        total = linear_nll_loss(hidden, weight, labels, normalizer=1.0, **options).loss
+        counts = shifted_labels("labels", labels, shift, ignore_index, weight.shape[0]) != ignore_index
+        return total if reduction == "sum" else total / counts.sum()
+    logp = linear_token_logp(hidden, weight, labels, **options)
     labels = shifted_labels("labels", labels, shift, ignore_index, weight.shape[0])
     counts = labels != ignore_index
     share = counts.to(logp.dtype)

@@ -127,6 +127,7 @@ def test_importing_leaves_the_settings_of_torch_alone():
 
 def test_every_public_name_exists_and_no_other_is_exported():
     assert sorted(wrpo_kernels.__all__) == [
+        "LikelihoodOutput",
         "PreferenceOutput",
         "__version__",
         "dpo_loss",
@@ -136,6 +137,7 @@ def test_every_public_name_exists_and_no_other_is_exported():
         "linear_dpo_loss",
         "linear_ipo_loss",
         "linear_kto_loss",
+        "linear_nll_loss",
         "linear_preference_loss",
         "linear_simpo_loss",
         "linear_token_logp",

@@ -23,8 +23,8 @@ class Sequences(NamedTuple):
     length: Tensor | None  # [S] int64, counted rows
     nll_weight: Tensor | None  # [S]
     group_weight: Tensor | None  # [G]
-    group_beta: Tensor | None  # [G]
-    group_gamma: Tensor | None  # [G]
+    group_beta: Tensor | None = None  # [G]
+    group_gamma: Tensor | None = None  # [G]
 
     def weighing(self, seq_weight: Tensor, nll_weight: Tensor | None, group_weight: Tensor | None) -> Sequences:
         """The same with other weights; `_replace` is what the compiler of torch 2.8 does not follow."""
@@ -40,11 +40,19 @@ class Sequences(NamedTuple):
         of_groups = [None if x is None else x[groups] for x in (weight, beta, gamma)]
         return Sequences(*chosen, *of_groups)._replace(group=group)
 
-    def share_of_coefficient(self, family: Family) -> Tensor:
+    def margin_share(self, family: Family) -> Tensor:
         """w_s n_s [S]: without a likelihood term, d loss / d logp of a group's sequences is a multiple of it."""
+        return self._scaled_by_length(self.seq_weight, family)
+
+    def likelihood_share(self, family: Family) -> Tensor:
+        """-nll_s n_s [S]: without a margin d loss / d logp itself."""
+        nll = self.seq_weight * 0.0 if self.nll_weight is None else self.nll_weight
+        return -self._scaled_by_length(nll, family)
+
+    def _scaled_by_length(self, weight: Tensor, family: Family) -> Tensor:
         if not family.length_normalize:
-            return self.seq_weight
-        return (self.seq_weight / self.length).where(self.length > 0, 0.0)
+            return weight
+        return (weight / self.length).where(self.length > 0, 0.0)
 
 
 class Family(NamedTuple):

@@ -6,6 +6,7 @@
 from wrpo_kernels.cross_entropy import linear_cross_entropy
 from wrpo_kernels.linear_preference_loss import linear_preference_loss
 from wrpo_kernels.linear_token_logp import linear_token_logp
+from wrpo_kernels.linear_token_statistics import TokenStatistics, linear_token_statistics
 from wrpo_kernels.pairwise import (
     dpo_loss,
     ipo_loss,
@@ -21,6 +22,7 @@ from wrpo_kernels.weighted_reward import linear_wrpo_loss, wrpo_loss
 
 __all__ = [
     "PreferenceOutput",
+    "TokenStatistics",
     "__version__",
     "dpo_loss",
     "ipo_loss",
@@ -30,6 +32,7 @@ __all__ = [
     "linear_preference_loss",
     "linear_simpo_loss",
     "linear_token_logp",
+    "linear_token_statistics",
     "linear_wrpo_loss",
     "preference_loss",
     "simpo_loss",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from wrpo_kernels import TokenStatistics, linear_token_logp, linear_token_statistics
 
-PLACES = (("reference", "cpu"), ("reference", "cuda"))
+PLACES = (("native", "cpu"), ("reference", "cpu"), ("reference", "cuda"))
 PLACES = tuple(place for place in PLACES if place[1] == "cpu" or torch.cuda.is_available())
 NAMES = TokenStatistics._fields
 TRAINED = ("logp", "entropy", "lse", "mean_logits", "log_sum_sq_probs")
@@ -38,6 +38,17 @@ def truth(hidden: Tensor, weight: Tensor, target: Tensor, transform: Transform, 
     }
 
 
+def wide(backend: str) -> tuple[torch.dtype, dict[str, float], dict[str, float]]:
+    """The widest type of a backend, and how near to float64 its values and gradients are."""
+    if backend == "native":
+        return torch.float32, {"rtol": 1e-5, "atol": 1e-5}, {"rtol": 1e-4, "atol": 1e-5}
+    return torch.float64, {"rtol": 1e-10, "atol": 1e-12}, {"rtol": 1e-8, "atol": 1e-10}
+
+
+def doubled(leaves: list[Tensor]) -> list[Tensor]:
+    return [x.detach().double().requires_grad_() for x in leaves]
+
+
 def problem(case: Case, dtype: torch.dtype, device: torch.device, has_bias: bool = True):
     hidden, weight, target = cases.hidden_of(case, dtype, device)
     hidden = hidden.masked_fill((target == -100)[..., None], torch.nan)
@@ -48,20 +59,47 @@ def problem(case: Case, dtype: torch.dtype, device: torch.device, has_bias: bool
 
 @pytest.mark.parametrize("name", cases.TRANSFORMS)
 @budgets
-def test_values_and_each_gradient_alone_are_the_formulas_in_float64(name, budget, backend, device):
+def test_values_and_each_gradient_alone_are_the_formulas(name, budget, backend, device):
     case = Case("", (2, 7), 61)
-    (hidden, weight, bias), target, _ = problem(case, torch.float64, device)
+    dtype, near, near_gradient = wide(backend)
+    given, target, bias = problem(case, dtype, device)
     transform = cases.TRANSFORMS[name](bias)
-    rest = transform._asdict()
-    got = linear_token_statistics(hidden, weight, target, budget_bytes=budget, backend=backend, **rest)
-    expected = truth(hidden, weight, target, transform)
+    got = linear_token_statistics(*given[:2], target, budget_bytes=budget, backend=backend, **transform._asdict())
+    exact = doubled(given)
+    expected = truth(*exact[:2], target, transform._replace(bias=None if transform.bias is None else exact[2]))
     assert torch.equal(got.top1, expected["top1"])
-    leaves = [hidden, weight] + ([bias] if transform.bias is not None else [])
+    count = 2 if transform.bias is None else 3
     for what in TRAINED:
-        torch.testing.assert_close(getattr(got, what), expected[what], rtol=1e-10, atol=1e-12, msg=what)
+        torch.testing.assert_close(getattr(got, what).double(), expected[what], **near, msg=what)
         c = torch.randn_like(expected[what])
-        grads = (torch.autograd.grad(y, leaves, c, retain_graph=True) for y in (getattr(got, what), expected[what]))
-        torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-10, msg=what)
+        ours = torch.autograd.grad(getattr(got, what), given[:count], c.to(dtype), retain_graph=True)
+        right = torch.autograd.grad(expected[what], exact[:count], c, retain_graph=True)
+        for a, b in zip(ours, right, strict=True):
+            torch.testing.assert_close(a.double(), b, **near_gradient, msg=what)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 31, 4097, 50257])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set_computes_the_same(vocabulary, dtype):
+    native_rows = pytest.importorskip("native_rows", reason="the native module was not built")
+    given, target, bias = problem(Case("", (5,), vocabulary, width=8), dtype, torch.device("cpu"))
+    options = {"bias": bias, "softcap": 5.0, "temperature": 0.7}
+    c = torch.randn(5, 5)
+    results = {}
+    for level in (*native_rows.each_level(), "reference"):
+        backend = "reference" if level == "reference" else "native"
+        found = linear_token_statistics(*given[:2], target, backend=backend, **options)
+        values = torch.stack([getattr(found, name) for name in TRAINED])
+        results[level] = (values.detach(), found.top1, *torch.autograd.grad(values, given, c))
+    reference = results.pop("reference")
+    eps = torch.finfo(dtype).eps
+    for level, (values, top1, *grads) in results.items():
+        torch.testing.assert_close(values, reference[0], rtol=1e-5, atol=1e-5, msg=level)
+        assert (top1 == reference[1]).all(), level
+        for got, expected in zip(grads, reference[2:], strict=True):
+            torch.testing.assert_close(
+                got, expected, rtol=8 * eps, atol=16 * eps * float(expected.abs().max()), msg=level
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -122,19 +160,21 @@ def test_its_log_probs_are_those_of_the_other_op_bit_for_bit(dtype, backend, dev
     options = {"softcap": 7.0, "temperature": 0.8, "backend": backend, "shift": True}
     got = linear_token_statistics(hidden, weight, target, outputs=(), **options)
     oracle.assert_same_bits("logp", got.logp, linear_token_logp(hidden, weight, target, **options))
-    assert [x is None for x in got] == [False, *[True] * 5]
+    assert [x is None for x in got] == [False, *[True] * 6]
 
 
 def test_tokens_that_a_mask_excludes_have_no_share_and_no_gradient(backend, device):
-    (hidden, weight), target, _ = problem(Case("", (8,), 61, target="ends"), torch.float64, device, has_bias=False)
-    bias = torch.zeros(61, dtype=torch.float64, device=device)
+    dtype, near, _ = wide(backend)
+    given, target, _ = problem(Case("", (8,), 61, target="ends"), dtype, device, has_bias=False)
+    bias = torch.zeros(61, dtype=dtype, device=device)
     bias[20:40] = -torch.inf
-    found = linear_token_statistics(hidden, weight, target, bias=bias, backend=backend)
+    found = linear_token_statistics(*given, target, bias=bias, backend=backend)
+    hidden, weight = doubled(given)
     kept = [*range(20), *range(40, 61)]
     expected = truth(hidden, weight[kept], target.where(target < 20, target - 20), Transform())
     for name in ("logp", "entropy", "lse", "log_sum_sq_probs"):
-        torch.testing.assert_close(getattr(found, name), expected[name], msg=name)
-    grad = torch.autograd.grad((found.entropy + found.lse + found.log_sum_sq_probs).sum(), [hidden, weight])
+        torch.testing.assert_close(getattr(found, name).double(), expected[name], **near, msg=name)
+    grad = torch.autograd.grad((found.entropy + found.lse + found.log_sum_sq_probs).sum(), given)
     assert all(g.isfinite().all() for g in grad)
     assert not grad[1][20:40].any()
 
@@ -147,16 +187,38 @@ def test_the_first_of_equal_logits_is_the_top_one(backend, device):
 
 @budgets
 def test_an_adapter_on_the_head_is_trained_by_the_entropy_too(budget, backend, device):
-    (hidden, weight), target, _ = problem(Case("", (11,), 61), torch.float64, device, has_bias=False)
-    hidden = hidden.detach().nan_to_num().requires_grad_()
-    low, up = (torch.randn(n, 3, dtype=torch.float64, device=device).requires_grad_() for n in (11, 61))
-    frozen = weight.detach()
-    options = {"adapter": (low, up), "budget_bytes": budget, "backend": backend}
-    found = linear_token_statistics(hidden, frozen, target, **options)
-    scores = hidden @ frozen.T + low @ up.T
+    dtype, _, near = wide(backend)
+    (hidden, frozen), target, _ = problem(Case("", (11,), 61), dtype, device, has_bias=False)
+    low, up = (torch.randn(n, 3, dtype=dtype, device=device) for n in (11, 61))
+    given = [x.detach().nan_to_num().requires_grad_() for x in (hidden, low, up)]
+    options = {"adapter": (given[1], given[2]), "budget_bytes": budget, "backend": backend}
+    found = linear_token_statistics(given[0], frozen.detach(), target, **options)
+    exact = doubled(given)
+    scores = exact[0] @ frozen.detach().double().T + exact[1] @ exact[2].T
     expected = truth(scores, torch.eye(61, dtype=torch.float64, device=device), target, Transform())
-    grads = (torch.autograd.grad(y.sum(), [hidden, low, up]) for y in (found.entropy, expected["entropy"]))
-    torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-10)
+    ours = torch.autograd.grad(found.entropy.sum(), given)
+    right = torch.autograd.grad(expected["entropy"].sum(), exact)
+    torch.testing.assert_close([x.double() for x in ours], [*right], **near)
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
+def test_log_probs_of_chosen_ids_are_those_of_whole_logits_with_their_gradients(ids_dtype, backend, device):
+    dtype, near, near_gradient = wide(backend)
+    given, target, _ = problem(Case("", (3, 4), 61), dtype, device)
+    ids = torch.tensor([60, 0, 7, 7], device=device)
+    options = {"softcap": 4.0, "temperature": 0.7}
+    found = linear_token_statistics(
+        *given[:2], target, outputs=(), ids=ids.to(ids_dtype), bias=given[2], backend=backend, **options
+    )
+    hidden, weight, bias = doubled(given)
+    counts = (target != -100)[..., None]
+    scores = Transform(**options)(hidden.where(counts, 0.0) @ weight.T, bias)
+    expected = scores.log_softmax(-1)[..., ids].where(counts, 0.0)
+    torch.testing.assert_close(found.logp_of_ids.double(), expected, **near)
+    c = torch.randn_like(expected)
+    ours = torch.autograd.grad(found.logp_of_ids, given, c.to(dtype))
+    right = torch.autograd.grad(expected, [hidden, weight, bias], c)
+    torch.testing.assert_close([x.double() for x in ours], [*right], **near_gradient)
 
 
 def test_rows_that_fit_are_multiplied_once_and_others_once_more(backend, device):
@@ -192,6 +254,9 @@ def test_it_compiles_into_one_graph(backend, device):
         ({"outputs": ("kl",)}, "outputs must be names among.*'kl'"),
         ({"backend": "triton"}, "linear_token_statistics: backend must be one of.*'triton'"),
         ({"temperature": 0.0}, "temperature"),
+        ({"ids": torch.tensor([[1]])}, r"ids must be \[K\], got \[1, 1\]"),
+        ({"ids": torch.tensor([5])}, r"ids must lie in \[0, V=5\)"),
+        ({"ids": torch.tensor([0.5])}, "ids must be int64"),
     ],
 )
 def test_a_wrong_argument_is_named_in_the_error(options, message):

@@ -7,12 +7,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from wrpo_kernels.checks import check_int, int64_labels
+from wrpo_kernels.checks import check_device, check_int, check_int64, int64_labels, is_readable
 from wrpo_kernels.dispatch.backends import check_name
 from wrpo_kernels.linear_token_statistics import contract
-from wrpo_kernels.lm_head.inputs import checked_options, checked_tensors
+from wrpo_kernels.lm_head.head import no_autocast
+from wrpo_kernels.lm_head.inputs import HeadOptions, HeadTensors, checked_options, checked_tensors
 from wrpo_kernels.lm_head.labels import shifted_labels
 from wrpo_kernels.lm_head.rows import count_labels, count_rows, nan_unless_counted
+from wrpo_kernels.token_logp.reference import scores_of
 
 
 class TokenStatistics(NamedTuple):
@@ -24,9 +26,10 @@ class TokenStatistics(NamedTuple):
     top1: Tensor | None
     mean_logits: Tensor | None
     log_sum_sq_probs: Tensor | None
+    logp_of_ids: Tensor | None  # [..., K]
 
 
-OUTPUTS = TokenStatistics._fields[1:]
+OUTPUTS = TokenStatistics._fields[1:-1]
 
 
 def linear_token_statistics(
@@ -35,6 +38,7 @@ def linear_token_statistics(
     target: Tensor,
     *,
     outputs: Sequence[str] = OUTPUTS,
+    ids: Tensor | None = None,
     bias: Tensor | None = None,
     adapter: tuple[Tensor, Tensor] | None = None,
     logit_scale: float = 1.0,
@@ -54,18 +58,20 @@ def linear_token_statistics(
         mean_logits[n]      = 1/V sum_v z[n, v]
         log_sum_sq_probs[n] = log sum_v p_v^2
         top1[n]             = argmax_v z[n, v], the first of equals
+        logp_of_ids[n, k]   = z[n, ids[k]] - lse[n]
 
     Args:
         hidden, weight, target: as linear_token_logp.
         outputs: which of "entropy", "lse", "top1", "mean_logits", "log_sum_sq_probs". Default: all.
+        ids: [K] int64 | int32 in [0, V), a few tokens whose log-probs are wanted at every position. Default: none.
         bias, adapter, logit_scale, softcap, temperature, ignore_index, shift, num_rows, budget_bytes: as
             linear_token_logp.
-        backend: "reference", also for the log-probs. Default: log-probs by the first backend that can, statistics by
-            the reference.
+        backend: "native" or "reference". Default: the first that can; on an accelerator statistics are made by the
+            reference, in plain torch, and log-probs by its own kernels.
 
     Returns:
-        TokenStatistics(logp, entropy, lse, top1, mean_logits, log_sum_sq_probs): float32, nats; top1 int64. All but
-        top1 are differentiable in `hidden`, `weight`, `bias` and `adapter`, for any upstream gradients.
+        TokenStatistics(logp, entropy, lse, top1, mean_logits, log_sum_sq_probs, logp_of_ids): float32, nats; top1 is
+        int64. All others are differentiable in `hidden`, `weight`, `bias` and `adapter`, for any upstream gradients.
 
     Raises:
         ValueError: a shape, dtype, device, option or target out of range, or an unknown output; the message names it.
@@ -75,7 +81,7 @@ def linear_token_statistics(
     Numerics: as linear_token_logp; logits that are -inf have no share in entropy and gradient.
     Memory: `budget_bytes`, of which three quarters keep logits for the backward.
     Cost: as linear_token_logp with a trained head; with a frozen head 4NDV, and 2DV for each row whose logits did not
-        fit the budget. Where log-probs alone are trained and nothing is logged, linear_token_logp costs less.
+        fit the budget. `ids` add 2NDK, and 4NDK in the backward. linear_token_logp costs a little less.
     Source: entropy of the policy as a bonus, arXiv:1602.01783; sum of p^2 in WPO's weights, arXiv:2406.11827.
     """
     if isinstance(outputs, str) or not set(outputs) <= set(OUTPUTS):
@@ -93,6 +99,32 @@ def linear_token_statistics(
     values, top1, _ = contract.linear_token_statistics(tensors, options)
     (values,) = nan_unless_counted((values,), counted, num_rows)
     found = dict(zip(contract.COLUMNS, values.unbind(1), strict=True), top1=top1)
-    return TokenStatistics(
-        *[found[name].view(target.shape) if name in ("logp", *outputs) else None for name in TokenStatistics._fields]
-    )
+    of_ids = None if ids is None else _logp_of_ids(ids, tensors, options, found["lse"], found["lse_rest"])
+    asked = ("logp", *outputs)
+    shown = {name: value.view(target.shape) for name, value in found.items() if name in asked}
+    return TokenStatistics(**{**dict.fromkeys(OUTPUTS), **shown, "logp_of_ids": of_ids})
+
+
+def _check_ids(ids: Tensor, weight: Tensor) -> Tensor:
+    ids = int64_labels("ids", ids)
+    check_int64("ids", ids)
+    if ids.dim() != 1:
+        raise ValueError(f"ids must be [K], got {list(ids.shape)}")
+    check_device("ids", ids, "weight", weight.device)
+    if is_readable(ids) and bool(((ids < 0) | (ids >= weight.shape[0])).any()):
+        raise ValueError(f"ids must lie in [0, V={weight.shape[0]}), got {ids.tolist()}")
+    return ids
+
+
+def _logp_of_ids(ids: Tensor, tensors: HeadTensors, options: HeadOptions, lse: Tensor, rest: Tensor) -> Tensor:
+    """[..., K], with the logits that a head of these tokens alone has."""
+    hidden, weight, target, bias, low, up = tensors
+    ids = _check_ids(ids, weight)
+    counts = (target != options.ignore_index)[..., None]
+    with no_autocast(hidden):
+        scores = hidden.where(counts, 0.0) @ weight[ids].to(hidden.dtype).t()
+        if low is not None:
+            scores = scores + low.where(counts, 0.0).to(hidden.dtype) @ up[ids].to(hidden.dtype).t()
+    scores = scores_of(scores, options.transform(None if bias is None else bias[ids]))
+    shape = (*target.shape, 1)
+    return ((scores - lse.view(shape)) - rest.view(shape)).where(counts, 0.0)

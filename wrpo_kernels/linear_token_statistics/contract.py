@@ -11,15 +11,16 @@ from wrpo_kernels.dispatch.autograd import register, register_differentiable
 from wrpo_kernels.dispatch.backends import Backend, choose
 from wrpo_kernels.dispatch.schema import Arguments
 from wrpo_kernels.linear_token_logp.contract import complete, fake_gradients, rows_of
-from wrpo_kernels.linear_token_statistics import passes, reference
+from wrpo_kernels.linear_token_statistics import native, passes, reference
 from wrpo_kernels.lm_head.budget import Plan, rows_within
 from wrpo_kernels.lm_head.gradients import Gradients
 from wrpo_kernels.lm_head.head import Head, LabelsByPosition, no_autocast
 from wrpo_kernels.lm_head.inputs import HeadGradients, HeadOptions, HeadTensors, check_head
 from wrpo_kernels.lm_head.rows import most_rows
+from wrpo_kernels.token_logp.contract import CANDIDATES as ROW_KERNELS
 from wrpo_kernels.token_logp.contract import logp_dtype
 
-CANDIDATES = (reference,)
+CANDIDATES = (native, reference)
 COLUMNS = reference.COLUMNS
 
 
@@ -37,7 +38,8 @@ def _linear_token_statistics(tensors: HeadTensors, options: HeadOptions) -> tupl
     with no_autocast(tensors.hidden), LabelsByPosition("target", tensors, options.ignore_index):
         head, rows, plan = Head(tensors, options), rows_of(tensors, options), plan_of(tensors, options)
         kept = tensors.hidden.new_empty(plan.keep, tensors.weight.shape[0])
-        values, top1 = passes.forward(head, rows, plan, kept, kernel_of(tensors, options))
+        row_kernel = choose("linear_token_statistics", options.backend, ROW_KERNELS, tensors.hidden)
+        values, top1 = passes.forward(head, rows, plan, kept, row_kernel, kernel_of(tensors, options))
         return rows.spread(values), rows.spread(top1 + 1) - 1, kept
 
 

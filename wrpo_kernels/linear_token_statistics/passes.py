@@ -31,8 +31,13 @@ def plan_rows(num_rows: int, fit: int, is_trained: bool) -> Plan:
     return Plan(min(num_rows, fit - work), work)
 
 
-def forward(head: Head, rows: Rows, plan: Plan, kept: Tensor, kernel: Backend) -> tuple[Tensor, Tensor]:
-    """Returns values [N, 6] and top1 [N]; leaves the logits of the first rows in `kept` [keep, V]."""
+def forward(
+    head: Head, rows: Rows, plan: Plan, kept: Tensor, row_kernel: Backend, kernel: Backend
+) -> tuple[Tensor, Tensor]:
+    """Returns values [N, 6] and top1 [N]; leaves the logits of the first rows in `kept` [keep, V].
+
+    `row_kernel` makes the log-probs, `kernel` the statistics beside them.
+    """
     number, weight = len(rows), head.weight
     values = weight.new_empty(number, len(COLUMNS), dtype=head.logp_dtype)
     top1 = torch.empty(number, dtype=torch.int64, device=weight.device)
@@ -44,7 +49,7 @@ def forward(head: Head, rows: Rows, plan: Plan, kept: Tensor, kernel: Backend) -
         logp, lse = values.new_empty(last - first), values.new_empty(2, last - first)
         logits = _logits(head, rows, first, last, out)
         told = (rows.target[first:last], head.ignore_index, head.transform)
-        head.kernel.forward(logits, *told, logp, lse)
+        row_kernel.forward(logits, *told, logp, lse)
         kernel.statistics(logits, *told, logp, lse, values[first:last], top1[first:last])
     return values, top1
 

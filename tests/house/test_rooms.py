@@ -19,7 +19,8 @@ ROOMS = {
     "integrations environment __init__ __main__",
     "wrpo": "user_error spelling picture_style settings pretrained rows data head layouts reference training sampling "
     "scoring building evaluation __init__ demo cli __main__",
-    "benchmarks": "__init__ suite fusion build compile_seconds gpu grad_filter growth run test_ops whole_steps",
+    "benchmarks": "__init__ suite fusion build compile_seconds gpu first_gpu grad_filter growth run test_ops "
+    "whole_steps",
 }
 
 

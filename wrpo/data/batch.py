@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .collation import IGNORE, Batch
+
+OF_SFT = ("input_ids", "labels")
+OF_PREFERENCES = (*OF_SFT, "num_responses", "role", "share")
+
+
+def check_batch(batch: Any, needed: tuple[str, ...]) -> Any:
+    """The batch, which a collator of somebody's own may have made.
+
+    Raises:
+        TypeError: no dict.  ValueError: one without a tensor that is needed.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"data_collator: expected a dict of tensors with {', '.join(needed)}, got {type(batch).__name__}"
+        )
+    if lacking := [name for name in needed if not isinstance(batch.get(name), Tensor)]:
+        raise ValueError(
+            f"data_collator: expected tensors {', '.join(needed)}, got none of {', '.join(lacking)} beside "
+            f"{', '.join(map(str, batch))}. Begin with the batch of PreferenceCollator or SFTCollator"
+        )
+    return batch
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

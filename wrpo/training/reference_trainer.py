@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 
+from wrpo.data.batch import check_batch
 from wrpo.data.model_limits import refuse_beyond
 from wrpo.head.fused_head import install_fused_head
 from wrpo.head.wrapping import arithmetic_of_wrapper, is_partitioned, takes_weights_of_first_process
@@ -44,12 +45,14 @@ class ReferenceTrainer(HeadTrainer):
     args: Any
     train_dataset: Any
     eval_dataset: Any
+    ref_model_fingerprint: str | None = None
 
     def open_reference(self, ref_model: nn.Module | None) -> Reference:
         """What gives the reference log-probs of a batch; goes through the data here if they are precomputed."""
         options = self.args.head_options()
         if ref_model is not None:
             self.check_reference(ref_model)
+            self.ref_model_fingerprint = model_fingerprint(ref_model, None, {})["model"]
         source, is_brought = self.find_reference(ref_model)
         self.reference_source = "of the data" if is_brought else source
         if source == "adapter":
@@ -61,6 +64,9 @@ class ReferenceTrainer(HeadTrainer):
         if source == "copy":
             return self.copy_reference(ref_model)
         return self.precompute(ref_model)
+
+    def reference_facts(self) -> dict[str, Any]:
+        return {"reference_source": self.reference_source, "ref_model": self.ref_model_fingerprint}
 
     def find_reference(self, ref_model: nn.Module | None) -> tuple[str, bool]:
         """(copy, adapter, precompute or none; whether every data set brings its log-probs along).
@@ -154,7 +160,7 @@ class ReferenceTrainer(HeadTrainer):
         folder = Path(args.reference_cache_dir or Path(args.output_dir) / "reference")
 
         def logp_of(policy: nn.Module, rows: list[dict]) -> Tensor:
-            batch = self._prepare_input(self.data_collator(rows))
+            batch = self._prepare_input(check_batch(self.data_collator(rows), self.of_batch))
             with nullcontext() if waits else self.accelerator.autocast():
                 return sequence_logp(policy, batch, **args.head_options())
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from wrpo.data import SFTCollator
-from wrpo.data.batch import num_counted, response_lengths, sum_by_response
+from wrpo.data.batch import OF_SFT, num_counted, response_lengths, sum_by_response
 from wrpo.data.collation import Batch
 from wrpo.head.attention import model_inputs
 from wrpo.head.fused_head import run_in_head
@@ -40,6 +40,7 @@ class SFTTrainer(HeadTrainer):
     Logs loss in nats a token.
     """
 
+    of_batch = OF_SFT
     stage = "sft"
     config_class = SFTConfig
 

@@ -52,6 +52,7 @@ class WRPOTrainer(ReferenceTrainer):
 
     Logs the values of `wrpo.training.metrics` for training and evaluation, over all ranks, and alpha. To resume, give
     the same model again and `train(resume_from_checkpoint=...)`: the reference stays the model of the first start.
+    Another one is refused, and other settings are said in the log.
     """
 
     config_class = WRPOConfig

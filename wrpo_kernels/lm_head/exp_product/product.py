@@ -170,9 +170,10 @@ def _exp_product_fwd(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     SPLIT: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     tiles_n, tiles_v = tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V)
-    for tile in range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=FLATTEN):
         first = tile // (GROUP * tiles_v) * GROUP
         size = tl.minimum(tiles_n - first, GROUP)
         row = (first + tile % (GROUP * tiles_v) % size) * BLOCK_N

@@ -1,0 +1,99 @@
+"""python -m benchmarks.first_gpu.timeline --out FOLDER: every kernel of a trained step, and of its bare products.
+
+Two steps of each head under torch's profiler, after two without. timeline.csv has each kernel's start, duration and the
+idle time before it, in microseconds; the summary says how long the device was busy, with products and with what else,
+and how long it waited for the host.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.first_gpu.heads import Head, Run, backends, read_arguments
+from benchmarks.first_gpu.steps import headline
+from wrpo_kernels.environment import default_budget
+
+STEPS = 2
+PRODUCTS = ("gemm", "cutlass", "nvjet", "_exp_product_fwd", "aten::mm", "aten::addmm")  # in names of kernels
+
+
+class Kernel(NamedTuple):
+    head: str
+    contestant: str
+    name: str
+    start_us: float  # from the first kernel on
+    duration_us: float
+    idle_us: float  # since the end of all before it
+
+
+def recorded(call: Callable[[], object], device: str) -> list[tuple[str, float, float]]:
+    """Name, start and duration of what ran on the device; on the CPU of torch's ops."""
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+    for _ in range(STEPS):
+        call()
+    synchronize(device)
+    with profile(activities=kinds, acc_events=True) as profiler:
+        for _ in range(STEPS):
+            call()
+        synchronize(device)
+    wanted = DeviceType.CUDA if device == "cuda" else DeviceType.CPU
+    found = [e for e in profiler.events() if e.device_type == wanted and (device == "cuda" or e.cpu_parent is None)]
+    spans = [(e.name, e.time_range.start, e.time_range.elapsed_us()) for e in found]
+    return sorted(spans, key=lambda span: span[1])
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def kernels(head: str, contestant: str, spans: list[tuple[str, float, float]]) -> Iterator[Kernel]:
+    first = end = spans[0][1] if spans else 0.0
+    for name, start, duration in spans:
+        yield Kernel(head, contestant, name, start - first, duration, max(0.0, start - end))
+        end = max(end, start + duration)
+
+
+def summary(found: list[Kernel]) -> str:
+    """Milliseconds of one step."""
+    of_products = [k for k in found if any(part in k.name for part in PRODUCTS)]
+    products, busy, idle = (
+        sum(values) / 1e3 / STEPS
+        for values in ([k.duration_us for k in of_products], [k.duration_us for k in found], [k.idle_us for k in found])
+    )
+    number = len(found) // STEPS
+    return f"products {products:8.3f}  other kernels {busy - products:7.3f}  idle {idle:7.3f} ms  {number} kernels"
+
+
+def contestants(head: Head, run: Run) -> dict[str, Callable[[], object]]:
+    problem, budget = head.problem(run.device), default_budget(torch.device(run.device))
+    names = [name for name in backends(run.device) if name != "triton"]
+    return {
+        "products": problem.products(3),
+        **{name: problem.fused(name, trained=True, budget=budget) for name in names},
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    run = read_arguments(__doc__, arguments)
+    with (run.out / "timeline.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(Kernel._fields)
+        for head in run.heads:
+            for name, call in contestants(head, run).items():
+                found = list(kernels(head.name, name, recorded(call, run.device)))
+                writer.writerows(found)
+                file.flush()
+                headline(run.out, f"timeline: {head.name:<16} {name:<10} {summary(found)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,6 +4,7 @@
 """
 
 from wrpo_kernels.cross_entropy import linear_cross_entropy
+from wrpo_kernels.likelihood import LikelihoodOutput, linear_nll_loss
 from wrpo_kernels.linear_preference_loss import linear_preference_loss
 from wrpo_kernels.linear_token_logp import linear_token_logp
 from wrpo_kernels.linear_token_statistics import TokenStatistics, linear_token_statistics
@@ -21,6 +22,7 @@ from wrpo_kernels.version import __version__
 from wrpo_kernels.weighted_reward import linear_wrpo_loss, wrpo_loss
 
 __all__ = [
+    "LikelihoodOutput",
     "PreferenceOutput",
     "TokenStatistics",
     "__version__",
@@ -29,6 +31,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_dpo_loss",
     "linear_ipo_loss",
+    "linear_nll_loss",
     "linear_preference_loss",
     "linear_simpo_loss",
     "linear_token_logp",

@@ -16,6 +16,7 @@ from wrpo_kernels.checks import (
     check_tensor,
     int64_labels,
 )
+from wrpo_kernels.likelihood import linear_nll_loss
 from wrpo_kernels.linear_token_logp import linear_token_logp
 from wrpo_kernels.linear_token_statistics import linear_token_statistics
 from wrpo_kernels.lm_head.labels import shifted_labels
@@ -79,15 +80,17 @@ def linear_cross_entropy(
     Numerics: as linear_token_logp. lse is the label's logit, of 16-bit hidden states a float32 product, less its logp.
     Memory: as linear_token_logp. label_smoothing and z_loss also hold the hidden states and the rows of the weight of
         the labels that count in float32, 8 N D bytes; label_smoothing with class_weight a float32 weight.
-    Cost: as linear_token_logp; label_smoothing and z_loss add products of vectors, 6ND and 3VD flops. Under a softcap
-        or an adapter the two are made by linear_token_statistics instead, with its numerics, memory and cost.
+    Cost: of labels [S, T] reduced, without class_weight, label_smoothing and z_loss, as linear_nll_loss: no row is
+        computed twice. Else as linear_token_logp; label_smoothing and z_loss add products of vectors, 6ND and 3VD
+        flops. Under a softcap or an adapter the two are made by linear_token_statistics, with its numerics, memory and
+        cost.
     Source: label smoothing, arXiv:1512.00567; z-loss, arXiv:2204.02311.
     """
     labels = int64_labels("labels", labels)
     smoothed = bool(label_smoothing or z_loss)
     is_linear = not softcap and adapter is None
     _check_options(reduction, class_weight, label_smoothing, z_loss, is_linear, grad_filter, labels, weight)
-    head: dict[str, Any] = {
+    options: dict[str, Any] = {
         "bias": bias,
         "adapter": adapter,
         "logit_scale": logit_scale,
@@ -99,11 +102,15 @@ def linear_cross_entropy(
         "budget_bytes": budget_bytes,
         "backend": backend,
     }
+    if reduction != "none" and labels.dim() == 2 and class_weight is None and not smoothed:
+        total = linear_nll_loss(hidden, weight, labels, normalizer=1.0, grad_filter=grad_filter, **options).loss
+        counts = shifted_labels("labels", labels, shift, ignore_index, weight.shape[0]) != ignore_index
+        return total if reduction == "sum" else total / counts.sum()
     if smoothed and not is_linear:
-        found = linear_token_statistics(hidden, weight, labels, outputs=("lse", "mean_logits"), **head)
+        found = linear_token_statistics(hidden, weight, labels, outputs=("lse", "mean_logits"), **options)
         logp = found.logp
     else:
-        logp = linear_token_logp(hidden, weight, labels, grad_filter=grad_filter, **head)
+        logp = linear_token_logp(hidden, weight, labels, grad_filter=grad_filter, **options)
     labels = shifted_labels("labels", labels, shift, ignore_index, weight.shape[0])
     counts = labels != ignore_index
     share = counts.to(logp.dtype)

@@ -112,7 +112,9 @@ def head_gradients(
         # The product is rounded before c joins it, and after.
         found[name] = Bounded(value.value, value.error + c.value.abs() * least * delta.value.shape[1]).rounded(compute)
         value = times(turned, x.double().where(counted, 0.0), rounding)
-        found[names[name]] = Bounded(value.value, value.error + least * delta.value.abs().sum(0)[:, None])
+        # The rows are rounded with c, and a sum of every chunk of them, which may be one row.
+        lost = least * (delta.value.abs().sum(0)[:, None] + int(counted.sum()))
+        found[names[name]] = Bounded(value.value, value.error + lost)
     return found
 
 

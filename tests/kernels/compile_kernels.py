@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from wrpo_kernels.lm_head import scaling_kernel as scaling
 from wrpo_kernels.lm_head import triton_kernel as linear_token_logp
 from wrpo_kernels.lm_head.exp_product import form
 from wrpo_kernels.lm_head.exp_product import launch as exp_product
@@ -141,6 +142,17 @@ def fused_launch(dtype: torch.dtype, large: bool, capped: bool = False) -> Calla
     return launch
 
 
+def scaling_launch(entry: str, has_index: bool) -> Callable[[], object]:
+    rows, out = torch.zeros(4, 576, dtype=BF16), torch.zeros(3, 576, dtype=BF16)
+    index, coef = torch.zeros(3, dtype=torch.int64) if has_index else None, torch.zeros(3, 1)
+    calls = {
+        "gather_rows": lambda: scaling.gather_rows(rows, index, coef, out),
+        "scatter_rows": lambda: scaling.scatter_rows(out, index, coef, rows),
+        "scale": lambda: scaling.scale(torch.zeros(4, 576), torch.zeros(()), rows),
+    }
+    return calls[entry]
+
+
 LARGE_MEMORY = ("sm_90", "sm_100")
 LAUNCHES = {
     "token_logp forward bf16": row_launch("forward", BF16),
@@ -164,6 +176,10 @@ LAUNCHES = {
     "linear_token_logp bf16, small memory": fused_launch(BF16, False),
     "linear_token_logp bf16, bias and softcap, small memory": fused_launch(BF16, False, capped=True),
     "linear_token_logp fp32": fused_launch(FP32, False),
+    "rows gathered and scaled": scaling_launch("gather_rows", True),
+    "rows scaled and scattered": scaling_launch("scatter_rows", True),
+    "rows scaled where they are": scaling_launch("scatter_rows", False),
+    "total scaled and rounded": scaling_launch("scale", False),
 }
 
 

@@ -19,6 +19,7 @@ ARGUMENTS = {
     "linear_token_logp": ("hidden", "weight", "target"),
     "preference_loss": ("logp", "ref_logp"),
     "linear_preference_loss": ("hidden", "weight", "target", "ref_logp"),
+    "linear_nll_loss": ("hidden", "weight", "target"),
     "wrpo_loss": ("logp", "ref_logp"),
     "linear_wrpo_loss": ("hidden", "weight", "target", "ref_logp"),
 }

@@ -31,11 +31,19 @@ class Sequences(NamedTuple):
         chosen = [None if x is None else x[positions] for x in self._replace(group_weight=None)]
         return Sequences(*chosen)._replace(group=group, group_weight=weight)
 
-    def share_of_coefficient(self, family: Family) -> Tensor:
+    def margin_share(self, family: Family) -> Tensor:
         """w_s n_s [S]: without a likelihood term, d loss / d logp of a group's sequences is a multiple of it."""
+        return self._scaled_by_length(self.seq_weight, family)
+
+    def likelihood_share(self, family: Family) -> Tensor:
+        """-nll_s n_s [S]: without a margin d loss / d logp itself."""
+        nll = self.seq_weight * 0.0 if self.nll_weight is None else self.nll_weight
+        return -self._scaled_by_length(nll, family)
+
+    def _scaled_by_length(self, weight: Tensor, family: Family) -> Tensor:
         if not family.length_normalize:
-            return self.seq_weight
-        return (self.seq_weight / self.length).where(self.length > 0, 0.0)
+            return weight
+        return (weight / self.length).where(self.length > 0, 0.0)
 
 
 class Family(NamedTuple):

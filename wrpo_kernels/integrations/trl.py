@@ -34,7 +34,7 @@ TAKES += ["outputs"]
 OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # in the order in which TRL expects them
 OURS = {**{name: name for name in OPTIONAL}, "is_top1": "top1"}
 
-_originals: dict[str, Any] = {}
+_replaced: list[tuple[ModuleType, str, Any]] = []  # module, name and what TRL has there
 
 
 def install(*, budget_bytes: int | None = None, backend: str | None = None) -> None:
@@ -52,9 +52,9 @@ def install(*, budget_bytes: int | None = None, backend: str | None = None) -> N
     check_backend_name(backend)
     check_budget(budget_bytes, torch.device("cpu"))
     utils = _utils_of_trl()
-    if not _originals:
+    if not _replaced:
         _check_version(utils)
-        _originals.update({name: getattr(utils, name) for name in (FUNCTION, COMPACTS)})
+        _replaced.extend((utils, name, getattr(utils, name)) for name in (FUNCTION, COMPACTS))
     options = {"budget_bytes": budget_bytes, "backend": backend}
     setattr(utils, FUNCTION, type("WrpoTokenLogp", (_TokenLogp,), {"options": options}))
     setattr(utils, COMPACTS, lambda device: True)  # there it only decides whether rows without a label are left out
@@ -62,9 +62,9 @@ def install(*, budget_bytes: int | None = None, backend: str | None = None) -> N
 
 def uninstall() -> None:
     """Gives TRL its own head back; without an `install` before it does nothing."""
-    for name, value in _originals.items():
-        setattr(_utils_of_trl(), name, value)
-    _originals.clear()
+    for module, name, value in _replaced:
+        setattr(module, name, value)
+    _replaced.clear()
 
 
 def _utils_of_trl() -> ModuleType:

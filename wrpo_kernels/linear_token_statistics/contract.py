@@ -12,7 +12,7 @@ from wrpo_kernels.dispatch.backends import Backend, choose
 from wrpo_kernels.dispatch.schema import Arguments
 from wrpo_kernels.linear_token_logp.contract import complete, fake_gradients, rows_of
 from wrpo_kernels.linear_token_statistics import native, passes, reference
-from wrpo_kernels.lm_head.budget import Plan, rows_within
+from wrpo_kernels.lm_head.budget import Plan, row_stride, row_tile, rows_within
 from wrpo_kernels.lm_head.gradients import Gradients
 from wrpo_kernels.lm_head.head import Head, LabelsByPosition, no_autocast
 from wrpo_kernels.lm_head.inputs import HeadGradients, HeadOptions, HeadTensors, check_head
@@ -26,7 +26,13 @@ COLUMNS = reference.COLUMNS
 
 def plan_of(tensors: HeadTensors, options: HeadOptions) -> Plan:
     fit = rows_within(options.budget_bytes, tensors.hidden, tensors.weight, tensors.up)
-    return passes.plan_rows(most_rows(options.num_rows, tensors.target), fit, any(options.gradients))
+    number, tile = most_rows(options.num_rows, tensors.target), row_tile(tensors.hidden.device)
+    return passes.plan_rows(number, fit, any(options.gradients), tile)
+
+
+def shape_of_kept(tensors: HeadTensors, options: HeadOptions) -> tuple[int, int]:
+    """Logits of the rows that are kept, each with what aligns it."""
+    return plan_of(tensors, options).keep, row_stride(tensors.hidden.device, tensors.weight.shape[0])
 
 
 def kernel_of(tensors: HeadTensors, options: HeadOptions) -> Backend:
@@ -34,19 +40,20 @@ def kernel_of(tensors: HeadTensors, options: HeadOptions) -> Backend:
 
 
 def _linear_token_statistics(tensors: HeadTensors, options: HeadOptions) -> tuple[Tensor, Tensor, Tensor]:
-    """values [M, 6] of COLUMNS and top1 [M] of all M positions, and the logits that are kept [keep, V]."""
+    """values [M, 6] of COLUMNS and top1 [M] of all M positions, and the logits that are kept."""
     with no_autocast(tensors.hidden), LabelsByPosition("target", tensors, options.ignore_index):
         head, rows, plan = Head(tensors, options), rows_of(tensors, options), plan_of(tensors, options)
-        kept = tensors.hidden.new_empty(plan.keep, tensors.weight.shape[0])
+        kept = tensors.hidden.new_empty(shape_of_kept(tensors, options))
+        logits = kept[:, : tensors.weight.shape[0]]
         row_kernel = choose("linear_token_statistics", options.backend, ROW_KERNELS, tensors.hidden)
-        values, top1 = passes.forward(head, rows, plan, kept, row_kernel, kernel_of(tensors, options))
+        values, top1 = passes.forward(head, rows, plan, logits, row_kernel, kernel_of(tensors, options))
         return rows.spread(values), rows.spread(top1 + 1) - 1, kept
 
 
 def _fake(tensors: HeadTensors, options: HeadOptions) -> tuple[Tensor, Tensor, Tensor]:
     hidden, number = tensors.hidden, tensors.target.numel()
     values = hidden.new_empty(number, len(COLUMNS), dtype=logp_dtype(hidden.dtype))
-    kept = hidden.new_empty(plan_of(tensors, options).keep, tensors.weight.shape[0])
+    kept = hidden.new_empty(shape_of_kept(tensors, options))
     return values, tensors.target.new_empty(number), kept
 
 
@@ -59,7 +66,8 @@ def _linear_token_statistics_backward(
         chunks = 1 if len(rows) <= plan.chunk else 2
         gradients = Gradients(hidden, head, options.asked, chunks)
         told = (rows.take(values), rows.take(grad_values))
-        passes.backward(head, rows, plan, kept, *told, gradients, kernel_of(tensors, options))
+        logits = kept[:, : tensors.weight.shape[0]]
+        passes.backward(head, rows, plan, logits, *told, gradients, kernel_of(tensors, options))
         return complete(tensors, gradients.totals())
 
 
@@ -69,11 +77,10 @@ def _check_backward(
     check_head(tensors, options)
     hidden, number = tensors.hidden, tensors.target.numel()
     wide = logp_dtype(hidden.dtype)
-    kept_shape = (plan_of(tensors, options).keep, tensors.weight.shape[0])
     saved = {
         "grad_values": (grad_values, wide, (number, len(COLUMNS))),
         "values": (values, wide, (number, len(COLUMNS))),
-        "kept": (kept, hidden.dtype, kept_shape),
+        "kept": (kept, hidden.dtype, shape_of_kept(tensors, options)),
     }
     for name, (value, dtype, shape) in saved.items():
         check_shape(name, value, "as linear_token_statistics returned it", *shape)

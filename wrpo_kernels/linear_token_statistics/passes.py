@@ -16,17 +16,17 @@ from torch import Tensor
 from wrpo_kernels.dispatch.backends import Backend
 from wrpo_kernels.linear_token_logp.passes import chunks
 from wrpo_kernels.linear_token_statistics.reference import COLUMNS
-from wrpo_kernels.lm_head.budget import Plan, even_chunk
+from wrpo_kernels.lm_head.budget import Plan, even_chunk, logits_buffer
 from wrpo_kernels.lm_head.gradients import Gradients
 from wrpo_kernels.lm_head.head import Head
 from wrpo_kernels.lm_head.products import logits_into
 from wrpo_kernels.lm_head.rows import Rows, slice_rows
 
 
-def plan_rows(num_rows: int, fit: int, is_trained: bool) -> Plan:
+def plan_rows(num_rows: int, fit: int, is_trained: bool, tile: int) -> Plan:
     """Three quarters of the budget keep logits and one quarter is worked in; without a backward all of it is."""
     if not is_trained:
-        return Plan(0, even_chunk(num_rows, fit) if num_rows else 1)
+        return Plan(0, even_chunk(num_rows, fit, tile) if num_rows else 1)
     work = max(1, fit // 4)
     return Plan(min(num_rows, fit - work), work)
 
@@ -42,7 +42,7 @@ def forward(
     values = weight.new_empty(number, len(COLUMNS), dtype=head.logp_dtype)
     top1 = torch.empty(number, dtype=torch.int64, device=weight.device)
     first_chunk = min(plan.keep, number)
-    buffer = weight.new_empty(min(plan.chunk, number - first_chunk), len(weight))
+    buffer = logits_buffer(weight, min(plan.chunk, number - first_chunk), len(weight))
     pieces = [(0, first_chunk, kept)] if first_chunk else []
     pieces += [(first, last, buffer) for first, last in chunks(first_chunk, number, plan.chunk)]
     for first, last, out in pieces:
@@ -70,7 +70,7 @@ def backward(
     size = coef.abs().amax(1, keepdim=True)
     size = size.where(size > 0, 1.0)
     coef = coef / size
-    buffer = kept.new_empty(min(plan.chunk, number), kept.shape[1])
+    buffer = logits_buffer(kept, min(plan.chunk, number), kept.shape[1])
     first_chunk = min(plan.keep, number)
     for first, last in (*chunks(0, first_chunk, plan.chunk), *chunks(first_chunk, number, plan.chunk)):
         logits = buffer[: last - first]

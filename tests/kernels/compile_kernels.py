@@ -260,6 +260,7 @@ def exp_delta(with_all: bool) -> None:
     operands = [torch.zeros(*shape, dtype=BF16) for shape in shapes]
     out = torch.zeros(rows, vocabulary, dtype=BF16)
     exp_product.delta_of_hidden(tuple(operands), torch.zeros(rows).long(), -100, transform, torch.zeros(rows), out)
+    exp_product.coefficients(torch.zeros(rows, 1), torch.zeros(rows), transform.slope)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def without_launches(monkeypatch):
         monkeypatch.setattr(preference_loss, name, NoLaunch())
     monkeypatch.setattr(launch, "check_labels_where_free", lambda *arguments: None)
     monkeypatch.setattr(self_check, "mismatch", lambda *call: None)  # waits, once a process
-    for name in ("_label_score_fwd", "_exp_product_fwd", "_exp_finish_fwd"):
+    for name in ("_label_score_fwd", "_exp_product_fwd", "_exp_finish_fwd", "_row_coefficients_fwd"):
         monkeypatch.setattr(launch.product, name, NoLaunch())
     for name in ("_exp_repair_sums_fwd", "_exp_repair_merge_fwd", "_exp_repair_store_fwd"):
         monkeypatch.setattr(launch.repair, name, NoLaunch())

@@ -80,6 +80,29 @@ void token_logp_grad(Pointer logits, int dtype, int64_t n, int64_t V, int64_t ro
                                        as<void>(grad_logits), grad_row_stride);
 }
 
+// token_statistics
+
+void token_statistics(Pointer logits, int dtype, int64_t n, int64_t V, int64_t row_stride, Pointer target,
+                      int64_t ignore_index, Pointer bias, double scale, double softcap, double inv_temperature,
+                      Pointer logp, Pointer lse, Pointer values, Pointer top1, int threads) {
+  if (n == 0) return;
+  require_present({{"logp", logp}, {"lse", lse}, {"values", values}, {"top1", top1}});
+  const auto args = token_logp_args(logits, dtype, n, V, row_stride, target, ignore_index, bias, scale, softcap,
+                                    inv_temperature, threads);
+  wrpo::level_in_use().token_statistics(args, as<const float>(logp), as<const float>(lse), as<float>(values),
+                                        as<int64_t>(top1));
+}
+
+void token_statistics_grad(Pointer logits, int dtype, int64_t n, int64_t V, int64_t row_stride, Pointer target,
+                           int64_t ignore_index, Pointer bias, double scale, double softcap, double inv_temperature,
+                           Pointer values, Pointer coef, int threads) {
+  if (n == 0) return;
+  require_present({{"values", values}, {"coef", coef}});
+  const auto args = token_logp_args(logits, dtype, n, V, row_stride, target, ignore_index, bias, scale, softcap,
+                                    inv_temperature, threads);
+  wrpo::level_in_use().token_statistics_grad(args, as<const float>(values), as<const float>(coef));
+}
+
 // transpose
 
 void transpose(Pointer src, int itemsize, int64_t rows, int64_t cols, int64_t src_row_stride, Pointer dst,
@@ -216,6 +239,13 @@ PYBIND11_MODULE(_cpu, m) {
         "target"_a, "ignore_index"_a, "bias"_a, "scale"_a, "softcap"_a, "inv_temperature"_a, "logp"_a, "lse"_a,
         "grad_logp"_a, "grad_logits"_a, "grad_row_stride"_a, "threads"_a,
         "grad_logits[n, v] = grad_logp[n] * d logp[n] / d logits[n, v].");
+  m.def("token_statistics", &token_statistics, Unlocked(), "logits"_a, "dtype"_a, "n"_a, "V"_a, "row_stride"_a,
+        "target"_a, "ignore_index"_a, "bias"_a, "scale"_a, "softcap"_a, "inv_temperature"_a, "logp"_a, "lse"_a,
+        "values"_a, "top1"_a, "threads"_a,
+        "values [n, 6] (logp, lse, entropy, mean logit, log sum p^2, rest of lse) and top1 [n] of each row.");
+  m.def("token_statistics_grad_", &token_statistics_grad, Unlocked(), "logits"_a, "dtype"_a, "n"_a, "V"_a,
+        "row_stride"_a, "target"_a, "ignore_index"_a, "bias"_a, "scale"_a, "softcap"_a, "inv_temperature"_a, "values"_a,
+        "coef"_a, "threads"_a, "Overwrites the logits with the gradient of sum_k coef[n, k] values[n, k], k < 5.");
   m.def("transpose", &transpose, Unlocked(), "src"_a, "itemsize"_a, "rows"_a, "cols"_a, "src_row_stride"_a, "dst"_a,
         "dst_row_stride"_a, "threads"_a, "dst[c, r] = src[r, c]");
   m.def("preference_loss", &preference_loss, Unlocked(), "logp"_a, "ref_logp"_a, "seq_weight"_a, "group"_a, "length"_a,

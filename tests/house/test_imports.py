@@ -129,6 +129,7 @@ def test_every_public_name_exists_and_no_other_is_exported():
     assert sorted(wrpo_kernels.__all__) == [
         "LikelihoodOutput",
         "PreferenceOutput",
+        "TokenStatistics",
         "__version__",
         "dpo_loss",
         "ipo_loss",
@@ -141,6 +142,7 @@ def test_every_public_name_exists_and_no_other_is_exported():
         "linear_preference_loss",
         "linear_simpo_loss",
         "linear_token_logp",
+        "linear_token_statistics",
         "linear_wrpo_loss",
         "preference_loss",
         "simpo_loss",

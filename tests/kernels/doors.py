@@ -21,6 +21,7 @@ from wrpo_kernels import (
     linear_preference_loss,
     linear_simpo_loss,
     linear_token_logp,
+    linear_token_statistics,
     linear_wrpo_loss,
     preference_loss,
     simpo_loss,
@@ -72,6 +73,11 @@ def doors(device: torch.device, backend: str, **size) -> dict[str, tuple[Callabl
     def linear(door, h, w, b, y, r, **rest):
         return door(h, w, y, r, bias=b, **head, **rest).loss
 
+    def statistics(h, w, b, y, **rest):
+        named = backend if backend in ("native", "reference") else "reference"
+        found = linear_token_statistics(h, w, y, bias=b, **{**head, "backend": named}, **rest)
+        return torch.stack([value for name, value in found._asdict().items() if name not in ("top1", "logp_of_ids")])
+
     def paired(door, x, r):
         return door(*x.chunk(2), *r.chunk(2), backend=backend).loss
 
@@ -88,6 +94,11 @@ def doors(device: torch.device, backend: str, **size) -> dict[str, tuple[Callabl
         "linear_token_logp, frozen head": (
             lambda h, w, b, y: linear_token_logp(h, w, y, bias=b, **head),
             (hidden, weight.detach(), bias.detach(), labels),
+        ),
+        "linear_token_statistics": (statistics, given[:4]),
+        "linear_token_statistics, small budget": (
+            lambda h, w, b, y: statistics(h, w, b, y, budget_bytes=SMALL_BUDGET),
+            given[:4],
         ),
         "preference_loss": (
             lambda x, r: preference_loss(x, r, nll_weight=0.1, backend=backend, **options).loss,

@@ -20,7 +20,7 @@ NATIVE := setup.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/
 
 .DEFAULT_GOAL := menu
 .DELETE_ON_ERROR:
-.PHONY: menu demo fuse experiment test test-torch fuzz sanitize-cpu bench lint format docs wheel test-gpu sanitize bench-gpu bench-gpu-steps clean
+.PHONY: menu demo fuse experiment test test-torch fuzz sanitize-cpu bench lint format docs wheel test-gpu sanitize bench-gpu bench-gpu-steps first-gpu clean
 
 menu:
 	@echo "make demo        fine-tune a real language model on this machine: answers before and after, a curve, a saved model"
@@ -39,6 +39,7 @@ menu:
 	@echo "make sanitize    compute-sanitizer over the CUDA kernels: memcheck, then racecheck"
 	@echo "make bench-gpu   GPU backends beside the copy bandwidth and the bare matrix products, into benchmarks/results/"
 	@echo "make bench-gpu-steps  whole steps of a Llama of 1B in every layout, and TRL where it is installed"
+	@echo "make first-gpu   the first seven minutes with a card: proof, where the time goes, tuning, steps; into OUT=first-gpu"
 	@echo "make clean       remove what the targets above built and wrote, trained models too"
 
 demo: $(VENV)/installed-demo
@@ -124,8 +125,14 @@ bench-gpu-steps:
 		--contestant padded --contestant packed --contestant "packed flex" --contestant "packed flash" \
 		--contestant shared --contestant "shared flex" --contestant "TRL DPOTrainer" $(ARGS)
 
+# ARGS=--second: the run after that, five minutes; ARGS=--dry-run: toy sizes on the CPU. docs/gpu.md says what to bring.
+OUT ?= first-gpu
+
+first-gpu:
+	$(PYTHON) -m benchmarks.first_gpu --out $(OUT) $(ARGS)
+
 clean:
-	rm -rf $(VENV) demo-output fuse-output build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache wrpo_kernels/*.so
+	rm -rf $(VENV) demo-output fuse-output first-gpu build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache wrpo_kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV):

@@ -159,7 +159,8 @@ class Problem:
         self.pairs = {
             "ref_logp": torch.full((sizes.sequences,), -12.0 * sizes.length, device=device),
             "seq_weight": torch.tensor([1.0, -1.0], device=device).repeat(pairs),
-            "group": torch.arange(pairs, device=device).repeat_interleave(2),
+            "group": torch.arange(pairs).repeat_interleave(2),  # on the host, as the lengths: nothing waits
+            "lengths": [sizes.length] * sizes.sequences,
             "num_groups": pairs,
             "beta": 0.1,
         }

@@ -44,6 +44,7 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.6,
     "lines.markersize": 4,
     "savefig.dpi": 150,
+    "text.parse_math": False,  # a name with two dollars is a name
 }
 WHISKERS = {"elinewidth": 1.0, "capsize": 2, "ecolor": "#222222"}
 

@@ -170,6 +170,22 @@ def test_what_was_changed_on_the_way_is_counted_by_rows_also_when_the_ids_are_re
     assert "remarks" not in tokens.column_names
 
 
+def test_rewards_against_the_order_of_the_row_and_answers_that_came_cut_are_counted(caplog):
+    rewarded = EXPLICIT | {"source_reward": [2.0], "target_reward": 3.0, "rejected_reward": 1.0}
+    tokenized(
+        tiny_tokenizer(),
+        rewarded,
+        rewarded | {"target_reward": 0.5},
+        rewarded | {"source_reward": [0.5], "cut": [False, False, True]},
+        EXPLICIT | {"target_reward": 0.5},
+        EXPLICIT | {"finish_reason": ["length", "stop", "stop"]},
+    )
+    assert sorted(record.getMessage() for record in caplog.records if record.levelname == "WARNING") == [
+        "2 rows: a rejected response with a higher reward than a preferred one: the row's own order holds",
+        "2 rows: a response that came cut: it is trained without an end of turn",
+    ]
+
+
 def test_a_template_whose_conversation_leaves_its_prompt_is_refused():
     with pytest.raises(DataError, match=r"conversation starts with its prompt, .*<think>.*chat_template_kwargs"):
         tokenized(tiny_tokenizer(OPENS_A_THOUGHT), EXPLICIT)

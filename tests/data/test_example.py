@@ -120,6 +120,48 @@ def test_a_sampled_answer_is_cut_where_it_says_so():
         assert example_of(row | {"finish_reason": reason}, stage="sft")["cut"] == cut
 
 
+def test_reasons_why_responses_ended_tell_which_are_cut():
+    reasons = EXPLICIT | {"finish_reason": ["length", None, "stop"]}
+    assert example_of(reasons)["cut"] == [True, False, False]
+    assert example_of(reasons | {"cut": [True, True, False]})["cut"] == [True, True, False]
+    assert example_of(PAIR | {"finish_reason": ["stop", "max_tokens"]})["cut"] == [False, True]
+    assert example_of(PAIR | {"finish_reason": "stop"})["cut"] is None, "of one of them, or of both"
+    assert example_of({"messages": [USER, said("5")], "finish_reason": "length"}, stage="sft")["cut"] == [True]
+
+
+AGREEING = {
+    "reference": {"ref_logp": [-3.5, -7.0], "ref_chosen_logps": -3.5, "ref_rejected_logps": -7},
+    "cut": {"cut": [True, False], "finish_reason": ["length", "stop"]},
+    "scores": {"score_chosen": 2, "target_reward": 2.0, "score_rejected": 1},
+}
+CONTRARY = {
+    "reference": (PAIR | {"ref_logp": [-3.5, -7], "ref_chosen_logps": -3.4}, "ref_logp", "-3.4 for chosen"),
+    "cut": (PAIR | {"cut": [True, False], "finish_reason": ["stop", "stop"]}, "cut", "False for chosen"),
+    "scores": (PAIR | {"score_chosen": 2, "target_reward": 3}, "target_reward", "2.0 for chosen, as in score_chosen"),
+    "rewards of an example": (
+        EXAMPLE | {"reward": [1, 2, 3], "rejected_reward": 4},
+        "rejected_reward",
+        "for responses.*, as in the row's scores",
+    ),
+    "names": (EXAMPLE | {"model": ["a", "b", "c"], "source_model": "d"}, "source_model", "for responses"),
+}
+
+
+@pytest.mark.parametrize("columns", AGREEING.values(), ids=AGREEING)
+def test_columns_that_say_the_same_twice_are_read(columns):
+    once = dict(list(columns.items())[:1])
+    for what in ("ref_logp", "cut"):
+        if what in once:
+            assert example_of(PAIR | columns)[what] == example_of(PAIR | once)[what]
+    assert example_of(PAIR | columns)["role"] == ["target", "rejected"]
+
+
+@pytest.mark.parametrize(("row", "field", "words"), CONTRARY.values(), ids=CONTRARY)
+def test_columns_that_contradict_each_other_are_refused(row, field, words):
+    with pytest.raises(DataError, match=rf"^field '{field}': expected .*{words}.* Leave one of the two out"):
+        example_of(row)
+
+
 def test_an_examples_columns_are_put_in_the_order_of_its_roles():
     example = example_of(
         {
@@ -243,6 +285,9 @@ BAD = {
     "role that is no text": (EXPLICIT | {"prompt": [{"role": "\ud800", "content": "hi"}]}, "prompt.role", "half a"),
     "log-prob beyond any float": (EXPLICIT | {"source_logp": [[-(10**400)]] * 3}, "source_logp", "finite mean"),
     "cut of sources alone": (EXPLICIT | {"cut": [True]}, "cut", "expected 3 truth values"),
+    "one reason for a pair": (PAIR | {"finish_reason": "length"}, "finish_reason", "expected 2 reasons"),
+    "too few reasons": (PAIR | {"finish_reason": ["length"]}, "finish_reason", "expected 2 reasons"),
+    "reasons as numbers": (PAIR | {"finish_reason": [1, 0]}, "finish_reason", "expected 2 reasons"),
     "cut as numbers": (EXPLICIT | {"cut": [1, 0, 0]}, "cut", "expected 3 truth values"),
     "log-probs of sources alone": (EXPLICIT | {"source_logp": [[-1.0]]}, "source_logp", "3 lists"),
     "log-probs of other models": (EXPLICIT | {"source_logp": [[-1.0], [-1.0, -2.0], [-1.0]]}, "source_logp", "3 lists"),

@@ -348,6 +348,7 @@ BAD = {
         "one text for all 3",
     ),
     "texts that begin with nothing alike": ({"chosen": "5", "rejected": "6"}, "prompt", "a value"),
+    "texts that begin with no whole word alike": ({"chosen": "fifteen", "rejected": "fifty"}, "prompt", "a value"),
     "a text that is all prompt": ({"chosen": "2 + 3? 5", "rejected": "2 + 3?"}, "rejected", "not empty"),
 }
 
@@ -395,6 +396,29 @@ def test_a_row_of_no_form_is_told_its_fields_and_the_nearest_form(stage, row, fo
     fields = re.escape(str(sorted(row)))
     with pytest.raises(DataError, match=rf"got fields {fields}\. The nearest form has {form}: add or rename {lacking}"):
         example_of(row, stage=stage)
+
+
+# What two texts begin with: (the prompt, what is left of the first, of the second).
+BEGINNINGS = {
+    "a word apart": ("What is it? Blue", "What is it? Green", "What is it?", " Blue", " Green"),
+    "within a word": ("What is it? The fifteenth", "What is it? The fifty", "What is it? The", " fifteenth", " fifty"),
+    "within a number": ("Sum of 7 and 8: 15", "Sum of 7 and 8: 150", "Sum of 7 and 8:", " 15", " 150"),
+    "within a decimal": ("Pi is 3.14", "Pi is 3.2", "Pi is", " 3.14", " 3.2"),
+    "within a contraction": ("Well, I can", "Well, I can't", "Well, I", " can", " can't"),
+    "at an apostrophe": ("So I'm glad", "So I've gone", "So", " I'm glad", " I've gone"),
+    "before an accent": ("Un cafe", "Un cafe\u0301", "Un", " cafe", " cafe\u0301"),
+    "in Vietnamese": ("Trả lời ấm", "Trả lời ấy", "Trả lời", " ấm", " ấy"),
+    "in Korean": ("답 다섯", "답 다여섯", "답", " 다섯", " 다여섯"),
+    "in Chinese, without spaces": ("Q: 答案是五", "Q: 答案是六", "Q: 答案是", "五", "六"),
+    "behind a mark": ("2 + 3?\n\nA:five", "2 + 3?\n\nA:six", "2 + 3?\n\nA:", "five", "six"),
+    "on a new line": ("2 + 3?\nfive", "2 + 3?\nfifty", "2 + 3?\n", "five", "fifty"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("chosen", "rejected", "prompt", *"ab"), BEGINNINGS.values(), ids=BEGINNINGS)
+def test_a_prompt_that_two_texts_begin_with_ends_with_a_whole_word(chosen, rejected, prompt, a, b):
+    example = example_of({"chosen": chosen, "rejected": rejected})
+    assert [message["content"] for message in (*example["prompt"], *example["responses"])] == [prompt, a, b]
 
 
 def test_fields_without_a_value_are_told_apart():

@@ -303,7 +303,43 @@ def test_a_conversation_that_loses_words_is_refused_unless_the_template_is_made_
         Renderer(tiny_tokenizer("{{ messages[0].content }}")).conversation([USER], "two")
 
 
-@pytest.mark.parametrize("name", ["tokenize", "add_generation_prompt", "tools", "return_dict"])
+DOCUMENTS = [{"title": "Farm", "text": "Hens lay eggs."}, {"title": "Hive", "text": "Bees make honey."}]
+READS = "{% for d in documents or [] %}{{ d.title }}: {{ d.text }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize("giver", ["row", "settings"])
+def test_documents_are_handed_on_to_a_template_that_reads_them(giver):
+    of_settings, of_row = ({"documents": DOCUMENTS}, {}) if giver == "settings" else ({}, {"documents": DOCUMENTS})
+    text = Renderer(tiny_tokenizer(READS + CHATML), of_settings)(
+        [USER], {"a": said("two")}, chat_template_kwargs=of_row
+    )
+    assert text.prompt.startswith("Farm: Hens lay eggs.\nHive: Bees make honey.\n")
+    assert text.remarks == set()
+
+
+@pytest.mark.parametrize("giver", ["row", "settings"])
+def test_documents_that_a_template_does_not_read_are_refused(giver):
+    of_settings, of_row = ({"documents": DOCUMENTS}, {}) if giver == "settings" else ({}, {"documents": DOCUMENTS})
+    renderer = Renderer(tiny_tokenizer(CHATML), of_settings)
+    with pytest.raises(DataError, match="a chat template that writes documents, got none of them"):
+        renderer([USER], {"a": said("two")}, chat_template_kwargs=of_row)
+    with pytest.raises(DataError, match="a chat template that writes documents, got none of them"):
+        renderer.conversation([USER], "two", chat_template_kwargs=of_row)
+
+
+def test_a_field_of_documents_that_the_template_leaves_out_is_remarked():
+    template = READS.replace("{{ d.title }}: ", "") + CHATML
+    text = rendered(template, [USER], said("two"), chat_template_kwargs={"documents": DOCUMENTS})
+    assert text.remarks == {"the field 'title' of documents left out by the chat template"}
+
+
+@pytest.mark.parametrize("documents", ["Hens lay eggs.", ["Hens lay eggs."], {"text": "Hens"}, [{}], 3])
+def test_documents_that_are_no_objects_are_refused(documents):
+    with pytest.raises(DataError, match=r"'chat_template_kwargs.documents': expected a list of objects, got"):
+        rendered(READS + CHATML, [USER], said("two"), chat_template_kwargs={"documents": documents})
+
+
+@pytest.mark.parametrize("name", ["tokenize", "add_generation_prompt", "tools", "return_dict", "messages"])
 @pytest.mark.parametrize("giver", ["row", "settings"])
 def test_options_that_are_no_variables_of_a_template_are_refused(name, giver):
     of_settings, of_row = ({name: True}, {}) if giver == "settings" else ({}, {name: True})
@@ -314,3 +350,13 @@ def test_options_that_are_no_variables_of_a_template_are_refused(name, giver):
 
     with pytest.raises(DataError, match=f"'chat_template_kwargs': expected variables of the chat template, got {name}"):
         render()
+
+
+def test_what_a_release_of_transformers_settles_by_an_argument_of_its_own_is_no_variable_either():
+    tokenizer = tiny_tokenizer(CHATML)
+    plain = tokenizer.apply_chat_template
+    tokenizer.apply_chat_template = lambda conversation, of_a_later_release=False, **kwargs: plain(
+        conversation, **kwargs
+    )
+    with pytest.raises(DataError, match="expected variables of the chat template, got of_a_later_release"):
+        Renderer(tokenizer, {"of_a_later_release": True})

@@ -165,6 +165,11 @@ BROKEN = {
     "not an object": (b"[1]", "an object"),
     "a number": (b"3", "an object"),
     "a number of 5000 digits": (b'{"prompt": ' + b"1" * 5000 + b"}", "JSON that Python can read"),
+    "a field twice": (LINE[:-1] + b', "chosen": "six"}', "each field once, got 'five' and 'six'"),
+    "a field twice within": (
+        LINE.replace(b'"five"', b'[{"role": "assistant", "role": "user", "content": "5"}]'),
+        "each field once",
+    ),
     "brackets in brackets": (b'{"prompt": ' + b"[" * 100_000 + b"}", "JSON that Python can read"),
 }
 
@@ -173,7 +178,7 @@ BROKEN = {
 def test_a_broken_line_is_named_by_its_line_number(line, words, tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(b"\n".join([LINE, b"", line, LINE]))
-    with pytest.raises(DataError, match=f"pairs.jsonl, row 3: expected {words}"):
+    with pytest.raises(DataError, match=f"pairs.jsonl, row 3(, field '\\w+')?: expected {words}"):
         load_examples(path)
     assert load_examples(path, skip_bad_rows=True)["row"][:] == [1, 4]
 
@@ -188,6 +193,30 @@ def test_a_parquet_cell_that_is_not_utf8_is_named_by_its_row(tmp_path):
     with pytest.raises(DataError, match=r"t\.parquet, row 2: expected UTF-8 text, got byte 0xff"):
         load_examples(tmp_path / "t.parquet")
     assert load_examples(tmp_path / "t.parquet", skip_bad_rows=True)["row"][:] == [1]
+
+
+def test_tools_as_text_with_a_field_twice_are_refused():
+    with pytest.raises(DataError, match=r"row 1, field 'tools': expected each field once, got 'a' and 'b' for 'name'"):
+        load_examples([PAIR | {"tools": '[{"name": "a", "name": "b"}]'}])
+
+
+def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = [pa.array(["2 + 3?"]), pa.array(["5"]), pa.array(["6"]), pa.array(["7"])]
+    pq.write_table(pa.table(columns, names=["prompt", "chosen", "rejected", "chosen"]), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=r"t\.parquet: expected each column once, got several 'chosen'"):
+        load_examples(tmp_path / "t.parquet")
+
+
+def test_rows_whose_answers_are_messages_of_the_assistant_alone_are_counted(caplog):
+    two = {"prompt": "2 + 3?", "chosen": [said("five"), said("5")], "rejected": [said("6")]}
+    load_examples([two, PAIR, two | {"chosen": json.dumps(two["chosen"])}, PAIR | {"chosen": [said("5")]}])
+    assert "rows: in 2 rows chosen or rejected is a list of the assistant's messages alone" in caplog.text
+    caplog.clear()
+    load_examples([PAIR, two | {"chosen": [[said("five")], [said("5")]]}, two | {"chosen": ["five", "5"]}])
+    assert "messages alone" not in caplog.text
 
 
 def test_a_parquet_file_cut_within_its_pages_is_named(tmp_path):

@@ -106,6 +106,16 @@ def test_one_model_on_one_group_is_a_bar_and_no_slab(tmp_path, drawn):
     assert bar.get_width() < (high - low) / 5
 
 
+def test_a_name_with_dollars_is_a_name_and_no_formula(tmp_path, drawn):
+    names = ["$\\frac{$", "a_$b$"]
+    assert draw_rewards(report(coin, names), tmp_path / "rewards.png")
+    groups = dict.fromkeys(scores(0), "$x^{$")
+    draw(tmp_path / "eval.png", compare({name: scores(0.5) for name in names}, groups=groups, solved_at=1), None)
+    values = {f"source_weight/{name}": 1.0 for name in names}
+    assert draw_curves([{"step": step, "loss": 1.0, **values} for step in (1, 2)], tmp_path / "curves.png")
+    assert len(drawn) == 3
+
+
 def test_a_demo_says_how_many_prompts_were_solved(tmp_path, drawn):
     asked = [task for skill in SKILLS for task in tasks(skill, held_out=True)[:2]]
     before = [Judged(task, "", 0.0) for task in asked]

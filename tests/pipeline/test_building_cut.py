@@ -48,6 +48,15 @@ def test_an_answer_that_ended_otherwise_or_without_a_word_is_whole(reason):
     assert row["source_chosen"] == ["a/big/0"]
 
 
+def test_reasons_that_no_server_is_known_to_give_are_counted_and_taken_as_ended():
+    rows = ended(A, big_0="ran out of money", target_0="stop", target_2="ran out of money")
+    built = build_rows(rows, SFT)
+    assert built.sft[0]["source_chosen"] == ["a/big/0"]
+    assert built.report.unknown_reasons == {"'ran out of money'": 2}
+    assert "candidates of a finish_reason that is not known, taken as ended\n          2  'ran" in str(built.report)
+    assert "is not known" not in str(build_rows(ended(A, big_0="length"), SFT).report)
+
+
 def test_cut_answers_that_are_kept_are_marked_in_the_order_of_the_responses():
     rows = ended(A, big_0="length", target_2="length")
     (triple,) = build_rows(rows, BuildSettings(sft_share=0, cut_answers="keep", num_sources=2)).triples

@@ -160,6 +160,17 @@ def test_a_run_says_how_it_draws_and_what_it_does_not_take_over(sample, tmp_path
     assert "target: its generation_config holds more, which is not used here: repetition_penalty 1.5" in shown
 
 
+@pytest.mark.parametrize("end", ["</s>", -1, 1.5, 99999, [["<bos>"], 10**30]])
+def test_an_end_token_that_the_model_does_not_have_is_said_and_ends_nothing(end, sample, written, tmp_path, capsys):
+    save_model(tmp_path / "model")
+    assert sample(PROMPTS[:1], "--temperature", "0", "--samples", "1", output="plain.jsonl") == 0
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": end}))
+    assert sample(PROMPTS[:1], "--temperature", "0", "--samples", "1") == 0
+    assert "target: its generation_config holds what cannot be used: eos_token_id" in capsys.readouterr().err
+    assert written() == written("plain.jsonl")
+
+
 def test_an_answer_ends_at_the_end_of_turn_of_the_template_though_the_checkpoint_does_not_know_it(
     sample, written, tmp_path
 ):

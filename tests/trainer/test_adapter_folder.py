@@ -8,8 +8,10 @@ import math
 from pathlib import Path
 
 import datasets
+import peft
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import plain_logp, preference_batch, tiny_model
@@ -184,7 +186,7 @@ def change_config(adapter: Path, **fields) -> None:
         ),
         (
             lambda adapter: change_weights(adapter, lambda w: {k: v[:, :-1].contiguous() for k, v in w.items()}),
-            "size mismatch",
+            "is [4, 31] in the adapter, and [4, 32] on this model",
         ),
         (lambda adapter: change_config(adapter, base_model_name_or_path=None), "names no base_model_name_or_path"),
         (lambda adapter: change_config(adapter, base_model_name_or_path="nowhere"), "whose model is 'nowhere'"),
@@ -217,3 +219,36 @@ def test_the_log_says_what_training_goes_on_with(base, adapter, caplog, monkeypa
     caplog.set_level(logging.INFO, logger="wrpo")
     load_model(ModelSettings(str(adapter)), is_trained=True)
     assert f"training goes on with its adapter on {base}: lora_r 4, lora_alpha 8, lora_dropout 0.0" in caplog.text
+
+
+def test_an_adapter_that_was_saved_with_more_tokens_than_its_model_has_says_both_sizes_and_how_to_merge_them(
+    base, tmp_path
+):
+    tokenizer, resized = tiny_tokenizer(), AutoModelForCausalLM.from_pretrained(base)
+    tokenizer.add_tokens(["<more>"])
+    resized.resize_token_embeddings(len(tokenizer))
+    tuned = get_peft_model(resized, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    folder, count = tmp_path / "more", len(tokenizer)
+    tuned.save_pretrained(folder)
+    with pytest.raises(
+        SettingsError, match=rf"embed_tokens.weight is \[{count}, 32\] .* \[{count - 1}, 32\]"
+    ) as caught:
+        load_model(ModelSettings(str(folder), lora_r=2))
+    assert "\n" not in str(caught.value)
+    recipe = str(caught.value).partition("Merge the two: ")[2].rpartition(", and save")[0]
+    names = {"transformers": transformers, "peft": peft, "MERGED": str(tmp_path / "merged")}
+    exec(recipe, names)  # what the message says is what has to work
+    torch.testing.assert_close(logits(load_model(ModelSettings(str(tmp_path / "merged")))), logits(tuned))
+
+
+def test_another_weight_of_another_shape_says_both_sizes(adapter):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"r": 3}))
+    with pytest.raises(SettingsError, match=r"lora_A.*is \[4, 32\] in the adapter, and \[3, 32\] on this model"):
+        load_model(ModelSettings(str(adapter), lora_r=3))
+
+
+def test_generation_settings_of_an_adapter_that_nobody_can_read_are_one_line(adapter):
+    (adapter / "generation_config.json").write_text("[1]")
+    with pytest.raises(SettingsError, match=r"its generation_config\.json: TypeError"):
+        load_model(ModelSettings(str(adapter)))

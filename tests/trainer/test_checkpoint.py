@@ -15,7 +15,7 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from wrpo import cli
-from wrpo.pretrained import load_model
+from wrpo.pretrained import load_model, load_tokenizer
 from wrpo.pretrained.checkpoint import not_loaded
 from wrpo.settings import ModelSettings, SettingsError
 
@@ -138,3 +138,26 @@ def test_a_folder_that_cannot_be_read_is_one_short_line(spoil, tmp_path):
         load_model(ModelSettings(str(tmp_path)))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("name", "todo"),
+    [
+        ("model.safetensors", "Name its folder$"),
+        ("tiny.gguf", "Name its folder; and the file in gguf_file: tiny.gguf$"),
+    ],
+)
+def test_a_file_in_the_place_of_its_folder_is_told_how_to_name_it(name, todo, tmp_path):
+    (save(tmp_path) / name).touch()
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(SettingsError, match=f"expected a folder or a name on the hub, got a file. {todo}"):
+            load(ModelSettings(str(tmp_path / name)))
+
+
+def test_a_folder_of_gguf_files_alone_says_which_there_are_and_one_of_that_name_is_a_folder(tmp_path):
+    folder = tmp_path / "tiny.gguf"
+    assert type(load_model(ModelSettings(str(save(folder))))) is type(tiny_model())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "q4.gguf").touch()
+    with pytest.raises(SettingsError, match=r"It holds q4\.gguf: name it in gguf_file$"):
+        load_model(ModelSettings(str(tmp_path / "other")))

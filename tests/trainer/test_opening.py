@@ -10,7 +10,7 @@ import datasets
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from tiny_models import tiny_model, tiny_rows
+from tiny_models import preference_batch, tiny_model, tiny_rows
 from tiny_runs import SETTINGS, training_lines
 from tiny_tokenizer import tiny_tokenizer
 
@@ -114,6 +114,11 @@ def test_limits_of_the_config_hold_for_raw_rows(folder, tmp_path):
             "a stream of raw rows",
         ),
         ({"train_dataset": 3}, TypeError, "must be a file, rows or a data set, got 3"),
+        (
+            {"train_dataset": [{"prompt_ids": [1], "response_ids": [[2], [3]], "share": [1.0, 1.0]}]},
+            DataError,
+            "expected prompt_ids, response_ids, role and share, .* got the columns prompt_ids, response_ids, share",
+        ),
     ],
 )
 def test_what_it_does_not_understand_is_one_sentence(change, error, words, folder, tmp_path):
@@ -138,7 +143,9 @@ def test_beta_and_gamma_follow_the_loss_where_nobody_sets_them(config, own, of_s
         args = config(output_dir=str(tmp_path), use_cpu=True, **settings)
         return args.beta, args.gamma
 
-    assert {scale(), *(scale(loss_type=name) for name in ("hinge", "ipo", "dpo"))} == {own}
+    assert {scale(), *(scale(loss_type=name) for name in ("hinge", "ipo", "dpo", "bco_pair"))} == {own}
+    assert scale(loss_type=["sigmoid", "sft"]) == own
+    assert scale(loss_type="orpo") == scale(loss_type=["cpo"]) == (0.1, 0.0)
     assert scale(loss_type="simpo") == of_simpo
     assert scale(loss_type="simpo", beta=0.1, gamma=0.0) == (0.1, 0.0)
 
@@ -163,7 +170,7 @@ def test_simpo_on_pairs_is_the_loss_of_the_kernels_by_that_name(tmp_path):
         ({"train_dataset": [1, 2]}, DataError, "expected rows that are dicts, got 1"),
         ({"args": SFTConfig}, TypeError, "args must be WRPOConfig, got SFTConfig"),
         ({"peft_config": {"r": 4}}, TypeError, "peft_config must be a peft.PeftConfig"),
-        ({"loss_type": ["ipo"]}, ValueError, r"loss_type: expected one of .*, got \['ipo'\]"),
+        ({"loss_type": ["ipo", "dpo2"]}, ValueError, "loss_type: expected one of .*, got 'dpo2'"),
     ],
 )
 def test_what_is_of_another_kind_is_said_before_anything_is_loaded(change, error, words, folder, tmp_path):
@@ -205,3 +212,49 @@ def test_a_reference_that_some_rows_lack_is_refused_before_training(tmp_path):
     rows[0]["ref_logp"] = [-1.0, -2.0, -3.0]
     with pytest.raises(ValueError, match=r"ref_logp: .* got none in 2 of 3, the first in row 2"):
         WRPOTrainer(tiny_model(), WRPOConfig(**settings(tmp_path)), train_dataset=rows)
+
+
+@pytest.mark.parametrize("form", [list, datasets.Dataset.from_list])
+@pytest.mark.parametrize("column", ["prompt_ids", "response_ids", "role"])
+def test_a_tokenised_row_that_lacks_what_the_others_have_is_named(column, form, tmp_path):
+    rows = tiny_rows(3)
+    rows[1][column] = None
+    with pytest.raises(DataError, match=f"row 2, field '{column}': expected a value, got none beside"):
+        WRPOTrainer(tiny_model(), WRPOConfig(**settings(tmp_path, reference="none")), train_dataset=form(rows))
+
+
+def test_a_stream_needs_the_number_of_steps(tmp_path):
+    stream = datasets.Dataset.from_list(tiny_rows(2)).to_iterable_dataset()
+    with pytest.raises(ValueError, match="max_steps: expected the number of steps, since train_dataset is a stream"):
+        WRPOTrainer(tiny_model(), WRPOConfig(**settings(tmp_path)), train_dataset=stream)
+
+
+COLLATORS = {
+    "a list": (lambda rows: [preference_batch(rows)], TypeError, "expected a dict of tensors with .*, got list"),
+    "without roles": (
+        lambda rows: {name: value for name, value in preference_batch(rows).items() if name not in ("role", "share")},
+        ValueError,
+        "got none of role, share beside .*input_ids",
+    ),
+    "no tensors": (lambda rows: preference_batch(rows) | {"labels": [[1]]}, ValueError, "got none of labels beside"),
+}
+
+
+@pytest.mark.parametrize(("collate", "error", "words"), COLLATORS.values(), ids=COLLATORS)
+def test_what_a_collator_of_ones_own_makes_is_looked_at_wherever_it_is_used(collate, error, words, tmp_path):
+    def trainer(reference: str) -> WRPOTrainer:
+        args = WRPOConfig(**settings(tmp_path, reference=reference, max_steps=1))
+        rows = tiny_rows(4)
+        return WRPOTrainer(tiny_model(), args, train_dataset=rows, eval_dataset=rows, data_collator=collate)
+
+    uses = (lambda: trainer("copy").train(), lambda: trainer("none").evaluate(), lambda: trainer("precompute"))
+    for use in uses:
+        with pytest.raises(error, match=f"^data_collator: .*{words}"):
+            use()
+
+
+def test_a_collator_of_sft_needs_tokens_and_labels(tmp_path):
+    args = SFTConfig(**settings(tmp_path, max_steps=1))
+    trainer = SFTTrainer(tiny_model(), args, train_dataset=tiny_rows(4), data_collator=lambda rows: {"input_ids": rows})
+    with pytest.raises(ValueError, match="expected tensors input_ids, labels, got none of input_ids, labels"):
+        trainer.train()

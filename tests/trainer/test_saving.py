@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from wrpo import SFTConfig, SFTTrainer, cli
 from wrpo.training import saving
-from wrpo.training.generation import end_tokens, saveable, taught_ends
+from wrpo.training.generation import end_tokens, saveable, taught_ends, without_unusable
 from wrpo.training.saving import RESCUED, written
 from wrpo.user_error import UserError
 
@@ -31,7 +31,6 @@ UNSAVEABLE = {
     "top_k alone": {"top_k": 20},
     "beams without beams": {"early_stopping": True, "length_penalty": 2.0},
     "both": {"early_stopping": True, "temperature": 0.6},
-    "padding that is no token": {"pad_token_id": -1},
     "scores of nobody": {"output_scores": True},
 }
 
@@ -93,6 +92,47 @@ def test_a_repair_keeps_what_it_can(fields, kept):
     repaired.validate(strict=True)
     assert {name: getattr(repaired, name) for name in kept} == kept
     assert bool(change) == (kept != fields)
+
+
+# Field: (what a checkpoint says, what is kept of it, what is said of the rest); the model has 97 tokens.
+UNUSABLE = {
+    "eos_token_id": [("</s>", None, "'</s>'"), ("2", None, "'2'"), (-1, None, "-1"), (97, None, "97"),
+                     (True, None, "True"), (1.5, None, "1.5"), (10**40, None, "1000000"), ({"a": 1}, None, "{'a': 1}"),
+                     ([1, "x", -5, 97, [2]], [1], "'x', -5, 97, [2]"), ([None, 2], [2], "None"), (["x"], None, "'x'"),
+                     ([1, 96], [1, 96], ""), (2, 2, ""), ([], [], "")],
+    "pad_token_id": [(-1, None, "-1"), (99, None, "99"), (0, 0, "")],
+    "temperature": [("hot", None, "'hot'"), ([1], None, "[1]"), (-1, None, "-1"), (float("nan"), None, "nan"),
+                    (0.7, 0.7, ""), (0, 0, "")],
+    "top_k": [("all", None, "'all'"), (20, 20, "")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "kept", "words"), [(n, *case) for n, cases in UNUSABLE.items() for case in cases]
+)
+def test_token_ids_that_the_model_does_not_have_and_numbers_that_are_none_are_left_out_and_named(
+    name, given, kept, words
+):
+    config = GenerationConfig()
+    setattr(config, name, given)
+    sound, left_out = without_unusable(config, 97)
+    assert getattr(sound, name) == kept
+    assert left_out.startswith(f"{name} {words}" if words else "") and bool(left_out) == bool(words)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"eos_token_id": ["</s>", -1, EOS, 99999]}, [EOS, END_OF_TURN]),
+        ({"eos_token_id": 1.5, "temperature": "hot"}, [EOS, END_OF_TURN]),  # EOS is the tokenizer's
+    ],
+)
+def test_what_cannot_be_used_is_not_saved_with_the_model(fields, expected, folder, tmp_path, capsys):
+    (folder / "generation_config.json").write_text(json.dumps(fields))
+    assert train("sft", folder, tmp_path / "out", "--save_strategy", "no") == 0
+    assert "saved without what cannot be used: eos_token_id" in capsys.readouterr().err
+    assert sorted(settings_of(tmp_path / "out")["eos_token_id"]) == expected
+    assert "temperature" not in settings_of(tmp_path / "out")
 
 
 @pytest.mark.parametrize("command", ["train", "dpo", "sft"])

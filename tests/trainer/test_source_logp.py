@@ -165,6 +165,22 @@ def test_a_reference_is_cut_as_training_cuts():
         (["{triples}", "-o", "out.jsonl", "--models", "a", "--reference", "b"], "expected one of the two, got both"),
         (["{triples}", "-o", "out.jsonl", "--models", "a", "--max_prompt_length", "9"], "is for --reference"),
         (["{triples}", "-o", "out.jsonl", "--reference", "nowhere"], "reference 'nowhere'"),
+        (
+            ["{triples}", "-o", "out.jsonl", "--reference", "a", "--chat_template", "chatml"],
+            "chat_template: expected none",
+        ),
+        (
+            ["{triples}", "-o", "out.jsonl", "--reference", "a", "--max_length", "1"],
+            "max_length: expected a whole number >=",
+        ),
+        (
+            ["{triples}", "-o", "out.jsonl", "--models", "a", "--max_length", "1"],
+            "max_length: expected a whole number >=",
+        ),
+        (
+            ["{triples}", "-o", "out.jsonl", "--reference", "{triples}"],
+            "expected a folder or a name on the hub, got a file",
+        ),
         (["no.jsonl", "-o", "out.jsonl", "--models", "nowhere"], "no.jsonl"),
         (["{triples}", "-o", "out.jsonl", "--models", "nowhere"], "'nowhere'"),
         (["{triples}", "-o", "out.jsonl", "--modles", "nowhere"], "did you mean 'models'?"),

@@ -102,6 +102,36 @@ def test_a_run_that_ends_in_nan_fails_and_saves_nothing(tiny_model, tmp_path, ca
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
+@pytest.mark.parametrize("command", ["train", "dpo"])
+def test_the_file_that_logp_writes_trains_as_the_reference_that_training_computes_itself(command, tiny_model, tmp_path):
+    brought = tmp_path / "brought.jsonl"
+    limits = ["--max_length", "60", "--max_prompt_length", "40"]
+    assert cli.main(["logp", TRIPLES, "-o", str(brought), "--reference", str(tiny_model), *limits]) == 0
+    losses = {}
+    for name, rows in (("computed", TRIPLES), ("brought", str(brought))):
+        here = ["--model_name_or_path", str(tiny_model), "--output_dir", str(tmp_path / name), "--use_cpu"]
+        often = [
+            "--logging_steps",
+            "1",
+            "--learning_rate",
+            "0.01",
+            "--warmup_steps",
+            "0",
+            "--beta",
+            "1",
+            "--max_steps",
+            "3",
+        ]
+        quick = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--save_strategy", "no"]
+        assert cli.main([command, rows, *here, *limits, *often, *quick, "--reference", "precompute"]) == 0
+        log = json.loads((tmp_path / name / "metrics.json").read_text())["log_history"]
+        losses[name] = [line["loss"] for line in log if "loss" in line]
+    assert not (tmp_path / "brought" / "reference").exists(), "the model was asked all the same"
+    assert len(set(losses["computed"])) == 3
+    # The two passes put rows together otherwise: log-probs of tens of nats to 1e-6 of them.
+    assert losses["brought"] == pytest.approx(losses["computed"], rel=1e-5)
+
+
 def test_a_run_resumes_from_its_newest_checkpoint(tiny_model, tmp_path, capsys):
     out = tmp_path / "out"
     here = ["--model_name_or_path", str(tiny_model), "--train_file", TRIPLES, "--output_dir", str(out), "--use_cpu"]

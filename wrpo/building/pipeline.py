@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from wrpo.rows.candidate import checked_candidate
-from wrpo.rows.errors import BadRows, DataError
+from wrpo.rows.candidate import checked_candidate, is_known_reason
+from wrpo.rows.errors import BadRows, DataError, shown
 from wrpo.rows.messages import text_of
 from wrpo.rows.reading import read_rows
 from wrpo.rows.shards import Shard, place
@@ -141,7 +141,10 @@ def _records(candidates: Any, settings: BuildSettings, bad: BadRows, report: Bui
             order, _ = place(prompt_id, settings.seed)
             taken = scorers.takes(row, file, number)  # in all shards, so that all refuse a second scorer
             if shard.holds(order) and taken:
-                yield order, prompt_id, *checked_candidate(row), file, number
+                checked = checked_candidate(row)
+                if not is_known_reason(row.get("finish_reason")):
+                    report.unknown_reasons[shown(row["finish_reason"])] += 1
+                yield order, prompt_id, *checked, file, number
             elif shard.holds(order):
                 report.dropped_answers[OF_ANOTHER] += 1
         except DataError as error:

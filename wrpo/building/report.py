@@ -36,6 +36,7 @@ class BuildReport:
         cut: responses in the rows built that are cut, with `cut_answers` keep.
         unanswered: prompts handed to the target, in the stage before it has answered.
         dropped_answers, dropped_prompts: reason -> count.
+        unknown_reasons: finish_reason that no server is known to give -> candidates that have it.
         won: model -> prompts on which its answer is the best of all source answers, of the prompts that have any.
         means: kind of answer -> means over the rows built; the answers of ties have kinds of their own.
         sample: kind of answer -> rewards, for the picture, which leaves ties out.
@@ -51,6 +52,7 @@ class BuildReport:
     bad_rows: str = "no bad rows"
     dropped_answers: Counter[str] = field(default_factory=Counter)
     dropped_prompts: Counter[str] = field(default_factory=Counter)
+    unknown_reasons: Counter[str] = field(default_factory=Counter)
     won: Counter[str] = field(default_factory=Counter)
     means: dict[str, Mean] = field(default_factory=lambda: {answer: Mean() for answer in ANSWERS})
     sample: dict[str, list[float]] = field(default_factory=lambda: {answer: [] for answer in DRAWN})
@@ -100,6 +102,7 @@ class BuildReport:
     def __str__(self) -> str:
         lines = [self._first_line()]
         lines += [f"{self.cut:,} responses in them are cut, and train without an end"] if self.cut else []
+        lines += _counted("candidates of a finish_reason that is not known, taken as ended", self.unknown_reasons)
         lines += _counted("answers left out", self.dropped_answers)
         lines += _counted("prompts left out", self.dropped_prompts)
         if self.won:

@@ -8,9 +8,10 @@ arguments of calls as they are get them as mappings or as JSON text.
 from __future__ import annotations
 
 import re
+from inspect import signature
 from typing import TYPE_CHECKING
 
-from wrpo.rows.errors import DataError
+from wrpo.rows.errors import DataError, shown
 from wrpo.rows.messages import Message
 
 from .call_arguments import forms_of_calls, quotes_arguments
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ASKED, _ANSWERED = "wrpo '0f' \"3a\"", "wrpo '7c' \"1e\""  # in no template, nor so in a list that is printed
-# Settled here, and by the tokenizer: none of them a variable of a template.
+# Settled here, and by the tokenizer, whose releases add others: none of them a variable of a template.
 OWN_OPTIONS = frozenset(
-    "add_generation_prompt chat_template continue_final_message conversation max_length padding "
+    "add_generation_prompt chat_template continue_final_message conversation max_length messages padding "
     "return_assistant_tokens_mask return_dict return_tensors tokenize tokenizer_kwargs tools truncation".split()
 )
+OF_TEMPLATES = {"documents", "kwargs"}  # arguments of `apply_chat_template` that are handed on
 # Whether messages of the assistant, and of all others, get their content in parts; tried in this order.
 FORMS = ((False, False), (True, True), (True, False), (False, True))
 _MARK = re.compile(r"^\s*(<[^<>\s]+>)")  # of an end of turn that is no special token
@@ -48,7 +50,8 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: dict | None = None):
         self._tokenizer, self._options = tokenizer, options or {}
-        _refuse_own(self._options)
+        self._own_options = OWN_OPTIONS | (signature(tokenizer.apply_chat_template).parameters.keys() - OF_TEMPLATES)
+        self._check_options(self._options)
         self.control = ControlTokens(tokenizer)
         if not tokenizer.chat_template:
             raise DataError(
@@ -73,7 +76,7 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses the messages; `field` is theirs.
         """
-        _refuse_own(options)
+        self._check_options(options)
         of_assistant, of_others = self._form
         messages = [
             _in_parts(message) if (of_assistant if message["role"] == "assistant" else of_others) else message
@@ -99,6 +102,26 @@ class ChatTemplate:
         got = f"its refusal: {refusal or 'arguments of calls are text within text'}"
         raise DataError("messages the chat template accepts", got, todo, field=field) from refusal
 
+    def documents(self, options: dict) -> list[dict]:
+        """Those that the run or the row gives the template to answer from."""
+        return {**self._options, **options}.get("documents") or []
+
+    def _check_options(self, options: dict) -> None:
+        """Raises DataError for options that settle what is settled here, whose text would be none, or another's, and
+        for documents that are no objects.
+        """
+        if found := sorted(self._own_options & options.keys()):
+            raise DataError(
+                "variables of the chat template",
+                ", ".join(found),
+                "Leave them out; tools are a field of the row, beside its messages.",
+                field="chat_template_kwargs",
+            )
+        documents = options.get("documents") or []
+        if not (isinstance(documents, list) and all(isinstance(one, dict) and one for one in documents)):
+            todo = "Write each document as an object, with a title and a text."
+            raise DataError("a list of objects", shown(documents), todo, field="chat_template_kwargs.documents")
+
     def writes_the_same(self, text: str, messages: list[Message], tools: list | None, options: dict) -> bool:
         """Whether other messages or tools give the same text, so that it does not tell them apart."""
         try:
@@ -114,17 +137,6 @@ class ChatTemplate:
             return self.text("prompt", messages, None, {})
         except DataError:
             return ""
-
-
-def _refuse_own(options: dict) -> None:
-    """Raises DataError for options that settle what is settled here: what would come is no text, or another's."""
-    if found := sorted(OWN_OPTIONS & options.keys()):
-        raise DataError(
-            "variables of the chat template",
-            ", ".join(found),
-            "Leave them out; tools are a field of the row, beside its messages.",
-            field="chat_template_kwargs",
-        )
 
 
 def _in_parts(message: Message) -> Message:

@@ -59,7 +59,7 @@ def example_of(row: dict, *, stage: str = "preference", from_scores: bool = Fals
         "reward": [response.reward for response in responses],
         "ref_logp": _of_all(responses, "ref_logp"),
         "source_logp": _of_all(responses, "source_logp"),
-        "cut": _of_all(responses, "cut"),
+        "cut": _cuts(responses),
         "tools": tools_of(row),
         "chat_template_kwargs": options_of(row),
     }
@@ -134,6 +134,12 @@ def _of_all(responses: list[Response], name: str) -> list | None:
         lacking = responses[values.index(None)].field
         raise DataError("one for every response", f"none for {lacking}", "Add it, or leave all out.", field=name)
     return None if None in values else values
+
+
+def _cuts(responses: list[Response]) -> list[bool] | None:
+    """Whether each response is cut, where the row says so of any; of the others nobody said it."""
+    known = any(response.cut is not None for response in responses)
+    return [bool(response.cut) for response in responses] if known else None
 
 
 # -- prompt -----------------------------------------------------------------------------------------------------------

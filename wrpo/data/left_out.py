@@ -19,6 +19,7 @@ from wrpo.rows.messages import Message
 
 RESPACED = "whitespace of messages changed by the chat template"
 SHORTENED = "thoughts or switches in the prompt left out by the chat template"
+OF_DOCUMENTS = "the field {!r} of documents left out by the chat template"
 UNWRITTEN = "the field {!r} of messages left out by the chat template"
 
 CALLS, THOUGHTS = "tool calls", "the thoughts of an answer"
@@ -66,6 +67,12 @@ class Rendered:
             raise not_written(f"{'the thought' if is_thought else 'all'} of an answer", "less of it", field)
         self._remark_space(content)
         self._find_fields(message, self._place, field, is_answer=True)
+
+    def find_documents(self, documents: list[dict]) -> None:
+        """Remarks each field of the documents whose words are not all there."""
+        for name, value in (item for document in documents for item in document.items()):
+            if not all(self._has(leaf, 0) for leaf in _leaves(value)):
+                self._remarks.add(OF_DOCUMENTS.format(name))
 
     def _end_of(self, message: Message, start: int) -> int | None:
         """Where the message's content ends, or what is left of it; None where too little is."""

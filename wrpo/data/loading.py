@@ -15,9 +15,14 @@ from wrpo.rows.messages import json_text
 from wrpo.rows.reading import read_rows
 
 from .example import example_of
+from .forms.response import is_several_messages
 
 logger = logging.getLogger("wrpo.data")
 
+SEVERAL = (
+    "%s: in %d rows chosen or rejected is a list of the assistant's messages alone: each is read as an answer, of the "
+    "chosen the last as the target's, the others as sources'. Where they are one answer, join their texts"
+)
 ROWS_PER_TABLE = 1000  # rows held as Python objects at a time; the rest is Arrow, as large as its text
 
 # Messages, tools and options are JSON text: rows have different fields, and Arrow would make nulls of those that are
@@ -71,7 +76,7 @@ def load_examples(
         FileNotFoundError: no such path.  TypeError: a source of an unknown type.
     """
     schema = FEATURES.arrow_schema
-    bad = BadRows(skip_bad_rows)
+    bad, several = BadRows(skip_bad_rows), 0
     tables, rows = [], []
     name = str(source) if isinstance(source, (str, Path)) else "rows"
     for file, number, raw in read_rows(source, split=split):
@@ -80,6 +85,7 @@ def load_examples(
                 raise raw
             example = example_of(raw, stage=stage, from_scores=from_scores)
             rows.append(_as_text(example) | {"file": file, "row": number})
+            several += any(is_several_messages(raw.get(name)) for name in ("chosen", "rejected"))
         except DataError as error:
             bad.add(error.at(file, number))
         if len(rows) == ROWS_PER_TABLE:
@@ -91,6 +97,8 @@ def load_examples(
         got = f"no rows and {bad.report()}" if bad.count else "none"
         raise DataError("at least one row", got, "Check the file.", file=name)
     logger.log(logging.WARNING if bad.count else logging.INFO, "%s: %d rows loaded, %s", name, len(table), bad.report())
+    if several:
+        logger.warning(SEVERAL, name, several)
     return datasets.Dataset(table)
 
 

@@ -81,7 +81,9 @@ class Renderer:
         options = chat_template_kwargs or {}
         remarks = self._control_remarks(CONTROL_IN_PROMPT, prompt)
         start = self._template.text("prompt", prompt, tools, options)
-        Rendered(start, remarks).find_prompt(prompt)
+        rendered = Rendered(start, remarks)
+        rendered.find_prompt(prompt)
+        rendered.find_documents(self._template.documents(options))
         self._refuse_ignored(start, prompt, tools, options)
         opening = start[-_OPENING:]
         whole = {}
@@ -119,6 +121,7 @@ class Renderer:
         rendered = Rendered(text, remarks)
         if self._template.writes_prompts:
             rendered.find_prompt(prompt)
+            rendered.find_documents(self._template.documents(options))
             self._refuse_ignored(text, [*prompt, answer], tools, options)
         rendered.find_answer(answer, "response")
         return text, remarks
@@ -139,6 +142,10 @@ class Renderer:
         refuse_unwritten_tools(tools or [], text)
         if tools and self._template.writes_the_same(text, messages, None, options):
             raise not_written("tools", "none of them", "tools")
+        if self._template.documents(options) and self._template.writes_the_same(
+            text, messages, tools, options | {"documents": None}
+        ):
+            raise not_written("documents", "none of them", "chat_template_kwargs")
         for number, message in enumerate(messages):
             for what, other in others(message):
                 changed = [*messages[:number], other, *messages[number + 1 :]]

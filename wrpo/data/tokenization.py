@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("wrpo.data")
 T = TypeVar("T")
 
+CONTRARY = "a rejected response with a higher reward than a preferred one: the row's own order holds"
+ENDLESS = "a response that came cut: it is trained without an end of turn"
 SAME_TEXT = "rejected response that is the same as a preferred one: it teaches nothing"
 
 _IDS = [Value("int32")]
@@ -194,15 +196,28 @@ def _tokens(row: dict, text: Rendering, ids: list[list[int]], tokenizer: PreTrai
     notes = {
         "prompt_cut": len(prompt) - len(kept),
         "response_cut": [len(a) - len(b) for a, b in zip(full, responses, strict=True)],
-        "remarks": sorted(text.remarks | _same_text(full, row["role"])),
+        "remarks": sorted(text.remarks | _remarks(full, row)),
     }
     return out | notes | {"problem": None, "field": None}
 
 
-def _same_text(responses: list[list[int]], role: list[str]) -> set[str]:
-    rejected = [ids for ids, name in zip(responses, role, strict=True) if name == REJECTED]
-    preferred = [ids for ids, name in zip(responses, role, strict=True) if name != REJECTED]
-    return {SAME_TEXT} if any(ids in preferred for ids in rejected) else set()
+def _remarks(responses: list[list[int]], row: dict) -> set[str]:
+    """What is odd about a row's responses beside each other."""
+    is_rejected = [role == REJECTED for role in row["role"]]
+
+    def split(values: list) -> tuple[list, list]:
+        """(those of preferred responses, those of rejected ones) that are known."""
+        pairs = [pair for pair in zip(is_rejected, values, strict=True) if pair[1] is not None]
+        return [value for rejected, value in pairs if not rejected], [value for rejected, value in pairs if rejected]
+
+    preferred, rejected = split(responses)
+    better, worse = split(row.get("reward") or [None] * len(responses))
+    remarks = {
+        SAME_TEXT: any(ids in preferred for ids in rejected),
+        CONTRARY: bool(better and worse) and min(better) < max(worse),
+        ENDLESS: any(row.get("cut") or ()),
+    }
+    return {remark for remark, holds in remarks.items() if holds}
 
 
 def _bad_row(error: DataError) -> dict:

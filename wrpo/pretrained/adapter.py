@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,10 +22,11 @@ from transformers.utils import (
 from wrpo.settings import ModelSettings, SettingsError
 from wrpo.user_error import in_one_line
 
-from .checkpoint import not_loaded
+from .checkpoint import not_loaded, refuse_file
 
 OF_LORA = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",
            "lora_target_modules": "target_modules"}  # setting: field of adapter_config.json  # fmt: skip
+SHAPES = re.compile(r"size mismatch for (\S+): .*?torch\.Size\((\[[^]]*\])\).*?torch\.Size\((\[[^]]*\])\)")  # of torch
 WHOLE_MODEL = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 MERGE = (
     "To start anew from the adapted model, merge the two: "
@@ -49,6 +51,7 @@ def find_adapter(settings: ModelSettings, field: str) -> AdapterFolder | None:
         SettingsError: an adapter without its model's name, or on another adapter, or beside a whole model.
     """
     name, place = settings.model_name_or_path, f"{field} {settings.model_name_or_path!r}"
+    refuse_file(name, field)
     fields = _config_of(name, place)
     if fields is None:
         return None
@@ -95,15 +98,36 @@ def put_on(base: Any, adapter: AdapterFolder, *, is_trained: bool) -> Any:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise SettingsError(f"{adapter.place}, an adapter on {adapter.base}: {in_one_line(error)}") from error
+        words = _other_shape(str(error), adapter) or in_one_line(error)
+        raise SettingsError(f"{adapter.place}, an adapter on {adapter.base}: {words}") from error
     if wrong := sorted([*not_loaded(model, report.missing_keys), *report.unexpected_keys]):
         raise SettingsError(
             f"{adapter.place}: {len(wrong)} weights of the adapter are missing, or have no place on {adapter.base}, "
             f"the first: {wrong[0]}. Take the model that it was trained on"
         )
-    with suppress(OSError):  # where there is none beside the adapter, that of its model holds
-        model.get_base_model().generation_config = GenerationConfig.from_pretrained(adapter.name)
+    try:
+        with suppress(OSError):  # where there is none beside the adapter, that of its model holds
+            model.get_base_model().generation_config = GenerationConfig.from_pretrained(adapter.name)
+    except Exception as error:
+        raise SettingsError(f"{adapter.place}: its generation_config.json: {in_one_line(error)}") from error
     return model
+
+
+def _other_shape(words: str, adapter: AdapterFolder) -> str | None:
+    """Both sizes of the first weight that does not fit, from torch's words, and what to do about it."""
+    found = SHAPES.search(words)
+    if found is None:
+        return None
+    name, there, here = found.groups()
+    if not ("embed" in name or name.endswith("lm_head.weight")):
+        return f"{name} is {there} in the adapter, and {here} on this model. Take the model that it was trained on"
+    size = there.strip("[]").partition(",")[0]
+    return (
+        f"{name} is {there} in the adapter, which was saved after resize_token_embeddings, and {here} on this model. "
+        f"Merge the two: base = transformers.AutoModelForCausalLM.from_pretrained({adapter.base!r}); "
+        f"base.resize_token_embeddings({size}); peft.PeftModel.from_pretrained(base, {adapter.name!r})"
+        ".merge_and_unload().save_pretrained(MERGED), and save the tokenizer there"
+    )
 
 
 def check_goes_on(adapter: AdapterFolder, settings: ModelSettings) -> None:

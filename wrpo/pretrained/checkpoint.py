@@ -55,6 +55,7 @@ def from_pretrained(auto: Any, settings: ModelSettings, field: str, **options: A
         SettingsError: whatever else it raises, in one line: files and code of other people fail in many ways.
     """
     name = settings.model_name_or_path
+    refuse_file(name, field)
     if settings.gguf_file is not None:
         options["gguf_file"] = settings.gguf_file
     try:
@@ -63,7 +64,22 @@ def from_pretrained(auto: Any, settings: ModelSettings, field: str, **options: A
         raise
     except Exception as error:
         absent = "" if Path(name).exists() else "no such folder here, and as a name on the hub: "
-        raise SettingsError(f"{field} {name!r}: {absent}{_words(auto, error)}") from error
+        raise SettingsError(f"{field} {name!r}: {absent}{_words(auto, error)}{_gguf_in(settings)}") from error
+
+
+def refuse_file(name: str, field: str) -> None:
+    """Raises SettingsError where a file of weights is named and not its folder."""
+    if Path(name).is_file():
+        how = f"; and the file in gguf_file: {Path(name).name}" if name.endswith(".gguf") else ""
+        raise SettingsError(
+            f"{field} {name!r}: expected a folder or a name on the hub, got a file. Name its folder{how}"
+        )
+
+
+def _gguf_in(settings: ModelSettings) -> str:
+    """What to do in a folder of GGUF files, of which none was named."""
+    found = sorted(path.name for path in Path(settings.model_name_or_path).glob("*.gguf"))
+    return f". It holds {found[0]}: name it in gguf_file" if found and settings.gguf_file is None else ""
 
 
 def _words(auto: Any, error: Exception) -> str:

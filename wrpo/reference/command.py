@@ -27,6 +27,7 @@ from wrpo.data.example import in_order_of_row
 from wrpo.rows.json_lines import write_json_lines
 from wrpo.rows.reading import read_rows
 from wrpo.settings import REQUIRED, ModelSettings, check_choices, check_range, knob, parse_settings
+from wrpo.settings.model import check_template
 from wrpo.user_error import UserError
 
 from .source_logp import ref_logp, with_source_logp
@@ -78,7 +79,9 @@ class LogpSettings:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        check_range(self, "batch_size", "max_length", "max_prompt_length", low=1)
+        check_range(self, "batch_size", "max_prompt_length", low=1)
+        check_range(self, "max_length", low=2)  # a token of the prompt, and one of the response
+        check_template(self)
         if (self.models is None) == (self.reference is None):
             got = "neither" if self.models is None else "both"
             raise ValueError(f"models, reference: expected one of the two, got {got}")

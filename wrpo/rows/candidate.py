@@ -11,8 +11,14 @@ from .numbers import LARGEST_NUMBER, is_bounded
 
 # What servers say of a text that ended before the model had ended it: at a limit, by a filter, or in a fault.
 CUT_REASONS = frozenset(
-    "length max_tokens max_length max_output_tokens model_length token_limit content_filter safety recitation "
-    "incomplete abort cancelled error".split()
+    "length max_tokens max_length max_output_tokens model_length token_limit limit error_limit content_filter "
+    "content_filtered guardrail_intervened safety recitation prohibited_content blocklist spii refusal error_toxic "
+    "incomplete pause_turn abort aborted cancelled user_cancel error".split()
+)
+# And of one that the model, or a text to stop at, has ended.
+ENDED_REASONS = frozenset(
+    "stop stopped stop_sequence stop_token eos eos_token eos_token_id end_turn end_of_turn end complete completed "
+    "finish finished word tool_call tool_calls tool_use function_call".split()
 )
 
 
@@ -35,6 +41,11 @@ class Answer(NamedTuple):
 def is_cut(finish_reason: str | None) -> bool:
     """Whether an answer that ended so is only the beginning of one; None: nobody said how it ended."""
     return finish_reason is not None and finish_reason.lower() in CUT_REASONS
+
+
+def is_known_reason(finish_reason: str | None) -> bool:
+    """Whether it is known what a reason means; None says nothing that could be misread."""
+    return finish_reason is None or finish_reason.lower() in CUT_REASONS | ENDED_REASONS
 
 
 def scorer_of(row: dict) -> str | None:

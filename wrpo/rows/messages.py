@@ -7,6 +7,7 @@ import json
 from typing import Any, NamedTuple
 
 from .errors import DataError, shown
+from .json_lines import unique_fields
 
 Message = dict[str, Any]
 
@@ -190,6 +191,8 @@ def json_text(value: Any, field: str) -> str:
 def parsed(text: str, field: str) -> Any:
     """The value that a text is the JSON of."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_fields)
+    except DataError as error:
+        raise DataError(error.expected, f"{error.got} for {error.field!r}", error.todo, field=field) from None
     except (ValueError, RecursionError) as error:
         raise DataError("JSON text", f"{shown(text)} ({error})", "Repair the text.", field=field) from None

@@ -14,12 +14,14 @@ import gzip
 import json
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from .errors import DataError, shown
+from .json_lines import unique_fields
 
 # A second of imports, and files of JSON do without.
 if TYPE_CHECKING:
@@ -154,7 +156,7 @@ def _broken_gzip(path: Path, error: Exception) -> DataError:
 def _parse(raw: bytes) -> Any:
     """The JSON value, or the error that says why there is none."""
     try:
-        return json.loads(raw.removeprefix(codecs.BOM_UTF8).decode())
+        return json.loads(raw.removeprefix(codecs.BOM_UTF8).decode(), object_pairs_hook=unique_fields)
     except UnicodeDecodeError as error:
         return DataError(
             "UTF-8 text", f"byte {raw[error.start]:#04x} at byte {error.start + 1}", "Save the file as UTF-8."
@@ -162,6 +164,8 @@ def _parse(raw: bytes) -> Any:
     except json.JSONDecodeError as error:
         got = f"{error.msg} at line {error.lineno} column {error.colno} of {shown(raw.decode())}"
         return DataError("valid JSON", got, "Repair the row.")
+    except DataError as error:
+        return error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets in brackets
         return DataError("JSON that Python can read", f"{error} in {shown(raw.decode())}", "Repair the row.")
 
@@ -185,7 +189,13 @@ def _parquet_batches(path: Path) -> Iterator[Any]:
     import pyarrow.parquet
 
     try:
-        yield from pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256)
+        file = pyarrow.parquet.ParquetFile(path)
+        twice = [name for name, count in Counter(file.schema_arrow.names).items() if count > 1]
+        if twice:
+            raise DataError("each column once", f"several {twice[0]!r}", "Rename or drop one.", file=str(path))
+        yield from file.iter_batches(batch_size=256)
+    except DataError:
+        raise
     except Exception as error:  # of broken bytes pyarrow raises what it likes
         got = " ".join(str(error).split())
         raise DataError("a Parquet file that is whole", got, "Copy or write it again.", file=str(path)) from error

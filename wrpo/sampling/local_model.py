@@ -19,7 +19,7 @@ from wrpo.data.model_limits import keep_padding_inside, position_table, refuse_u
 from wrpo.data.rendering import Renderer
 from wrpo.pretrained import free_memory, load_model, load_tokenizer, require_template
 from wrpo.settings import ModelSettings
-from wrpo.training.generation import end_tokens
+from wrpo.training.generation import end_tokens, without_unusable
 
 from .halving import halving
 from .prompt_ids import PromptIds
@@ -91,10 +91,13 @@ class LocalModel:
     def _settle_generation(self, sampling: Sampling) -> None:
         """What the checkpoint brings along are its end tokens; the rest of its settings would act unseen."""
         base = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
-        carried = base.generation_config
+        carried, unusable = without_unusable(base.generation_config, self._vocabulary)
+        if unusable:
+            logger.warning("%s: its generation_config holds what cannot be used: %s", self._name, unusable)
         self._end_ids = sorted({*end_tokens(carried), *end_of_turn(self._tokenizer)})
         base.generation_config = self._model.generation_config = GenerationConfig()
-        ends = ", ".join(map(repr, self._tokenizer.convert_ids_to_tokens(self._end_ids)))
+        names = zip(self._end_ids, self._tokenizer.convert_ids_to_tokens(self._end_ids), strict=True)
+        ends = ", ".join(f"the id {number}" if name is None else repr(name) for number, name in names)
         logger.info(
             "%s: %s on %s, temperature %g, top_p %g, at most %d tokens, ending at %s",
             self._name, str(self._model.dtype).removeprefix("torch."), self._model.device, sampling.temperature,

@@ -1,6 +1,7 @@
 """The number that a judge's reply gives: read where it stands by itself, and never guessed.
 
     read        8    **8**    8/10    8 out of 10                 as the whole reply
+                {"reason": "short", "score": 8}               as an object of JSON anywhere, its outermost score
                 Score: 8    Score (1-10): 8    **Rating:** 8/10   as a line or sentence of its own, anywhere
     not read    Score: 4/5 on a scale that ends at 10, Score: 7-8, Score: 8 or 9, Score: 8 (9 if it were shorter), two
                 scores that differ, thoughts that never end
@@ -11,7 +12,9 @@ own may match anywhere in the rest; the numbers that it finds must be whole ones
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 _THOUGHTS = re.compile(
     r"<(/?)(?:\w+:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|analysis|reflection|scratchpad)>"
@@ -34,6 +37,16 @@ _LABELLED = re.compile(
 # What makes the number of one's own pattern a part of something else: another digit, a range, the end of a fraction.
 _RUNS_INTO = re.compile(r"(?:\d[.,]?|\d[ \t]*[-–—/][ \t]*|(?:^|[\s:=])[-−–])\Z")
 _RUNS_ON = re.compile(r"\d|[.,]\d|[ \t]*%|[ \t]*(?:[-–—/]|to\b|or\b|of\b|out of\b)[ \t]*\d")
+# What names a score in an object of JSON, and the end of its scale.
+_NAME = re.compile(r"(?:(?:my|the|final|overall|total)[ _-]?)*(?:score|rating|grade)", re.IGNORECASE)
+_TOP = re.compile(r"(?:max(?:imum)?|out[ _-]?of|scale|highest)(?:[ _-]?(?:score|rating|grade|points))?", re.IGNORECASE)
+
+
+class _Pairs(list):
+    """An object of JSON as it is written; a dict would keep the last of two scores."""
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_Pairs)
 
 
 def verdict(reply: str, lowest: float, highest: float, pattern: str | None = None) -> float:
@@ -78,6 +91,43 @@ def spoken(reply: str) -> str:
 
 
 def _by_form(text: str, lowest: float, highest: float) -> set[float]:
+    text, in_objects = _without_objects(text, lowest, highest)
+    return in_objects | _by_words(text, lowest, highest)
+
+
+def _without_objects(text: str, lowest: float, highest: float) -> tuple[str, set[float]]:
+    """(the text without its objects of JSON that name a score, these scores)."""
+    rest, found, end = [], set(), 0
+    for start in (match.start() for match in re.finditer(r"\{", text)):
+        if start < end:
+            continue
+        try:
+            content, after = _DECODER.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            continue
+        if (scores := _scores_of(content, lowest, highest)) is not None:
+            rest.append(text[end:start])
+            found |= scores
+            end = after
+    return "".join([*rest, text[end:]]), found
+
+
+def _scores_of(content: _Pairs, lowest: float, highest: float) -> set[float] | None:
+    """Those that stand outermost in an object, none beside another scale; None: it names no score."""
+    level: list[Any] = [content]
+    while level:
+        pairs = [pair for value in level if isinstance(value, _Pairs) for pair in value]
+        named = [value for name, value in pairs if _NAME.fullmatch(name) and not isinstance(value, list)]
+        if named:
+            tops = [value for name, value in pairs if _TOP.fullmatch(name) and not isinstance(value, list)]
+            if any(_without_scale(f"1 of {value}", lowest, highest).strip() != "1" for value in tops):
+                return set()
+            return {number for value in named for number in _by_words(f"{value}", lowest, highest)}
+        level = [value for _, value in pairs] + [part for value in level if type(value) is list for part in value]
+    return None
+
+
+def _by_words(text: str, lowest: float, highest: float) -> set[float]:
     text = _single_spaced(_EMPHASIS.sub(" ", text))
     text = _single_spaced(_without_scale(text, lowest, highest))
     text = _QUOTED_END.sub(r"\1", text)

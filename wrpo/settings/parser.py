@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from argparse import SUPPRESS, ArgumentError, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields
 from functools import partial
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from wrpo.spelling import nearest
 
 from .fields import GROUPS, SettingsError
-from .reading import FALSE, TRUE, Reading, Unreadable, reading_of
+from .reading import FALSE, NONE, TRUE, Reading, Unreadable, reading_of
 
+NO_WORD = re.compile(r"^-|[./\\*?]")  # another flag, or the name of a file or a pattern of names
 INHERITED = "other fields of transformers.TrainingArguments"  # whose metadata name no group
 
 
@@ -47,12 +50,12 @@ class Parser(ArgumentParser):
             hints = get_type_hints(cls)
             for field in fields(cls):
                 if field.init:
-                    self.readings[field.name] = reading_of(hints[field.name])
+                    self.readings[field.name] = reading_of(hints[field.name], field.metadata.get("choices"))
                     self._add(field, self.readings[field.name])
 
     def _add(self, field: Field, reading: Reading) -> None:
         """`--field`, `--no_field` where it is true unless somebody says no, and its other flags."""
-        metadata = dict(field.metadata)
+        metadata = {name: value for name, value in field.metadata.items() if name != "choices"}  # the reading has them
         group = self.groups[metadata.pop("group", INHERITED)]
         flags = [*metadata.pop("aliases", []), f"--{field.name}"]
         options: dict[str, Any] = {"dest": field.name, "type": partial(self._read, reading), "help": _help(field)}
@@ -117,10 +120,18 @@ class Parser(ArgumentParser):
         return [one] if reading.is_only_list else one
 
     def _with_values(self, arguments: list[str]) -> Iterator[str]:
-        """The value of a bool may be left out, and a word behind it is then not its value."""
+        """The value of a bool may be left out, and a word behind it is then not its value but a file's name."""
         for argument, following in zip_longest(arguments, arguments[1:]):
             action = self._option_string_actions.get(argument)
-            is_bare = action is not None and action.nargs == "?" and (following or "").lower() not in (*TRUE, *FALSE)
+            if action is None or action.nargs != "?":
+                yield argument
+                continue
+            values = (*TRUE, *FALSE, *(NONE if self.readings[action.dest].reads_none else ()))
+            is_bare = (following or "").lower() not in values
+            if is_bare and following and not (NO_WORD.search(following) or Path(following).exists()):
+                raise SettingsError(
+                    f"{action.dest}: expected true or false, got {following!r}, which is no file either"
+                )
             yield f"{argument}=true" if is_bare else argument
 
     def _no_such(self, name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -11,6 +11,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 TRUE, FALSE = ("true", "yes", "on", "t", "y", "1"), ("false", "no", "off", "f", "n", "0")
+NONE = ("none", "null")
 
 
 class Unreadable(Exception):
@@ -40,7 +41,7 @@ class Reading:
     reads_none: bool = False
 
     def __call__(self, text: str) -> Any:
-        if self.reads_none and text.lower() in ("none", "null"):
+        if self.reads_none and text.lower() in NONE:
             return None
         try:
             return self.parse(text)
@@ -52,14 +53,17 @@ class Reading:
         return self.parse is parse_bool
 
 
-def reading_of(hint: Any) -> Reading:
-    """How a field of this type is read: text, a number, a bool, a choice, a mapping, a list of these, or None too."""
+def reading_of(hint: Any, of_text: Sequence[str] | None = None) -> Reading:
+    """How a field of this type is read: text, a number, a bool, a choice, a mapping, a list of these, or None too.
+
+    of_text: the choices of a field whose type does not say them. Default: any text.
+    """
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     others = [part for part in parts if part is not NoneType]
     lists = [part for part in others if get_origin(part) is list]
     is_only_list = len(lists) == len(others)
     of_one = [get_args(lists[0])[0]] if is_only_list else [part for part in others if part not in lists]
-    parse, expected, choices = _of_one(of_one)
+    parse, expected, choices = _of_one([Literal[tuple(of_text)]] if of_text else of_one)
     may_be_none = NoneType in parts
     return Reading(parse, expected, choices, bool(lists), is_only_list, may_be_none, may_be_none and str not in of_one)
 

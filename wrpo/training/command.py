@@ -70,7 +70,7 @@ def parse(
 def _fit(trainer_class: Any, model: ModelSettings, data: DataSettings, config: Any) -> None:
     """Train, save, and say where everything is. Data first: its errors are the cheapest to meet."""
     set_seed(config.seed)
-    checkpoint = find_checkpoint(config)
+    checkpoint = find_checkpoint(config, config.resume_from_checkpoint)
     if check_adapter(model) and getattr(config, "reference", None) == "adapter":
         raise UserError(
             "reference: adapter is the model without its adapter, which is not the model that training starts from: "

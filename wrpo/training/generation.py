@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import re
 from collections import Counter
 from typing import Any
 
 from transformers import GenerationConfig
 
+from wrpo.data.model_limits import vocabulary_size
+from wrpo.rows.errors import shown
+
 logger = logging.getLogger("wrpo")
 
 ROWS = 1000  # that are looked at for the tokens that end answers
 SHARE = 0.05  # of the answers that end with a token, for it to be one that training teaches: others were cut there
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+NUMBERS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "max_length", "max_new_tokens",
+           "min_length", "min_new_tokens")  # fmt: skip
 
 
 def prepare_generation(model: Any, rows: Any, tokenizer: Any) -> None:
@@ -34,7 +40,10 @@ def prepare_generation(model: Any, rows: Any, tokenizer: Any) -> None:
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     if getattr(model, "generation_config", None) is None:
         return
-    model.generation_config, change = saveable(model.generation_config)
+    sound, unusable = without_unusable(model.generation_config, vocabulary_size(model))
+    model.generation_config, change = saveable(sound)
+    if unusable:
+        logger.warning("The model's generation_config is saved without what cannot be used: %s", unusable)
     if change:
         logger.warning("The model's generation_config could not be saved as it is: %s", change)
     known = end_tokens(model.generation_config)
@@ -48,6 +57,30 @@ def end_tokens(config: Any) -> list[int]:
     """Ids at which generation ends."""
     ends = config.eos_token_id
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def without_unusable(config: GenerationConfig, vocabulary: int) -> tuple[GenerationConfig, str]:
+    """(settings without token ids that the model does not have, and numbers that are none; what is left out, or "")."""
+    changes: dict[str, Any] = {}
+    left_out = []
+    for name in IDS:
+        given = getattr(config, name, None)
+        ids = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
+        kept = [token for token in ids if _is_number(token, int) and token < vocabulary]
+        if len(kept) < len(ids):
+            changes[name] = kept if kept and isinstance(given, (list, tuple)) else None
+            strange = ", ".join(shown(token) for token in ids if token not in kept)
+            left_out.append(f"{name} {strange} (expected an id below {vocabulary})")
+    for name in NUMBERS:
+        value = getattr(config, name, None)
+        if value is not None and not _is_number(value, (int, float)):
+            changes[name] = None
+            left_out.append(f"{name} {shown(value)} (expected a number)")
+    return (_changed(config, **changes) if changes else config), ", ".join(left_out)
+
+
+def _is_number(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def taught_ends(rows: Any, tokenizer: Any) -> list[int]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wrpo.data.batch import OF_PREFERENCES, check_batch
 from wrpo.data.collation import Batch, pad_token
 from wrpo.data.model_limits import keep_padding_inside
 from wrpo.data.ranks import rows_that_count
@@ -33,14 +34,16 @@ from .layout_trainer import LayoutTrainer
 from .length_groups import LengthGroupingTrainer
 from .metrics import Measured, RunningMeans
 from .opening import open_eval_data, open_model, open_tokenizer, open_train_data
+from .resuming import ResumingTrainer
 from .saving import SavingTrainer
 from .start_report import StartReport, data_size
 
 
-class HeadTrainer(SavingTrainer, LengthGroupingTrainer, LayoutTrainer):
+class HeadTrainer(ResumingTrainer, SavingTrainer, LengthGroupingTrainer, LayoutTrainer):
     """Base of `SFTTrainer` and `WRPOTrainer`; `batch_loss` says what the loss is, `item_weight` what it counts."""
 
     loss_is_scaled_for_ga = True  # by the count of the whole step
+    of_batch: tuple[str, ...] = OF_PREFERENCES  # what a batch has at least
     stage = "preference"  # the form of a row that it trains on; the other one is "sft"
     config_class: type[FusedHeadConfig] = FusedHeadConfig
 
@@ -159,7 +162,7 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer, LayoutTrainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Tensor]:
         """The micro-batches of one optimizer step, and the weight of their rows together, over all ranks."""
-        batches = list(islice(epoch_iterator, num_batches))
+        batches = [check_batch(batch, self.of_batch) for batch in islice(epoch_iterator, num_batches)]
         if batches:
             batches[-1] = self.with_repeats_marked(batches[-1])
         count = sum((self.counted_weight(batch).sum() for batch in batches), torch.zeros(())).to(device)
@@ -219,7 +222,7 @@ class HeadTrainer(SavingTrainer, LengthGroupingTrainer, LayoutTrainer):
         self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
         self.check_head_through(model)
-        inputs = self.with_repeats_marked(self._prepare_inputs(inputs))
+        inputs = self.with_repeats_marked(self._prepare_inputs(check_batch(inputs, self.of_batch)))
         with torch.no_grad():
             _, values = self.batch_loss(model, inputs, None)
         self.eval_means.add(values, self.counted_weight(inputs))

@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from multiprocessing import get_all_start_methods
 from typing import Any
 
+from transformers import SchedulerType
+from transformers.debug_utils import DebugOption
 from transformers.training_args import trainer_log_levels
 
 from wrpo.settings import check_choice, check_range
@@ -24,6 +26,7 @@ ABOVE_0 = ("logging_steps", "save_steps")
 OPTIONAL = ("max_grad_norm", "eval_steps", "save_total_limit", "neftune_noise_alpha", "eval_accumulation_steps",
             "dataloader_prefetch_factor", "data_seed")  # fmt: skip
 CHOICES: dict[str, tuple[Any, ...]] = {
+    "lr_scheduler_type": tuple(kind.value for kind in SchedulerType),
     "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),
     "include_num_input_tokens_seen": ("all", "non_padding", "no"),
     "dataloader_multiprocessing_context": tuple(get_all_start_methods()),
@@ -79,6 +82,8 @@ def check_inherited(args: Any) -> None:
     for name in _there(args, CHOICES):
         if isinstance(value := getattr(args, name), str):
             check_choice(name, value, CHOICES[name])
+    for word in args.debug.split() if isinstance(args.debug, str) else ():
+        check_choice("debug", word, [option.value for option in DebugOption])
     for name in _there(args, FIXED):
         only, reason = FIXED[name]
         if getattr(args, name) not in (only, None):

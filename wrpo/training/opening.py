@@ -11,13 +11,14 @@ from torch import nn
 
 from wrpo.data import DataError, load_examples, tokenize_examples
 from wrpo.data.selection import leave_out
+from wrpo.data.tokenised_row import COLUMNS
 from wrpo.pretrained import load_model, load_tokenizer
 from wrpo.rows.errors import shown
 from wrpo.settings import ModelSettings
 
 from .config import FusedHeadConfig
 
-TOKENS = ("prompt_ids", "response_ids")  # what a tokenised row has at least
+TOKENS = ("prompt_ids", "response_ids")  # what tells a tokenised row
 
 
 def open_tokenizer(processing_class: Any, model: Any) -> Any:
@@ -72,6 +73,8 @@ def open_train_data(data: Any, tokenizer: Any, args: FusedHeadConfig, stage: str
     opened = open_data(data, tokenizer, args, stage)
     if opened is not None and hasattr(opened, "__len__") and not len(opened):
         raise ValueError(f"train_dataset: expected at least one row, got {shown(data)}")
+    if opened is not None and not hasattr(opened, "__len__") and args.max_steps <= 0:
+        raise ValueError("max_steps: expected the number of steps, since train_dataset is a stream and has no length")
     return opened
 
 
@@ -131,11 +134,11 @@ def is_tokenised(data: Any) -> bool:
     row = getattr(data, "column_names", None) or first_row(data)
     if not isinstance(row, (dict, list)):
         raise DataError("rows that are dicts", shown(row), "Give a list of dicts, a data set or the name of a file.")
-    found = [name for name in row if name in TOKENS]
-    if found and len(found) < len(TOKENS):
+    found = [name for name in row if name in COLUMNS]
+    if not set(found).isdisjoint(TOKENS) and len(found) < len(COLUMNS):
         expected = "prompt_ids, response_ids, role and share, as wrpo.data.tokenize_examples makes them"
         raise DataError(expected, f"the columns {', '.join(map(str, row))}", "Tokenise the rows with it.")
-    return bool(found)
+    return not set(found).isdisjoint(TOKENS)
 
 
 def first_row(data: Any) -> Any:

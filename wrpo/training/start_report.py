@@ -73,7 +73,12 @@ class StartReport(TrainerCallback):
         state.logging_steps = max(1, min(state.logging_steps, state.max_steps // FEWEST_LINES))
         if state.is_world_process_zero:
             tqdm.write("\n".join(self.lines(state.max_steps)), file=sys.stderr)  # above a bar, not into it
-            warn_of_warm_up(args, state.max_steps, [group["lr"] for group in optimizer.param_groups])
+            if not state.global_step:
+                warn_of_warm_up(args, state.max_steps, [group["lr"] for group in optimizer.param_groups])
+            elif state.global_step >= state.max_steps:
+                logger.warning(
+                    "Nothing is left to train: the checkpoint is at step %d of %d", state.global_step, state.max_steps
+                )
 
 
 def warn_of_warm_up(args: Any, steps: int, rates: list[float]) -> None:

@@ -23,7 +23,8 @@ Columns beside them, a number or name for each response that they speak of: `sou
 that sum to 1; default: equal ones), `source_model`, `rejected_model`, `source_reward`, `target_reward`,
 `rejected_reward`, `score_chosen`, `score_rejected`, `ref_chosen_logps`, `ref_rejected_logps` (nats, sums over the
 response); and for all responses of the row `ref_logp`, `source_logp`, the mean log-prob a token under each of M models,
-and `cut`, whether a response ends before its model had ended it: it is trained without an end.
+and `cut`, whether a response ends before its model had ended it: it is trained without an end. `finish_reason` says the
+same in a server's words. Two columns that contradict each other are refused.
 
 A row with scores of all its answers and also `chosen` and `rejected`, as SimPO's data sets have it, is read as the pair
 that they are, or with `from_scores` by its scores alone.

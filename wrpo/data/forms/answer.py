@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from wrpo.data.roles import TARGET
-from wrpo.rows.candidate import is_cut
 
 from .conversation import instruction, prompt_of, turns
 from .response import Reading, Response
@@ -29,7 +28,5 @@ def completion(row: dict) -> Reading:
 
 
 def response(row: dict) -> Reading:
-    """As `wrpo sample` writes it, with the reason why the answer ended."""
-    reason = row.get("finish_reason")
-    cut = is_cut(reason) if isinstance(reason, str) else None
-    return prompt_of(row), [Response("response", row["response"], TARGET, cut=cut)]
+    """As `wrpo sample` writes it."""
+    return prompt_of(row), [Response("response", row["response"], TARGET)]

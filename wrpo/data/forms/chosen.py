@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from wrpo.data.roles import REJECTED, ROLES, SOURCE, TARGET
 from wrpo.rows.errors import DataError, shown
 
@@ -9,6 +11,10 @@ from .columns import OF_EXAMPLES, with_columns
 from .conversation import as_message, prompt_of, turns
 from .response import Reading, Response, responses_in
 
+# Letters, digits and accents, but of scripts that write no spaces between words; what may stand between two of them.
+_LETTER = r"(?:[^\W_\u0e00-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff\U00020000-\U0003ffff]|[\u0300-\u036f])"
+_INNER = r"['’.,/_-]?"
+_BEFORE, _AFTER = re.compile(rf"{_LETTER}{_INNER}\Z"), re.compile(rf"{_INNER}{_LETTER}")
 _OTHER_NAMES = ("question", "query", "problem", "input", "context")  # of a prompt, that no form here reads
 
 
@@ -44,14 +50,25 @@ def chosen(row: dict) -> Reading:
 
 
 def _split(row: dict, responses: list[Response]) -> Reading:
-    """Two texts without a prompt, as TRL reads them: what both begin with is the prompt, but for a last space."""
+    """Two texts without a prompt: what both begin with, in whole words, is the prompt, but for a last space.
+
+    A prompt that ended within a word would be one that nobody wrote, in tokens that no model ever gave.
+    """
     texts = [response.value for response in responses]
     if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
         return None, responses
     _refuse_lost_prompt(row)
     length = next((k for k, (one, other) in enumerate(zip(*texts, strict=False)) if one != other), min(map(len, texts)))
-    shared = texts[0][:length].removesuffix(" ")
+    shared = _whole_words(texts, length).removesuffix(" ")
     return shared or None, [response._replace(value=response.value[len(shared) :]) for response in responses]
+
+
+def _whole_words(texts: list[str], length: int) -> str:
+    """Of the first `length` characters, which the texts share, those before a word in which they part."""
+    shared = texts[0][:length]
+    if not (_BEFORE.search(shared[-2:]) and any(_AFTER.match(text[length : length + 2]) for text in texts)):
+        return shared
+    return shared[: max((space.end() for space in re.finditer(r"\s", shared)), default=0)]
 
 
 def _refuse_lost_prompt(row: dict) -> None:

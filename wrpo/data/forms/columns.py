@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from wrpo.data.roles import REJECTED, ROLES, SOURCE, TARGET
+from wrpo.rows.candidate import is_cut
 from wrpo.rows.errors import DataError, shown
 from wrpo.rows.messages import utf8
 from wrpo.rows.numbers import LARGEST_NUMBER, is_bounded, is_number
@@ -81,6 +82,18 @@ def truth_values(value: Any, count: int, field: str) -> list[bool]:
     return values
 
 
+def cut_by_reason(value: Any, count: int, field: str) -> list[bool | None]:
+    """Whether each response is cut, by the reason why it ended; one reason for several says nothing of any of them."""
+    reasons = [value] if isinstance(value, str) else value
+    if isinstance(value, str) and count > 1 and not is_cut(value):
+        return [None] * count
+    is_text = isinstance(reasons, list) and all(reason is None or isinstance(reason, str) for reason in reasons)
+    if not is_text or len(reasons) != count:
+        todo = f"Give one for each response, in the order of the row, {_OMIT}"
+        raise DataError(f"{count} reason{'s' * (count > 1)}", shown(value), todo, field=field)
+    return [None if reason is None else is_cut(reason) for reason in reasons]
+
+
 def _listed(value: Any, count: int) -> list:
     return value if isinstance(value, list) else [value] * (count if value is None else 1)
 
@@ -89,7 +102,7 @@ def _numbers_or_none(value: Any, count: int, field: str) -> list:
     return numbers(value, count, field, may_be_none=True)
 
 
-# Column, the roles of the responses that it speaks of, what it says of them, and how it is read. Later ones win.
+# Column, the roles of the responses that it speaks of, what it says of them, and how it is read.
 Columns = tuple[tuple[str, tuple[str, ...], str, Callable[[Any, int, str], list]], ...]
 _CHOSEN = (SOURCE, TARGET)
 COLUMNS: Columns = (
@@ -106,6 +119,7 @@ COLUMNS: Columns = (
     ("ref_rejected_logps", (REJECTED,), "ref_logp", sequence_logp),
     ("ref_logp", ROLES, "ref_logp", sequence_logp),
     ("source_logp", ROLES, "source_logp", logp_by_model),
+    ("finish_reason", ROLES, "cut", cut_by_reason),
     ("cut", ROLES, "cut", truth_values),
 )
 OF_EXAMPLES: Columns = (
@@ -116,15 +130,30 @@ OF_EXAMPLES: Columns = (
 
 
 def with_columns(row: dict, responses: list[Response], columns: Columns = COLUMNS) -> list[Response]:
-    """The responses with what the row's columns say of them; a column lists those of its roles in the row's order."""
+    """The responses with what the row's columns say of them; a column lists those of its roles in the row's order.
+
+    Raises:
+        DataError: a column that cannot be read, or that says something else than another one.
+    """
     told = list(responses)
+    by: dict[tuple[int, str], str] = {}
     for column, roles, what, read in columns:
         if row.get(column) is None:
             continue
         places = [k for k, response in enumerate(responses) if response.role in roles]
         for k, value in zip(places, read(row[column], len(places), column) if places else [], strict=True):
-            told[k] = told[k]._replace(**{what: value})
+            there = getattr(told[k], what)
+            if None not in (there, value) and not _is_same(there, value):
+                earlier = by.get((k, what), "the row's scores, shares or names")
+                expected = f"{shown(there)} for {told[k].field}, as in {earlier}"
+                raise DataError(expected, shown(value), "Leave one of the two out.", field=column)
+            if value is not None:
+                told[k], by[k, what] = told[k]._replace(**{what: value}), column
     return told
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return math.isclose(one, other, rel_tol=1e-6) if isinstance(one, float) else one == other
 
 
 def with_shares(responses: list[Response]) -> list[Response]:

@@ -61,6 +61,12 @@ def is_conversation(value: Any) -> bool:
     return len(value) == 1 or any(part.get("role") != "assistant" for part in value)
 
 
+def is_several_messages(value: Any) -> bool:
+    """Whether a field of responses holds messages of the assistant alone, each of which is one."""
+    value = unpacked(value)
+    return isinstance(value, list) and len(value) > 1 and isinstance(value[0], dict) and not is_conversation(value)
+
+
 def unpacked(value: Any) -> Any:
     """Messages in the place of their JSON text; anything else as it is."""
     messages = from_json(value)

@@ -15,6 +15,7 @@ from tiny_runs import SETTINGS, wrpo_trainer
 
 from benchmarks.suite.recording import recorded
 from wrpo import SFTConfig, SFTTrainer
+from wrpo.data import Layout, PreferenceCollator, SFTCollator
 from wrpo.data.batch import on_device
 from wrpo.head import fused_head
 from wrpo.training.head_trainer import HeadTrainer
@@ -37,6 +38,8 @@ def trainer_of(stage: str, folder: Path, **settings) -> HeadTrainer:
 
 def step(trainer: HeadTrainer, rows: list[dict]) -> None:
     """What `Trainer.training_step` runs, forward and backward, with everything on the meta device."""
+    if isinstance(trainer.data_collator, (PreferenceCollator, SFTCollator)):
+        trainer.data_collator.layout = Layout(trainer.args.layout)  # by a mask, as on an accelerator
     batch = on_device(trainer.data_collator(rows), META)
     for model in (trainer.model, getattr(getattr(trainer, "reference", None), "model", trainer.model)):
         model.to(META)

@@ -48,7 +48,7 @@ def without_launches(monkeypatch):
         monkeypatch.setattr(preference_loss, name, NoLaunch())
     monkeypatch.setattr(launch, "check_labels_where_free", lambda *arguments: None)
     monkeypatch.setattr(self_check, "mismatch", lambda *call: None)  # waits, once a process
-    for name in ("_label_score_fwd", "_exp_product_fwd", "_exp_finish_fwd"):
+    for name in ("_label_score_fwd", "_exp_product_fwd", "_exp_finish_fwd", "_row_coefficients_fwd"):
         monkeypatch.setattr(launch.product, name, NoLaunch())
     for name in ("_exp_repair_sums_fwd", "_exp_repair_merge_fwd", "_exp_repair_store_fwd"):
         monkeypatch.setattr(launch.repair, name, NoLaunch())
@@ -100,8 +100,8 @@ def test_one_pass_reads_nothing_back_while_the_rows_fit(num_rows, backend, tenso
     head, rows = Head(tensors, given), rows_of(tensors, given)
     gradients = Gradients(tensors.hidden, head, given.asked, 1)
     size, number = torch.empty(S, device="meta"), torch.empty(S, dtype=torch.int64, device="meta")
-    sequences = Sequences(None, size, number, number, None, None)
-    loss = LossArguments(sequences, 2, Family(0.1, 0.0, "sigmoid", 0.0, False))
+    sequences = Sequences(None, size, number, number, None, None, None, None)
+    loss = LossArguments(sequences, 2, Family(0.1, 0.0, "sigmoid", 0.0, 0.05, False))
     kernel = choose("preference_loss", "triton", CANDIDATES, size)
     result, _ = one_pass.run(head, rows, loss, None, 2, N + M, gradients, kernel)
     assert result.loss.shape == (2,) and result.logp.shape == (S,)
@@ -114,8 +114,8 @@ def test_groups_beyond_the_budget_are_planned_by_what_the_host_knows(lengths, nl
     head, rows = Head(tensors, given), rows_of(tensors, given)
     gradients = Gradients(tensors.hidden, head, given.asked, 2)
     size, number = torch.empty(S, device="meta"), torch.empty(S, dtype=torch.int64, device="meta")
-    sequences = Sequences(None, size, number, number, size if nll else None, None)
-    loss = LossArguments(sequences, 2, Family(0.1, 0.0, "sigmoid", 0.0, False))
+    sequences = Sequences(None, size, number, number, size if nll else None, None, None, None)
+    loss = LossArguments(sequences, 2, Family(0.1, 0.0, "sigmoid", 0.0, 0.05, False))
     kernel = choose("preference_loss", "triton", CANDIDATES, size)
     on_host = torch.tensor([lengths, [0, 0, 0, 1, 1, 1]])
     result, _ = one_pass.run(head, rows, loss, on_host, 2, 3, gradients, kernel)

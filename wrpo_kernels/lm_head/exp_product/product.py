@@ -19,7 +19,7 @@ import triton.language as tl
 from wrpo_kernels.dispatch.triton_math import label_logp, transformed
 from wrpo_kernels.lm_head.exp_product import form
 
-OFFSET, LN2 = tl.constexpr(form.OFFSET), tl.constexpr(math.log(2))
+OFFSET, LIMIT, LN2 = (tl.constexpr(number) for number in (form.OFFSET, form.LIMIT, math.log(2)))
 
 
 @triton.jit
@@ -136,6 +136,16 @@ def _label_score_fwd(
     # Beside an infinite score every other has the power 0, which would look like a certain label.
     tl.store(score + n, tl.where(is_token & (z < float("inf")), z, float("nan")))
     tl.store(bend + n, slope)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _row_coefficients_fwd(coef, logp, out, N, stride, slope, ROWS: tl.constexpr):
+    """coef [N] times -slope / S, by which a row of powers becomes one of the delta: 1 / S is p 2^OFFSET of the label.
+    Where the powers left their range p itself stands in the row."""
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    value = tl.load(logp + n, mask=n < N, other=0.0)
+    scale = tl.where(value > LIMIT, tl.exp2(value / LN2 + OFFSET), 1.0)
+    tl.store(out + n, tl.load(coef + n * stride, mask=n < N, other=0.0) * scale * -slope, mask=n < N)
 
 
 @triton.jit(do_not_specialize=["N"])

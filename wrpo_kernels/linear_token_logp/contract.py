@@ -65,12 +65,12 @@ def _linear_token_logp_backward(
         coef, logp = rows.take(grad_logp.reshape(-1, 1)), rows.take(logp.reshape(-1))
         if not asked.of_head:
             dh = rows.spread_scaled(unscaled[: len(rows)], head.coefficients(coef, logp))
-            return _complete(tensors, HeadGradients(dh.view(hidden.shape), None, None, None, None))
+            return complete(tensors, HeadGradients(dh.view(hidden.shape), None, None, None, None))
         plan = plan_of(tensors, options)
         chunks = (plan.keep > 0) + -(-(len(rows) - plan.keep) // max(plan.chunk, 1))
         gradients = Gradients(hidden, head, asked, chunks, options.grad_filter)
         passes.backward(head, rows, plan, kept, coef, logp, gradients)
-        return _complete(tensors, gradients.totals())
+        return complete(tensors, gradients.totals())
 
 
 def _check_backward(
@@ -89,7 +89,7 @@ def _check_backward(
             raise ValueError(f"{name} must be {tensors.hidden.dtype} as hidden, got {value.dtype}")
 
 
-def _complete(tensors: HeadTensors, found: HeadGradients) -> tuple[Tensor, ...]:
+def complete(tensors: HeadTensors, found: HeadGradients) -> tuple[Tensor, ...]:
     """Each in the type of its tensor; empty where it was not asked for."""
     hidden, weight, _, *rest = tensors
     pairs = zip(found, (hidden, weight, *rest), strict=True)
@@ -99,6 +99,10 @@ def _complete(tensors: HeadTensors, found: HeadGradients) -> tuple[Tensor, ...]:
 def _fake_backward(
     grad_logp: Tensor, logp: Tensor, unscaled: Tensor, kept: Tensor, tensors: HeadTensors, options: HeadOptions
 ) -> tuple[Tensor, ...]:
+    return fake_gradients(tensors, options)
+
+
+def fake_gradients(tensors: HeadTensors, options: HeadOptions) -> tuple[Tensor, ...]:
     hidden, weight, _, *rest = tensors
     pairs = zip(options.asked, (hidden, weight, *rest), strict=True)
     return tuple([like.new_empty(like.shape) if asked else hidden.new_empty(0) for asked, like in pairs])

@@ -113,7 +113,7 @@ def recorded() -> Iterator[Recorder]:
         (rows, "is_plain", lambda tensors: False),
         (cuda_launch, "refuses", lambda tensor: None),
         (cuda_launch, "launch", recorder.kernel),
-        (scaling, "kernels", lambda *tensors: recorder),
+        (scaling, "kernels", lambda tensor: recorder),
         (products, "adds_float32", lambda *facts: True),
         (gradients, "writes_float32", lambda delta: True),
         (linear_preference_loss, "no_autocast", lambda like: nullcontext()),

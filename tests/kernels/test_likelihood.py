@@ -105,3 +105,12 @@ def test_weights_that_are_none_are_named(seq_weight):
     given = tensors(torch.float32)
     with pytest.raises(ValueError, match="seq_weight"):
         linear_nll_loss(given["hidden"], given["weight"], labels(), seq_weight=seq_weight)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)])
+def test_no_label_has_no_likelihood(shape):
+    given = tensors(torch.float32)
+    hidden = torch.randn(*shape, D, requires_grad=True)
+    out = linear_nll_loss(hidden, given["weight"], torch.zeros(shape, dtype=torch.int64), normalizer=2.0)
+    out.loss.backward()
+    assert out.loss == 0 and out.logp.shape == shape[:1] and not given["weight"].grad.any()

@@ -22,7 +22,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
         from wrpo_kernels.lm_head import scaling_kernel
 
         interpreter.compute_like_a_gpu()
-        monkeypatch.setattr(scaling, "kernels", lambda *tensors: scaling_kernel)
+        monkeypatch.setattr(scaling, "kernels", lambda tensor: scaling_kernel)
     torch.manual_seed(0)
     return torch.device(request.param)
 

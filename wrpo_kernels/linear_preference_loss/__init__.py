@@ -206,10 +206,10 @@ def likelihood_in_one_pass(
 ) -> tuple[Tensor, Tensor]:
     """-sum_s weights[s] logp[s] [] and logp [S], with the gradients made beside them: one group, all of `group` [S] is
     0, whose margin counts for nothing."""
-    nothing = weights.new_zeros(1)
-    sequences = Sequences(None, nothing.expand(len(weights)), group, length, weights, nothing)
+    nothing, groups = weights.new_zeros(1), min(len(weights), 1)
+    sequences = Sequences(None, nothing.expand(len(weights)), group, length, weights, nothing[:groups])
     family = Family(1.0, 0.0, "sigmoid", 0.0, 0.05, False)
-    total, logp, *_ = contract.linear_preference_loss(tensors, sequences, None, options, 1, family, False, False)
+    total, logp, *_ = contract.linear_preference_loss(tensors, sequences, None, options, groups, family, False, False)
     return total, logp
 
 

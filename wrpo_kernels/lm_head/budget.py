@@ -83,7 +83,9 @@ def logits_buffer(like: Tensor, num_rows: int, vocabulary: int) -> Tensor:
     Products of 16-bit matrices whose rows are not aligned run on slow kernels, and V = 50257, or a vocabulary with
     tokens added, is odd.
     """
-    return like.new_empty(num_rows, row_stride(like.device, vocabulary))[:, :vocabulary]
+    stride = row_stride(like.device, vocabulary)
+    buffer = like.new_empty(num_rows, stride)
+    return buffer if stride == vocabulary else buffer[:, :vocabulary]
 
 
 def row_stride(device: torch.device, vocabulary: int) -> int:

@@ -16,9 +16,9 @@ from wrpo_kernels.dispatch import triton_backend
 from wrpo_kernels.lm_head.products import STRIPE_BYTES, scale_rows_, scaled_rows
 
 
-def kernels(*tensors: Tensor) -> ModuleType | None:
-    """The Triton kernels where these tensors can have them."""
-    if not all(x.is_cuda and triton_backend.refuses(x) is None for x in tensors):
+def kernels(tensor: Tensor) -> ModuleType | None:
+    """The Triton kernels where this tensor can have them."""
+    if not tensor.is_cuda or triton_backend.refuses(tensor) is not None:
         return None
     return importlib.import_module("wrpo_kernels.lm_head.scaling_kernel")
 
@@ -28,13 +28,13 @@ def gathered(source: Tensor, index: Tensor | None, coef: Tensor | None = None) -
     stands for all rows as they are, or for factors of 1."""
     if coef is None and index is None and source.dim() == 2:
         return source
-    fused = kernels(source) if source.stride(-1) == 1 else None
-    if fused is not None:
+    fused = kernels(source)
+    if fused is not None and source.stride(-1) == 1:
         number = source.shape[:-1].numel() if index is None else len(index)
         out = source.new_empty(number, source.shape[-1])
         fused.gather_rows(source, index, coef, out)
         return out
-    rows = _at(source, index)
+    rows = source if index is None and source.dim() == 2 else _at(source, index)
     return rows if coef is None else scaled_rows(rows, coef)
 
 
@@ -61,7 +61,7 @@ def put_scaled_(out: Tensor, index: Tensor | None, share: Tensor, coef: Tensor) 
 def scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """factor [] * total, rounded to `dtype`: no float32 copy of the whole."""
     out = torch.empty_like(total, dtype=dtype)
-    fused = kernels(total, out) if total.is_contiguous() else None
+    fused = kernels(total) if total.is_contiguous() else None
     if fused is not None:
         fused.scale(total, factor, out)
         return out

@@ -19,7 +19,6 @@ from typing import Any
 from transformers import Trainer
 
 from wrpo.data.fingerprint import data_fingerprint
-from wrpo.reference.fingerprint import start_fingerprint
 from wrpo.user_error import UserError
 
 logger = logging.getLogger("wrpo.training")
@@ -43,7 +42,7 @@ LONGEST = 60  # characters of a value in a message
 
 
 def record_of(trainer: Any) -> dict[str, Any]:
-    """Of a trainer before its training. Every process must call it."""
+    """Of a trainer that knows what it `began_with`."""
     args = trainer.args
     fields = {field.name: field.metadata.get("group") for field in dataclasses.fields(args)}
     names = [name for name, group in fields.items() if group in OF_THE_LOSS and name not in OTHERWISE]
@@ -51,7 +50,7 @@ def record_of(trainer: Any) -> dict[str, Any]:
     record = {
         "settings": type(args).__name__,
         "optimizer": _optimizer_of(trainer),
-        **start_fingerprint(trainer.model, trainer.processing_class),
+        **trainer.began_with,
         "data": data_fingerprint(trainer.train_dataset),
         **trainer.reference_facts(),
         **settings,

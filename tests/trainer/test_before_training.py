@@ -168,7 +168,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
         raise ConnectionError("Name or service not known")
 
     monkeypatch.setattr(Trainer, "init_hf_repo", absent)
-    with pytest.raises(ValueError, match="^push_to_hub: ConnectionError: Name or service not known$"):
+    with pytest.raises(ValueError, match=r"^push_to_hub: ConnectionError: Name or service not known$"):
         wrpo_trainer(tmp_path, push_to_hub=True)
 
 

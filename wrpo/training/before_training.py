@@ -161,7 +161,7 @@ def refuse_no_best_model(args: Any) -> None:
     if args.load_best_model_at_end and "no" in (args.eval_strategy, args.save_strategy):
         raise ValueError(
             "load_best_model_at_end needs evaluations and checkpoints, got eval_strategy "
-            f"{args.eval_strategy.value!r} and save_strategy {args.save_strategy.value!r}: the last model would be saved"
+            f"{args.eval_strategy.value!r} and save_strategy {args.save_strategy.value!r}: it would save the last"
         )
 
 

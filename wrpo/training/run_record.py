@@ -59,8 +59,9 @@ def record_of(trainer: Any) -> dict[str, Any]:
 
 
 def _optimizer_of(trainer: Any) -> str:
-    kind: Any = type(trainer.optimizer) if trainer.optimizer is not None else None
-    if kind is None:
+    own = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # in accelerate's wrapper after a first run
+    kind: Any = type(own)
+    if own is None:
         chosen = trainer.optimizer_cls_and_kwargs or Trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
         kind = chosen[0]
     return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', kind)}"

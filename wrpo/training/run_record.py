@@ -55,7 +55,7 @@ def record_of(trainer: Any) -> dict[str, Any]:
         **trainer.reference_facts(),
         **settings,
     }
-    return json.loads(json.dumps(record, default=_as_json, sort_keys=True))
+    return json.loads(json.dumps(record, default=_as_json, skipkeys=True))
 
 
 def _optimizer_of(trainer: Any) -> str:

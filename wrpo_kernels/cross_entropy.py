@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,9 @@ from wrpo_kernels.checks import (
     check_tensor,
     int64_labels,
 )
+from wrpo_kernels.likelihood import linear_nll_loss
 from wrpo_kernels.linear_token_logp import linear_token_logp
+from wrpo_kernels.linear_token_statistics import linear_token_statistics
 from wrpo_kernels.lm_head.labels import shifted_labels
 from wrpo_kernels.logit_transform import LogitTransform
 
@@ -58,8 +62,8 @@ def linear_cross_entropy(
         reduction: "mean" over the labels that count, by class_weight where there is one, and NaN where none counts, as
             in torch; "sum"; "none", 0 where ignored. Default: "mean".
         class_weight: [V] weight of each token as a label, a constant. Default: 1 each.
-        label_smoothing: eps in [0, 1], the share of each label that all tokens have in equal parts; not with a softcap
-            or an adapter. Default: 0.
+        label_smoothing: eps in [0, 1], the share of each label that all tokens have in equal parts; together with
+            class_weight not under a softcap or an adapter. Default: 0.
         z_loss: weight of the squared log-sum-exp, >= 0, which keeps the logits near 0. Default: 0.
         bias, adapter, logit_scale, softcap, temperature, ignore_index, shift, num_rows, budget_bytes, grad_filter,
             backend: as linear_token_logp.
@@ -76,37 +80,49 @@ def linear_cross_entropy(
     Numerics: as linear_token_logp. lse is the label's logit, of 16-bit hidden states a float32 product, less its logp.
     Memory: as linear_token_logp. label_smoothing and z_loss also hold the hidden states and the rows of the weight of
         the labels that count in float32, 8 N D bytes; label_smoothing with class_weight a float32 weight.
-    Cost: as linear_token_logp; label_smoothing and z_loss add products of vectors, 6ND and 3VD flops.
+    Cost: of labels [S, T] reduced, without class_weight, label_smoothing and z_loss, as linear_nll_loss: no row is
+        computed twice. Else as linear_token_logp; label_smoothing and z_loss add products of vectors, 6ND and 3VD
+        flops. Under a softcap or an adapter the two are made by linear_token_statistics, with its numerics, memory and
+        cost.
     Source: label smoothing, arXiv:1512.00567; z-loss, arXiv:2204.02311.
     """
     labels = int64_labels("labels", labels)
-    _check_options(reduction, class_weight, label_smoothing, z_loss, softcap, adapter, labels, weight)
-    logp = linear_token_logp(
-        hidden,
-        weight,
-        labels,
-        bias=bias,
-        adapter=adapter,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        temperature=temperature,
-        ignore_index=ignore_index,
-        shift=shift,
-        num_rows=num_rows,
-        budget_bytes=budget_bytes,
-        grad_filter=grad_filter,
-        backend=backend,
-    )
+    smoothed = bool(label_smoothing or z_loss)
+    is_linear = not softcap and adapter is None
+    _check_options(reduction, class_weight, label_smoothing, z_loss, is_linear, grad_filter, labels, weight)
+    options: dict[str, Any] = {
+        "bias": bias,
+        "adapter": adapter,
+        "logit_scale": logit_scale,
+        "softcap": softcap,
+        "temperature": temperature,
+        "ignore_index": ignore_index,
+        "shift": shift,
+        "num_rows": num_rows,
+        "budget_bytes": budget_bytes,
+        "backend": backend,
+    }
+    if reduction != "none" and labels.dim() == 2 and class_weight is None and not smoothed:
+        total = linear_nll_loss(hidden, weight, labels, normalizer=1.0, grad_filter=grad_filter, **options).loss
+        counts = shifted_labels("labels", labels, shift, ignore_index, weight.shape[0]) != ignore_index
+        return total if reduction == "sum" else total / counts.sum()
+    if smoothed and not is_linear:
+        found = linear_token_statistics(hidden, weight, labels, outputs=("lse", "mean_logits"), **options)
+        logp = found.logp
+    else:
+        logp = linear_token_logp(hidden, weight, labels, grad_filter=grad_filter, **options)
     labels = shifted_labels("labels", labels, shift, ignore_index, weight.shape[0])
     counts = labels != ignore_index
     share = counts.to(logp.dtype)
     if class_weight is not None:
         share = share * class_weight.to(logp.dtype)[labels.where(counts, 0)]
     loss = -logp * share if not label_smoothing else -logp * share * (1 - label_smoothing)
-    if label_smoothing or z_loss:
-        transform = LogitTransform(bias, logit_scale, softcap or 0.0, temperature)
+    if smoothed and not is_linear:
+        loss = loss + label_smoothing * (found.lse - found.mean_logits) + z_loss * found.lse**2
+    elif smoothed:
         rows = counts.reshape(-1).nonzero()[:, 0]
         some = (hidden.reshape(-1, hidden.shape[-1])[rows], labels.reshape(-1)[rows], logp.reshape(-1)[rows])
+        transform = LogitTransform(bias, logit_scale, 0.0, temperature)
         more = _of_all_tokens(*some, weight, transform, class_weight, label_smoothing, z_loss)
         loss = loss + torch.zeros_like(loss).view(-1).index_copy(0, rows, more).view(loss.shape)
     if reduction == "none":
@@ -119,8 +135,8 @@ def _check_options(
     class_weight: Tensor | None,
     label_smoothing: float,
     z_loss: float,
-    softcap: float | None,
-    adapter: tuple[Tensor, Tensor] | None,
+    is_linear: bool,
+    grad_filter: float | None,
     labels: Tensor,
     weight: Tensor,
 ) -> None:
@@ -137,10 +153,10 @@ def _check_options(
     if label_smoothing > 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     check_number("z_loss", z_loss, least=0.0)
-    if label_smoothing and softcap:
-        raise ValueError("label_smoothing needs logits that are linear in hidden; it cannot be had with a softcap")
-    if adapter is not None and (label_smoothing or z_loss):
-        raise ValueError("label_smoothing and z_loss cannot be had with an adapter on the head")
+    if label_smoothing and class_weight is not None and not is_linear:
+        raise ValueError("label_smoothing with class_weight needs logits linear in hidden: no softcap and no adapter")
+    if grad_filter is not None and (label_smoothing or z_loss) and not is_linear:
+        raise ValueError("grad_filter cannot be had with label_smoothing or z_loss under a softcap or an adapter")
 
 
 def _of_all_tokens(
@@ -160,10 +176,7 @@ def _of_all_tokens(
     own = (hidden * weight[labels].to(kind)).sum(1)
     if transform.bias is not None:
         own = own + transform.bias.to(kind)[labels]
-    own = own * transform.logit_scale
-    if transform.softcap:
-        own = transform.softcap * torch.tanh(own / transform.softcap)
-    log_sum = own / transform.temperature - logp
+    log_sum = transform.slope * own - logp
     total = z_loss * log_sum**2
     if not label_smoothing:
         return total

@@ -10,7 +10,7 @@ import torch
 
 from wrpo_kernels.dispatch import cuda_launch
 from wrpo_kernels.dispatch.backends import load_extension, why_not
-from wrpo_kernels.lm_head.budget import DEFAULT_BUDGET, DEFAULT_BUDGET_OF_ACCELERATOR, default_budget
+from wrpo_kernels.lm_head.budget import DEFAULT_BUDGET, MOST_OF_ACCELERATOR, SHARE_OF_ACCELERATOR, default_budget
 from wrpo_kernels.lm_head.products import multiplies_fast, prefers_transposed
 from wrpo_kernels.preference_loss import contract as preference_contract
 from wrpo_kernels.token_logp import contract as token_contract
@@ -50,8 +50,8 @@ def _versions() -> list[str]:
         f"torch         {torch.__version__}, {torch.get_num_threads()} threads, {_accelerator()}",
         *(f"{name:<13} {_version_of(name)}" for name in packages),
         f"processor     {_processor()}, {os.cpu_count()} cores",
-        f"budget        {DEFAULT_BUDGET >> 20} MiB of logits at a time, {DEFAULT_BUDGET_OF_ACCELERATOR >> 20} on an "
-        "accelerator, unless budget_bytes says otherwise",
+        f"budget        {DEFAULT_BUDGET >> 20} MiB of logits at a time, on an accelerator 1/{SHARE_OF_ACCELERATOR} of "
+        f"its memory up to {MOST_OF_ACCELERATOR >> 20}, unless budget_bytes says otherwise",
     ]
 
 

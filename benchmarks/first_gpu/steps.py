@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -49,17 +50,19 @@ def steps(out: Path, second: bool, dry_run: bool) -> list[Step]:
     build = [python, "setup.py", "--quiet", "build_ext", "--inplace"]
     build_for = {"WRPO_BUILD": "cuda", "WRPO_CUDA_ARCHS": architecture(dry_run)}
     files = [f"tests/kernels/test_{name}.py" for name in TESTS]
-    tests = [python, "-m", "pytest", "-q", "-m", "gpu", "-k", "not reference", *files]
+    # Each shape is compiled once; workers of pytest-xdist do that side by side.
+    workers = ["-n", "8", "--dist", "load"] if importlib.util.find_spec("xdist") else []
+    tests = [python, "-m", "pytest", "-q", "-m", "gpu", "-k", "not reference", *workers, *files]
     tool = "racecheck" if second else "memcheck"
     sanitize = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *part("smoke", "--small")]
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
         Step("build", 60, nothing if dry_run else build, build_for),
-        Step("smoke", 60, part("smoke", *wide)),
-        Step("tests", 60, nothing if dry_run else tests),
+        Step("smoke", 45 if second else 60, part("smoke", *wide)),
+        Step("tests", 100 if second else 75, nothing if dry_run else tests),
         *([] if second else [Step("timeline", 60, part("timeline"))]),
         *([] if second else [Step("tune", 100, part("tune"))]),
-        Step("steps", 120 if second else 70, part("step_times", *wide)),
+        Step("steps", 90 if second else 70, part("step_times", *wide)),
         Step("sanitize", 45, sanitize, uncached, needs="compute-sanitizer"),
     ]
 

@@ -44,23 +44,27 @@ class Figure(NamedTuple):
     unit: str
 
 
-def shape(n: int, v: int, k: int, warps: int, stages: int, split: int, group: int = 8) -> dict[str, int]:
-    tiles = {"BLOCK_N": n, "BLOCK_V": v, "BLOCK_K": k, "GROUP": group, "SPLIT": split}
+def shape(
+    n: int, v: int, k: int, warps: int, stages: int, split: int, group: int = 8, flatten: int = 0
+) -> dict[str, int]:
+    """`flatten`: the loads of the next tile begin before the epilogue of the last has ended."""
+    tiles = {"BLOCK_N": n, "BLOCK_V": v, "BLOCK_K": k, "GROUP": group, "SPLIT": split, "FLATTEN": flatten}
     return tiles | {"num_warps": warps, "num_stages": stages}
 
 
 # Tiles, and programs a multiprocessor. Two share one so that the epilogue of one runs beside the product of the other.
 SHAPES = (
     (shape(128, 128, 64, 4, 3, 2), 2),
-    (shape(128, 256, 64, 8, 4, 2), 1),
+    (shape(128, 256, 64, 8, 4, 2, flatten=1), 1),
+    (shape(128, 128, 64, 4, 3, 2, flatten=1), 2),
+    (shape(256, 128, 64, 8, 3, 2, flatten=1), 1),
     (shape(128, 256, 64, 8, 3, 2), 1),
-    (shape(256, 128, 64, 8, 3, 2), 1),
-    (shape(128, 128, 64, 8, 4, 1), 1),
+    (shape(128, 128, 64, 8, 4, 1, flatten=1), 1),
     (shape(128, 128, 64, 4, 3, 2, group=16), 2),
     (shape(64, 256, 64, 4, 3, 2), 1),
     (shape(128, 128, 128, 8, 3, 2), 1),
 )
-TOY_SHAPES = ((shape(32, 64, 32, 4, 1, 2), 1), (shape(64, 32, 32, 4, 1, 1), 1))
+TOY_SHAPES = ((shape(32, 64, 32, 4, 1, 2), 1), (shape(64, 32, 32, 4, 1, 1, flatten=1), 1))
 
 
 class Operands(NamedTuple):

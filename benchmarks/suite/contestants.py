@@ -12,11 +12,15 @@ from benchmarks.suite.rivals import RIVALS
 from wrpo_kernels import linear_preference_loss
 
 FLOOR = "products"  # the bare matrix products of the same rows
-TAKES_ADAPTERS = "adapter" in signature(linear_preference_loss).parameters  # not in each commit to compare with
+# Not in each commit to compare with.
+TAKES_ADAPTERS, TAKES_LENGTHS = (
+    name in signature(linear_preference_loss).parameters for name in ("adapter", "lengths")
+)
 
 
 def fused(problem: Problem) -> Callable[[], Tensor]:
-    budget = problem.setting.budget_mib
+    setting = problem.setting
+    budget = setting.budget_mib
     options = {
         "seq_weight": problem.seq_weight,
         "group": problem.group,
@@ -24,9 +28,11 @@ def fused(problem: Problem) -> Callable[[], Tensor]:
         "beta": problem.beta,
         "softcap": problem.softcap,
         "logit_scale": problem.logit_scale,
-        "num_rows": problem.setting.num_rows,
+        "num_rows": setting.num_rows,
         "budget_bytes": None if budget is None else budget << 20,
     }
+    if TAKES_LENGTHS and problem.device.type != "cpu":
+        options |= {"lengths": [setting.response] * setting.sequences, "group": problem.group.cpu()}
 
     def loss() -> Tensor:
         if problem.adapter is not None and TAKES_ADAPTERS:

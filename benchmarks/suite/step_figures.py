@@ -36,7 +36,8 @@ class Figure(NamedTuple):
 
 
 # In the picture, in this order.
-CALLED = {"full logits": "plain torch", "TRL DPOTrainer": "TRL", "padded": "wrpo, padded rows"}
+CALLED = {"full logits": "plain torch", "TRL DPOTrainer": "TRL", "TRL with our head": "TRL with wrpo's head"}
+CALLED["padded"] = "wrpo, padded rows"
 CALLED |= {name: f"wrpo, {name} rows" for name in ("packed", "packed flex", "packed flash", "shared", "shared flex")}
 CALLED |= {"fused": "wrpo"}
 

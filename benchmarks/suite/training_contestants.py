@@ -6,6 +6,7 @@
     full logits    the same trainer and loss in padded rows, from the model's own logits as plain torch takes their
                    log-softmax
     TRL            `trl.DPOTrainer` as it comes, on pairs
+    TRL with our head                               the same after `wrpo_kernels.integrations.trl.install()`
 
 All use the reference log-probs that the rows bring along, AdamW and the same seed, none recomputes activations.
 """
@@ -36,6 +37,7 @@ from wrpo.data.batch import row_of
 from wrpo.training.response_weights import response_weights
 from wrpo.training.start_report import StartReport
 from wrpo_kernels import PreferenceOutput, preference_loss
+from wrpo_kernels.integrations.trl import install
 
 BETA = 0.01
 ALPHA = 0.1  # of the source, in triples
@@ -77,7 +79,7 @@ VARIANTS: dict[str, tuple[str, str | None]] = {
     "shared flex": ("shared", "flex_attention"),
     "full logits": ("padded", None),
 }
-NAMES = (*VARIANTS, "TRL DPOTrainer")
+NAMES = (*VARIANTS, "TRL DPOTrainer", "TRL with our head")
 
 
 class Setting(NamedTuple):
@@ -130,7 +132,9 @@ def trainer_of(
         "seed": 42,
         "beta": BETA,
     }
-    if contestant == "TRL DPOTrainer":
+    if contestant.startswith("TRL"):
+        if contestant == "TRL with our head":
+            install()
         return dpo_trainer(common, model, tokenizer, rows)
     kind = FullLogits if contestant == "full logits" else WRPOTrainer
     layout, attention = VARIANTS[contestant]

@@ -10,8 +10,11 @@
 namespace wrpo {
 namespace {
 
-#define WRPO_LEVEL_ENTRY(level) \
-  Level { #level, level::token_logp, level::token_logp_delta, level::token_logp_grad, level::transpose }
+#define WRPO_LEVEL_ENTRY(level)                                                                          \
+  Level {                                                                                                \
+    #level, level::token_logp, level::token_logp_delta, level::token_logp_grad, level::token_statistics, \
+        level::token_statistics_grad, level::transpose                                                   \
+  }
 
 // WRPO_BUILT_<LEVEL> come from the build, which knows the flags that the compiler took. They must ask for no feature
 // that is not tested here.

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "token_logp.h"
+#include "token_statistics.h"
 #include "transpose.h"
 
 namespace wrpo {
@@ -14,6 +15,8 @@ struct Level {
   decltype(generic::token_logp)* token_logp;
   decltype(generic::token_logp_delta)* token_logp_delta;
   decltype(generic::token_logp_grad)* token_logp_grad;
+  decltype(generic::token_statistics)* token_statistics;
+  decltype(generic::token_statistics_grad)* token_statistics_grad;
   decltype(generic::transpose)* transpose;
 };
 

@@ -127,16 +127,22 @@ def test_importing_leaves_the_settings_of_torch_alone():
 
 def test_every_public_name_exists_and_no_other_is_exported():
     assert sorted(wrpo_kernels.__all__) == [
+        "LikelihoodOutput",
         "PreferenceOutput",
+        "TokenStatistics",
         "__version__",
         "dpo_loss",
         "ipo_loss",
+        "kto_loss",
         "linear_cross_entropy",
         "linear_dpo_loss",
         "linear_ipo_loss",
+        "linear_kto_loss",
+        "linear_nll_loss",
         "linear_preference_loss",
         "linear_simpo_loss",
         "linear_token_logp",
+        "linear_token_statistics",
         "linear_wrpo_loss",
         "preference_loss",
         "simpo_loss",

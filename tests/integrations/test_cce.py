@@ -66,8 +66,23 @@ def test_under_autocast_it_multiplies_as_a_linear_layer_does():
     assert torch.equal(got, cce.linear_cross_entropy(e.bfloat16(), c, targets))
 
 
-@pytest.mark.parametrize("option", ["return_lse", "vocab_parallel_options"])
-def test_what_cannot_be_had_is_refused(option):
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shift", [False, True])
+def test_the_log_sum_exp_comes_beside_the_loss_with_its_gradient(reduction, shift):
+    e, c, bias, targets = problem()
+    options = {"bias": bias, "softcap": 4.0, "reduction": reduction, "shift": shift}
+    loss, lse = cce.linear_cross_entropy(e, c, targets, return_lse=True, **options)
+    torch.testing.assert_close(loss, cce.linear_cross_entropy(e, c, targets, **options), rtol=1e-6, atol=1e-6)
+    scores = 4.0 * torch.tanh((e @ c.T + bias) / 4.0)
+    if shift:
+        scores, targets = scores[:, :-1], targets[:, 1:]
+    expected = scores.logsumexp(-1) * (targets != -100)
+    torch.testing.assert_close(lse, expected, rtol=1e-5, atol=1e-5)
+    grads = [torch.autograd.grad(x.square().sum(), [e, c, bias]) for x in (lse, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_had_is_refused():
     e, c, _, targets = problem()
-    with pytest.raises(NotImplementedError, match=option):
-        cce.linear_cross_entropy(e, c, targets, **{option: True})
+    with pytest.raises(NotImplementedError, match="vocab_parallel_options"):
+        cce.linear_cross_entropy(e, c, targets, vocab_parallel_options=True)

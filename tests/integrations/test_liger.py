@@ -154,13 +154,37 @@ def test_the_cross_entropy_is_ligers_formula(name):
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_cross_entropy_returns_what_liger_returns_beside_it(reduction):
+    (weight, hidden, bias), rest = problem("")
+    hidden, target = hidden.detach().flatten(0, 1), rest["target"].flatten()
+    options = {"lse_square_scale": 0.02, "softcap": 5.0, "reduction": reduction}
+    wanted = {"return_z_loss": True, "return_token_accuracy": True, "return_predicted_tokens": True}
+    got = liger.LigerFusedLinearCrossEntropyLoss(**options, **wanted)(weight, hidden, target, bias)
+    scores = 5.0 * torch.tanh((hidden @ weight.T + bias).detach() / 5.0)
+    counts = target != -100
+    z_loss, right = 0.02 * scores.logsumexp(-1) ** 2 * counts, (scores.argmax(-1) == target).float()
+    if reduction != "none":
+        z_loss, right = z_loss.sum() / (counts.sum() if reduction == "mean" else 1), right.sum() / counts.sum()
+    torch.testing.assert_close(got.z_loss, z_loss)
+    torch.testing.assert_close(got.token_accuracy, right)
+    assert torch.equal(got.predicted_tokens, scores.argmax(-1).where(counts, -1))
+    torch.testing.assert_close(
+        got.loss, liger.LigerFusedLinearCrossEntropyLoss(**options)(weight, hidden, target, bias)
+    )
+    assert liger.LigerFusedLinearCrossEntropyLoss(return_z_loss=True)(weight, hidden, target).predicted_tokens is None
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
         ("LigerFusedLinearDPOLoss", {"loss_type": "aot"}, "loss_type 'aot'"),
         ("LigerFusedLinearDPOLoss", {"label_smoothing": 0.1}, "label_smoothing"),
-        ("LigerFusedLinearCrossEntropyLoss", {"return_token_accuracy": True}, "return_token_accuracy"),
-        ("LigerFusedLinearCrossEntropyLoss", {"return_z_loss": True}, "return_z_loss"),
+        (
+            "LigerFusedLinearCrossEntropyLoss",
+            {"ce_weight": torch.ones(V), "lse_square_scale": 0.1},
+            "ce_weight together with lse_square_scale",
+        ),
         (
             "LigerFusedLinearCrossEntropyLoss",
             {"use_token_scaling": True, "label_smoothing": 0.1},

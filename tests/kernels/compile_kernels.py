@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from wrpo_kernels.lm_head import scaling_kernel as scaling
 from wrpo_kernels.lm_head import triton_kernel as linear_token_logp
 from wrpo_kernels.lm_head.exp_product import form
 from wrpo_kernels.lm_head.exp_product import launch as exp_product
@@ -113,9 +114,9 @@ def row_launch(entry: str, dtype: torch.dtype, vocabulary: int = 128256, capped:
 def preference_launch(loss_type: str, with_all: bool) -> Callable[[], object]:
     def launch():
         s, g, count = torch.zeros(6), torch.zeros(2), torch.ones(6, dtype=torch.int64)
-        rest = (s, g) if with_all else (None, None)
+        rest = (s, g, g, g) if with_all else (None,) * 4
         ref_logp = s if with_all else None
-        family = Family(0.1, 0.2, loss_type, 0.0, with_all)
+        family = Family(0.1, 0.2, loss_type, 0.1 if loss_type == "exo_pair" else 0.0, 0.05, with_all)
         sequences = Sequences(ref_logp, s, count, count, *rest)
         preference_loss.forward(s, LossArguments(sequences, 2, family))
 
@@ -141,6 +142,17 @@ def fused_launch(dtype: torch.dtype, large: bool, capped: bool = False) -> Calla
     return launch
 
 
+def scaling_launch(entry: str, has_index: bool) -> Callable[[], object]:
+    rows, out = torch.zeros(4, 576, dtype=BF16), torch.zeros(3, 576, dtype=BF16)
+    index, coef = torch.zeros(3, dtype=torch.int64) if has_index else None, torch.zeros(3, 1)
+    calls = {
+        "gather_rows": lambda: scaling.gather_rows(rows, index, coef, out),
+        "scatter_rows": lambda: scaling.scatter_rows(out, index, coef, rows),
+        "scale": lambda: scaling.scale(torch.zeros(4, 576), torch.zeros(()), rows),
+    }
+    return calls[entry]
+
+
 LARGE_MEMORY = ("sm_90", "sm_100")
 LAUNCHES = {
     "token_logp forward bf16": row_launch("forward", BF16),
@@ -157,6 +169,9 @@ LAUNCHES = {
     "token_logp gradient fp32": row_launch("grad", FP32),
     "preference_loss sigmoid, all weights": preference_launch("sigmoid", True),
     "preference_loss ipo": preference_launch("ipo", False),
+    "preference_loss exo_pair": preference_launch("exo_pair", False),
+    "preference_loss discopop": preference_launch("discopop", True),
+    "preference_loss kto": preference_launch("kto", False),
     "preference_loss sums of sequences": sequence_launch("sequence_sum"),
     "preference_loss coefficients of rows": sequence_launch("over_rows"),
     "linear_token_logp bf16, large memory": fused_launch(BF16, True),
@@ -164,6 +179,10 @@ LAUNCHES = {
     "linear_token_logp bf16, small memory": fused_launch(BF16, False),
     "linear_token_logp bf16, bias and softcap, small memory": fused_launch(BF16, False, capped=True),
     "linear_token_logp fp32": fused_launch(FP32, False),
+    "rows gathered and scaled": scaling_launch("gather_rows", True),
+    "rows scaled and scattered": scaling_launch("scatter_rows", True),
+    "rows scaled where they are": scaling_launch("scatter_rows", False),
+    "total scaled and rounded": scaling_launch("scale", False),
 }
 
 
@@ -244,6 +263,7 @@ def exp_delta(with_all: bool) -> None:
     operands = [torch.zeros(*shape, dtype=BF16) for shape in shapes]
     out = torch.zeros(rows, vocabulary, dtype=BF16)
     exp_product.delta_of_hidden(tuple(operands), torch.zeros(rows).long(), -100, transform, torch.zeros(rows), out)
+    exp_product.coefficients(torch.zeros(rows, 1), torch.zeros(rows), transform.slope)
 
 
 if __name__ == "__main__":

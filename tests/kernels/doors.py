@@ -12,12 +12,16 @@ from torch import Tensor
 from wrpo_kernels import (
     dpo_loss,
     ipo_loss,
+    kto_loss,
     linear_cross_entropy,
     linear_dpo_loss,
     linear_ipo_loss,
+    linear_kto_loss,
+    linear_nll_loss,
     linear_preference_loss,
     linear_simpo_loss,
     linear_token_logp,
+    linear_token_statistics,
     linear_wrpo_loss,
     preference_loss,
     simpo_loss,
@@ -64,9 +68,15 @@ def doors(device: torch.device, backend: str, **size) -> dict[str, tuple[Callabl
     bounds = torch.arange(0, (S + 1) * labels.shape[1], labels.shape[1], device=device)
 
     lengths = (labels != -100).sum(1)
+    is_good = torch.arange(S, device=device) % 2 == 0
 
     def linear(door, h, w, b, y, r, **rest):
         return door(h, w, y, r, bias=b, **head, **rest).loss
+
+    def statistics(h, w, b, y, **rest):
+        named = backend if backend in ("native", "reference") else "reference"
+        found = linear_token_statistics(h, w, y, bias=b, **{**head, "backend": named}, **rest)
+        return torch.stack([value for name, value in found._asdict().items() if name not in ("top1", "logp_of_ids")])
 
     def paired(door, x, r):
         return door(*x.chunk(2), *r.chunk(2), backend=backend).loss
@@ -85,6 +95,11 @@ def doors(device: torch.device, backend: str, **size) -> dict[str, tuple[Callabl
             lambda h, w, b, y: linear_token_logp(h, w, y, bias=b, **head),
             (hidden, weight.detach(), bias.detach(), labels),
         ),
+        "linear_token_statistics": (statistics, given[:4]),
+        "linear_token_statistics, small budget": (
+            lambda h, w, b, y: statistics(h, w, b, y, budget_bytes=SMALL_BUDGET),
+            given[:4],
+        ),
         "preference_loss": (
             lambda x, r: preference_loss(x, r, nll_weight=0.1, backend=backend, **options).loss,
             (logp, ref),
@@ -95,9 +110,22 @@ def doors(device: torch.device, backend: str, **size) -> dict[str, tuple[Callabl
         "linear_preference_loss, each group": (partial(linear, general_door, reduction="none"), given),
         "linear_preference_loss, packed": (partial(linear, general_door, cu_seqlens=bounds), packed),
         "linear_wrpo_loss": (partial(linear, wrpo_door), given),
+        "linear_nll_loss": (lambda h, w, b, y: linear_nll_loss(h, w, y, bias=b, **head).loss, given[:4]),
+        "linear_nll_loss, small budget": (
+            lambda h, w, b, y: linear_nll_loss(h, w, y, bias=b, budget_bytes=SMALL_BUDGET, **head).loss,
+            given[:4],
+        ),
         "dpo_loss": (partial(paired, dpo_loss), (logp, ref)),
         "ipo_loss": (partial(paired, ipo_loss), (logp, ref)),
         "simpo_loss": (partial(paired, simpo_loss), (logp, lengths)),
+        "kto_loss": (
+            lambda x, r: kto_loss(x, r, is_desirable=is_good, kl=0.5, backend=backend).loss,
+            (logp, ref),
+        ),
+        "linear_kto_loss": (
+            lambda h, w, b, y, r: linear_kto_loss(h, w, y, r, bias=b, is_desirable=is_good, **head).loss,
+            given,
+        ),
         "linear_dpo_loss": (partial(linear, linear_dpo_loss), given),
         "linear_ipo_loss": (partial(linear, linear_ipo_loss), given),
         "linear_simpo_loss": (
@@ -130,4 +158,6 @@ def value_and_gradients(function: Callable[..., Tensor], given: tuple[Tensor, ..
 
 DOORS = tuple(doors(torch.device("cpu"), "reference"))
 # Without the losses that call the general ones: for what is true of an op, whoever calls it.
-OF_OPS = tuple(door for door in DOORS if not door.endswith(("dpo_loss", "ipo_loss", "simpo_loss", "cross_entropy")))
+OF_OPS = tuple(
+    door for door in DOORS if not door.endswith(("dpo_loss", "ipo_loss", "simpo_loss", "kto_loss", "cross_entropy"))
+)

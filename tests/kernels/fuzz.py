@@ -41,6 +41,7 @@ OPS = SimpleNamespace(
     token_logp=wrpo_kernels.token_logp,
     linear_token_logp=wrpo_kernels.linear_token_logp,
     preference_loss=wrpo_kernels.preference_loss,
+    linear_nll_loss=wrpo_kernels.linear_nll_loss,
     linear_preference_loss=wrpo_kernels.linear_preference_loss,
     wrpo_loss=wrpo_kernels.wrpo_loss,
     linear_wrpo_loss=wrpo_kernels.linear_wrpo_loss,
@@ -119,6 +120,45 @@ def check_linear_preference_loss(draw: Draw, ops: Any, backends: tuple[str, ...]
         options, told = draw_wrpo(draw, options)
         op = ops.linear_wrpo_loss
     num_sequences = len(options["group"])
+    tensors, head, sequence, length = draw_sequences(draw, num_sequences, backends)
+    options["empty"] = "zero" if bool((length == 0).any()) else draw.pick("empty", "raise", "zero")
+    told = told | head | {"empty": options["empty"]}
+    ref_logp = draw_reference(draw, num_sequences)
+    out = op(tensors["hidden"], tensors["weight"], tensors["target"], ref_logp, **told)
+
+    true, counts, logp = true_sequences(tensors, head, sequence, num_sequences)
+    compare("logp", out.logp, logp)
+    c, upstream = compare_output(out, preferences(logp, ref_logp, length, options), options)
+    of_rows = Bounded(*(part[sequence].where(counts, 0.0) for part in c))
+    compare_head_gradients(out.loss, upstream, of_rows, true.delta, tensors, head)
+
+
+def check_linear_nll_loss(draw: Draw, ops: Any, backends: tuple[str, ...]) -> None:
+    num_sequences = draw.whole("sequences", 1, 7)
+    tensors, head, sequence, length = draw_sequences(draw, num_sequences, backends)
+    weights = draw.pick("seq_weight", None, (0.5 + torch.rand(num_sequences)) * (torch.rand(num_sequences) > 0.15))
+    normalizer = draw.pick("normalizer", None, draw.number("-", 0.5, 9.0))
+    told = head | {"seq_weight": weights, "normalizer": normalizer}
+    out = ops.linear_nll_loss(tensors["hidden"], tensors["weight"], tensors["target"], **told)
+
+    true, counts, logp = true_sequences(tensors, head, sequence, num_sequences)
+    compare("logp", out.logp, logp)
+    by = max(int(length.sum()), 1) if normalizer is None else normalizer
+    w = (torch.ones(num_sequences) if weights is None else weights).double() / by
+    rounding = num_sequences * torch.finfo(torch.float32).eps * (w * logp.value).abs().sum()
+    value = Bounded(-(w * logp.value).sum(), (w.abs() * logp.error).sum() + rounding)
+    compare("loss", out.loss, value.rounded(torch.float32))
+    upstream = by * torch.randn(())  # as a loss scale: float16 has few bits for the mean of many tokens
+    c = -upstream.double() * w
+    c = Bounded(c, 4 * torch.finfo(torch.float32).eps * c.abs())  # weight, upstream and normalizer, each rounded
+    of_rows = Bounded(*(part[sequence].where(counts, 0.0) for part in c))
+    compare_head_gradients(out.loss, upstream, of_rows, true.delta, tensors, head)
+
+
+def draw_sequences(
+    draw: Draw, num_sequences: int, backends: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, Any], Tensor, Tensor]:
+    """Tensors and options of a head over sequences, padded or packed; the sequence of each label, and [S] lengths."""
     packed = draw.chance("packed", 0.4)
     longest = draw.whole("longest", 1, 9)
     bounds = torch.cat([torch.zeros(1, dtype=torch.int64), torch.randint(0, longest + 1, (num_sequences,)).cumsum(0)])
@@ -127,20 +167,20 @@ def check_linear_preference_loss(draw: Draw, ops: Any, backends: tuple[str, ...]
     counts = tensors["target"] != head["ignore_index"]
     sequence = torch.repeat_interleave(torch.arange(num_sequences), bounds.diff() if packed else longest)
     length = torch.zeros(num_sequences, dtype=torch.int64).index_add(0, sequence, counts.reshape(-1).long())
-    options["empty"] = "zero" if bool((length == 0).any()) else draw.pick("empty", "raise", "zero")
-    told = told | head | {"empty": options["empty"]}
+    head["lengths"] = draw.pick("lengths", None, length, length.tolist())
     if packed:
-        told["cu_seqlens"] = bounds.to(draw.pick("bounds in", torch.int32, torch.int64))
-    ref_logp = draw_reference(draw, num_sequences)
-    out = op(tensors["hidden"], tensors["weight"], tensors["target"], ref_logp, **told)
+        head["cu_seqlens"] = bounds.to(draw.pick("bounds in", torch.int32, torch.int64))
+    return tensors, head, sequence, length
 
+
+def true_sequences(
+    tensors: dict[str, Any], head: dict[str, Any], sequence: Tensor, num_sequences: int
+) -> tuple[Any, Tensor, Bounded]:
+    """The rows, which of them count, and the log-probs [S]."""
     true, counts = true_rows(tensors, head)
     zeros = torch.zeros(num_sequences, dtype=torch.float64)
     logp = Bounded(*(zeros.index_add(0, sequence, part) for part in true.logp)).rounded(torch.float32)
-    compare("logp", out.logp, logp)
-    c, upstream = compare_output(out, preferences(logp, ref_logp, length, options), options)
-    of_rows = Bounded(*(part[sequence].where(counts, 0.0) for part in c))
-    compare_head_gradients(out.loss, upstream, of_rows, true.delta, tensors, head)
+    return true, counts, logp
 
 
 CHECKS: tuple[Callable, ...] = (
@@ -151,6 +191,7 @@ CHECKS: tuple[Callable, ...] = (
     check_linear_preference_loss,
     check_linear_preference_loss,
     check_linear_preference_loss,
+    check_linear_nll_loss,
 )
 
 

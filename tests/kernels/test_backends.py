@@ -18,7 +18,8 @@ import torch
 import wrpo_kernels
 from wrpo_kernels import __version__
 
-ROW_KERNELS = ("token_logp", "token_logp_delta_", "token_logp_grad", "preference_loss", "preference_loss_of_rows")
+ROW_KERNELS = ("token_logp", "token_logp_delta_", "token_logp_grad", "token_statistics", "token_statistics_grad_")
+ROW_KERNELS += ("preference_loss", "preference_loss_of_rows")
 GENERAL = {
     "seq_weight": torch.tensor([0.3, 0.7, -1.0, 1.0, -0.5, -0.5]),
     "group": torch.tensor([0, 0, 0, 1, 1, 1]),
@@ -39,6 +40,7 @@ def calls(dtype: torch.dtype = torch.float32) -> dict[str, Callable[..., torch.T
         "token_logp": ((logits, labels), {}),
         "linear_token_logp": ((hidden, weight, labels), {}),
         "linear_cross_entropy": ((hidden, weight, labels), {}),
+        "linear_token_statistics": ((hidden, weight, labels), {}),
         "preference_loss": ((logp,), general),
         "linear_preference_loss": ((hidden, weight, labels), general),
         "wrpo_loss": ((logp,), {"alpha": 0.3}),
@@ -52,7 +54,7 @@ def calls(dtype: torch.dtype = torch.float32) -> dict[str, Callable[..., torch.T
     def call(door: str, **options: Any) -> torch.Tensor:
         arguments, own = needed[door]
         output = getattr(wrpo_kernels, door)(*arguments, **own, **options)
-        return getattr(output, "loss", output)
+        return getattr(output, "entropy", getattr(output, "loss", output))
 
     return {door: partial(call, door) for door in needed}
 
@@ -96,6 +98,7 @@ def test_the_backend_that_was_named_is_the_one_that_runs_forward_and_backward(do
         "token_logp": {"token_logp", "token_logp_grad"},
         "linear_token_logp": {"token_logp_delta_"},
         "linear_cross_entropy": {"token_logp_delta_"},
+        "linear_token_statistics": {"token_logp", "token_statistics", "token_statistics_grad_"},
     }
     of_loss = {"token_logp_delta_", "preference_loss_of_rows"} if door.startswith("linear_") else {"preference_loss"}
     assert set(native_calls) >= needed.get(door, of_loss)

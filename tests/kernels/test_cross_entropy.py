@@ -51,10 +51,12 @@ def truth(
 
 
 SCALED = {"logit_scale": 0.3, "temperature": 0.7}
+CAPPED = {"softcap": 3.0, "temperature": 0.7}
 CASES = [
     *itertools.product(("mean", "none"), (0.0, 0.1), (0.0, 0.02), (False, True), [SCALED]),
     *itertools.product(("sum",), (0.0, 1.0), (0.0, 0.02), (True,), [{}]),
-    *itertools.product(("mean",), (0.0,), (0.0, 0.02), (False, True), [{"softcap": 3.0, "temperature": 0.7}]),
+    *itertools.product(("mean",), (0.0,), (0.0, 0.02), (False, True), [CAPPED]),
+    *itertools.product(("mean",), (0.1,), (0.0, 0.02), (False,), [CAPPED]),
 ]
 
 
@@ -81,6 +83,15 @@ def test_labels_of_hugging_face_are_shifted_here():
         got = linear_cross_entropy(hidden, weight, labels, bias=bias, shift=True, **options)
         expected = truth(hidden[0, :-1], weight, bias, labels[0, 1:], **options)
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+
+
+def test_an_adapter_on_the_head_is_smoothed_too():
+    hidden, weight, bias, labels = head()
+    hidden, low, up = hidden.detach().nan_to_num(), torch.randn(N, 2).double(), torch.randn(V, 2).double()
+    options = {"label_smoothing": 0.1, "z_loss": 0.01}
+    got = linear_cross_entropy(hidden, weight, labels, bias=bias, adapter=(low, up), **options)
+    both = torch.cat([hidden, low], 1), torch.cat([weight, up], 1)
+    torch.testing.assert_close(got, truth(*both, bias, labels, **options), rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.01}], ids=str)
@@ -148,9 +159,21 @@ REFUSED = {
     ),
     "class weights that are trained": ({"class_weight": torch.ones(5, requires_grad=True)}, ValueError, "class_weight"),
     "too much smoothing": ({"label_smoothing": 1.5}, ValueError, "label_smoothing.*1.5"),
-    "smoothing with a softcap": ({"label_smoothing": 0.1, "softcap": 30.0}, ValueError, "label_smoothing.*softcap"),
-    "smoothing with an adapter": ({"label_smoothing": 0.1, "adapter": ADAPTER}, ValueError, "label_smoothing.*adapter"),
-    "z-loss with an adapter": ({"z_loss": 0.1, "adapter": ADAPTER}, ValueError, "z_loss.*adapter"),
+    "weighted smoothing with a softcap": (
+        {"label_smoothing": 0.1, "softcap": 30.0, "class_weight": torch.ones(5)},
+        ValueError,
+        "label_smoothing with class_weight.*softcap",
+    ),
+    "weighted smoothing with an adapter": (
+        {"label_smoothing": 0.1, "adapter": ADAPTER, "class_weight": torch.ones(5)},
+        ValueError,
+        "label_smoothing with class_weight.*adapter",
+    ),
+    "a filter with a capped z-loss": (
+        {"z_loss": 0.1, "softcap": 30.0, "grad_filter": 1e-4},
+        ValueError,
+        "grad_filter.*z_loss.*softcap",
+    ),
     "negative z-loss": ({"z_loss": -1.0}, ValueError, "z_loss.*-1"),
     "labels of another shape": ({"labels": torch.zeros(3).long()}, ValueError, "labels|target"),
 }

@@ -27,7 +27,16 @@ from wrpo_kernels.logit_transform import LogitTransform
 from wrpo_kernels.token_logp import reference
 
 BF16 = torch.bfloat16
-SMALL = {"BLOCK_N": 32, "BLOCK_V": 64, "BLOCK_K": 32, "GROUP": 2, "SPLIT": 2, "num_warps": 4, "num_stages": 1}
+SMALL = {
+    "BLOCK_N": 32,
+    "BLOCK_V": 64,
+    "BLOCK_K": 32,
+    "GROUP": 2,
+    "SPLIT": 2,
+    "FLATTEN": 0,
+    "num_warps": 4,
+    "num_stages": 1,
+}
 NOTHING = LogitTransform(None, 1.0, 0.0, 1.0)
 
 
@@ -48,7 +57,8 @@ def without_self_check(monkeypatch):
 
 @pytest.fixture
 def through_pointers(device, monkeypatch):
-    row = form.row_of(form.architecture(device)) | {"has_descriptors": False}
+    row = form.row_of(form.architecture(device))
+    row = row | {"has_descriptors": False, "tiles": row["tiles"] | {"SPLIT": 1, "FLATTEN": 1}}
     monkeypatch.setattr(form, "row_of", lambda name: row)
 
 
@@ -62,13 +72,13 @@ def truth_of(hidden: Tensor, weight: Tensor, target: Tensor, transform: LogitTra
 
 def ours_of(hidden: Tensor, weight: Tensor, target: Tensor, transform: LogitTransform = NOTHING, out=None):
     """The same by the kernels, delta in float32, without a look at the labels."""
-    from wrpo_kernels.lm_head.exp_product.launch import Operands, Problem
+    from wrpo_kernels.lm_head.exp_product.launch import Operands, Problem, coefficients
 
     logp = torch.empty(len(target), device=hidden.device)
     if out is None:
         out = torch.empty(len(target), len(weight), dtype=BF16, device=hidden.device)
     Problem(Operands(hidden, weight), target, -100, transform, logp).run(out)
-    return logp, out * form.row_scale(logp, transform.slope)
+    return logp, out * coefficients(torch.ones_like(logp)[:, None], logp, transform.slope)
 
 
 def drawn(rows: int, vocabulary: int, width: int, device: torch.device, spread: float = 1.0):
@@ -127,7 +137,7 @@ def test_log_probs_have_the_digits_of_float32_and_gradients_are_no_worse(spread,
         logp = linear_token_logp(x, w, target, backend="reference" if backend == "truth" else backend)
         found[backend] = (logp.detach(), *torch.autograd.grad(logp, (x, w), c.to(logp.dtype)))
     ours, plain, truth = found["triton_exp"], found["reference"], found["truth"]
-    assert (ours[0] - truth[0]).abs().max() < 2e-5
+    assert (ours[0] - truth[0]).abs().max() < 2e-5 * max(1, spread / 4)
     assert (plain[0] - truth[0]).abs().max() > 2e-3
     for got, other, true in zip(ours[1:], plain[1:], truth[1:], strict=True):
         # Of three roundings to bfloat16 ours leaves out one; the rest is luck at logits of unit variance.
@@ -204,7 +214,7 @@ def test_what_surrounds_the_output_is_not_written(device):
 def test_any_number_of_programs_gives_the_same_bits(device, monkeypatch):
     from wrpo_kernels.lm_head.exp_product import launch
 
-    hidden, weight, target = drawn(70, 331, 40, device)
+    hidden, weight, target = drawn(40, 200, 40, device)
     results = []
     for count in (1, 3, 1000):
         monkeypatch.setattr(launch, "_processors", lambda tensor, count=count: count)
@@ -217,10 +227,10 @@ def test_any_number_of_programs_gives_the_same_bits(device, monkeypatch):
 def test_the_forward_alone_gives_the_same_bits_in_pieces_and_at_once(device, monkeypatch, without_self_check):
     from wrpo_kernels.lm_head.exp_product import launch
 
-    hidden, weight, target = drawn(70, 331, 40, device, spread=20)
+    hidden, weight, target = drawn(40, 200, 40, device, spread=20)
     with_delta = linear_token_logp(hidden.clone().requires_grad_(), weight, target, backend="triton_exp")
     alone = linear_token_logp(hidden, weight, target, backend="triton_exp")
-    tiles = -(-331 // form.row_of(form.architecture(device))["tiles"]["BLOCK_V"])
+    tiles = -(-200 // form.row_of(form.architecture(device))["tiles"]["BLOCK_V"])
     monkeypatch.setattr(launch, "SUM_BYTES", 23 * 4 * tiles)  # 23 rows at a time
     in_pieces = linear_token_logp(hidden, weight, target, backend="triton_exp")
     oracle.assert_same_bits("logp", alone, with_delta.detach())
@@ -280,10 +290,19 @@ def test_it_waits_for_its_name_until_the_table_says_where_its_tests_have_run(dev
     assert (chosen == "triton_exp") == (device.type == "cuda")
 
 
-def test_a_device_that_multiplies_wrongly_is_found_out_by_the_first_call(device, monkeypatch):
+@pytest.fixture
+def small_self_check(device, monkeypatch):
+    if device.type == "cpu":
+        monkeypatch.setattr(self_check, "N", 40)
+        monkeypatch.setattr(self_check, "V", 100)
+    self_check.mismatch.cache_clear()
+    yield
+    self_check.mismatch.cache_clear()
+
+
+def test_a_device_that_multiplies_wrongly_is_found_out_by_the_first_call(device, small_self_check, monkeypatch):
     from wrpo_kernels.lm_head.exp_product import launch
 
-    self_check.mismatch.cache_clear()
     hidden, weight, target = drawn(3, 11, 8, device)
     assert linear_token_logp(hidden, weight, target, backend="triton_exp").isfinite().all()
     right = launch.delta_of_hidden
@@ -293,12 +312,11 @@ def test_a_device_that_multiplies_wrongly_is_found_out_by_the_first_call(device,
         out[:, 5] *= 1.05
 
     monkeypatch.setattr(launch, "delta_of_hidden", wrong)
+    self_check.mismatch.cache_clear()
     with pytest.raises(RuntimeError, match=r"triton_exp: .* rows of a small problem are wrong on .*; pass another"):
         linear_token_logp(hidden, weight, target, backend="triton_exp")
 
 
 @pytest.mark.parametrize("call", [(True, False, False), (False, True, True)], ids=["bias", "softcap and adapter"])
-def test_the_self_check_agrees_with_what_is_right(call, device):
-    from wrpo_kernels.lm_head.exp_product import launch
-
-    assert self_check.mismatch.__wrapped__(launch.delta_of_hidden, device, *call) is None
+def test_the_self_check_agrees_with_what_is_right(call, device, small_self_check):
+    assert self_check.mismatch(form.ExpProduct(), device, *call) is None

@@ -15,6 +15,7 @@ from wrpo_kernels.dispatch.backends import choose
 from wrpo_kernels.linear_preference_loss import one_pass
 from wrpo_kernels.linear_token_logp import passes
 from wrpo_kernels.linear_token_logp.contract import for_the_backward, plan_of, rows_of
+from wrpo_kernels.lm_head.exp_product import self_check
 from wrpo_kernels.lm_head.gradients import Gradients
 from wrpo_kernels.lm_head.head import Head
 from wrpo_kernels.lm_head.inputs import Asked, HeadOptions, HeadTensors
@@ -34,6 +35,7 @@ class NoLaunch:
 
 @pytest.fixture(autouse=True)
 def without_launches(monkeypatch):
+    from wrpo_kernels.lm_head.exp_product import launch
     from wrpo_kernels.preference_loss import triton_kernel as preference_loss
     from wrpo_kernels.token_logp import triton_kernel as token_logp
 
@@ -44,6 +46,12 @@ def without_launches(monkeypatch):
     monkeypatch.setattr(token_logp, "rows_kernel", lambda *arguments, **options: None)
     for name in ("_preference_loss_fwd", "_sequence_sum_fwd", "_over_rows_fwd"):
         monkeypatch.setattr(preference_loss, name, NoLaunch())
+    monkeypatch.setattr(launch, "check_labels_where_free", lambda *arguments: None)
+    monkeypatch.setattr(self_check, "mismatch", lambda *call: None)  # waits, once a process
+    for name in ("_label_score_fwd", "_exp_product_fwd", "_exp_finish_fwd", "_row_coefficients_fwd"):
+        monkeypatch.setattr(launch.product, name, NoLaunch())
+    for name in ("_exp_repair_sums_fwd", "_exp_repair_merge_fwd", "_exp_repair_store_fwd"):
+        monkeypatch.setattr(launch.repair, name, NoLaunch())
 
 
 @pytest.fixture
@@ -54,8 +62,8 @@ def tensors() -> HeadTensors:
     return HeadTensors(hidden, weight, torch.empty(M, dtype=torch.int64, device="meta"), None, low, up)
 
 
-def options(asked: Asked, num_rows: int, budget: int = 1 << 20) -> HeadOptions:
-    return HeadOptions(1.0, 0.0, 1.0, -100, num_rows, budget, asked, 0.0, "triton")
+def options(asked: Asked, num_rows: int, budget: int = 1 << 20, backend: str = "triton") -> HeadOptions:
+    return HeadOptions(1.0, 0.0, 1.0, -100, num_rows, budget, asked, 0.0, backend)
 
 
 BUDGETS = {"all rows fit": 1 << 20, "three rows fit": 3 * 2 * (V + 3 * D)}
@@ -66,11 +74,12 @@ ASKED = {
 }
 
 
+@pytest.mark.parametrize("backend", ["triton", "triton_exp"])
 @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS.keys())
 @pytest.mark.parametrize("num_rows", [N, M])
 @pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED.keys())
-def test_token_log_probs_and_their_gradients_read_nothing_back(asked, num_rows, budget, tensors):
-    given = options(asked, num_rows, budget)
+def test_token_log_probs_and_their_gradients_read_nothing_back(asked, num_rows, budget, backend, tensors):
+    given = options(asked, num_rows, budget, backend)
     head, rows, plan = Head(tensors, given), rows_of(tensors, given), plan_of(tensors, given)
     unscaled, kept = for_the_backward(tensors, given)
     logp = passes.forward(head, rows, plan, unscaled, kept)
@@ -84,14 +93,15 @@ def test_token_log_probs_and_their_gradients_read_nothing_back(asked, num_rows, 
         assert shapes == [(M, D), (V, D), (M, R), (V, R)]
 
 
+@pytest.mark.parametrize("backend", ["triton", "triton_exp"])
 @pytest.mark.parametrize("num_rows", [N, M])
-def test_one_pass_reads_nothing_back_while_the_rows_fit(num_rows, tensors):
-    given = options(ASKED["head"], num_rows)
+def test_one_pass_reads_nothing_back_while_the_rows_fit(num_rows, backend, tensors):
+    given = options(ASKED["head"], num_rows, backend=backend)
     head, rows = Head(tensors, given), rows_of(tensors, given)
     gradients = Gradients(tensors.hidden, head, given.asked, 1)
     size, number = torch.empty(S, device="meta"), torch.empty(S, dtype=torch.int64, device="meta")
-    sequences = Sequences(None, size, number, number, None, None)
-    loss = LossArguments(sequences, 2, Family(0.1, 0.0, "sigmoid", 0.0, False))
+    sequences = Sequences(None, size, number, number, None, None, None, None)
+    loss = LossArguments(sequences, 2, Family(0.1, 0.0, "sigmoid", 0.0, 0.05, False))
     kernel = choose("preference_loss", "triton", CANDIDATES, size)
     result, _ = one_pass.run(head, rows, loss, None, 2, N + M, gradients, kernel)
     assert result.loss.shape == (2,) and result.logp.shape == (S,)
@@ -104,8 +114,8 @@ def test_groups_beyond_the_budget_are_planned_by_what_the_host_knows(lengths, nl
     head, rows = Head(tensors, given), rows_of(tensors, given)
     gradients = Gradients(tensors.hidden, head, given.asked, 2)
     size, number = torch.empty(S, device="meta"), torch.empty(S, dtype=torch.int64, device="meta")
-    sequences = Sequences(None, size, number, number, size if nll else None, None)
-    loss = LossArguments(sequences, 2, Family(0.1, 0.0, "sigmoid", 0.0, False))
+    sequences = Sequences(None, size, number, number, size if nll else None, None, None, None)
+    loss = LossArguments(sequences, 2, Family(0.1, 0.0, "sigmoid", 0.0, 0.05, False))
     kernel = choose("preference_loss", "triton", CANDIDATES, size)
     on_host = torch.tensor([lengths, [0, 0, 0, 1, 1, 1]])
     result, _ = one_pass.run(head, rows, loss, on_host, 2, 3, gradients, kernel)

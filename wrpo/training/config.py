@@ -83,7 +83,7 @@ class FusedHeadConfig(TrainingArguments):
     budget_bytes: int | None = knob(
         None,
         "Bytes that the logits which exist at a time may take. Default: that of the kernels, 512 MiB, on an "
-        "accelerator 1 GiB.",
+        "accelerator a 32nd of its memory, at most 4 GiB.",
         group="speed",
     )
     kernel_backend: str | None = knob(

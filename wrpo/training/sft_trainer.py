@@ -7,16 +7,16 @@ Every token of a step counts alike, across micro-batches and ranks.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from wrpo.data import SFTCollator
-from wrpo.data.batch import OF_SFT, num_counted, response_lengths, sum_by_response
+from wrpo.data.batch import OF_SFT, lengths_on_host, num_counted, response_lengths
 from wrpo.data.collation import Batch
 from wrpo.head.attention import model_inputs
 from wrpo.head.fused_head import run_in_head
-from wrpo_kernels import linear_token_logp
+from wrpo_kernels import LikelihoodOutput, linear_nll_loss
 
 from .config import SFTConfig
 from .head_trainer import HeadTrainer
@@ -51,22 +51,21 @@ class SFTTrainer(HeadTrainer):
         return response_lengths(batch).float()
 
     def batch_loss(self, model: nn.Module, batch: Batch, count: Tensor | None) -> tuple[Tensor, dict[str, Measured]]:
-        labels, options = batch["labels"], {"num_rows": num_counted(batch), **self.args.head_options()}
+        labels = batch["labels"]
+        options = {
+            **self.args.head_options(),
+            "cu_seqlens": batch.get("cu_seqlens"),
+            "lengths": lengths_on_host(batch),
+            "num_rows": num_counted(batch),
+            "seq_weight": batch["is_counted"].float() if "is_counted" in batch else None,
+            "normalizer": 1.0 if count is None else count,
+        }
 
-        def head_fn(hidden: Tensor, weight: Tensor, **head: Any) -> _Likelihood:
-            nll = -sum_by_response(linear_token_logp(hidden, weight, labels, **head, **options), batch)  # [B]
-            counted = nll * batch["is_counted"] if "is_counted" in batch else nll
-            return _Likelihood((counted.sum() / (1 if count is None else count)).float(), nll.detach())
+        def head_fn(hidden: Tensor, weight: Tensor, **head: Any) -> LikelihoodOutput:
+            return linear_nll_loss(hidden, weight, labels, **head, **options)
 
         out = run_in_head(model, head_fn, **model_inputs(batch))
         if count is None:
             tokens = self.item_weight(batch)
-            return out.loss, {"loss": Measured(out.nll / tokens.clamp(min=1), tokens > 0)}
+            return out.loss, {"loss": Measured(-out.logp / tokens.clamp(min=1), tokens > 0)}
         return out.loss, {}
-
-
-class _Likelihood(NamedTuple):
-    """Made in the head: behind it, a wrapper's cast would round what each token weighs."""
-
-    loss: Tensor  # []
-    nll: Tensor  # [B] float64, nats

@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from wrpo_kernels.cross_entropy import REDUCTIONS
 from wrpo_kernels.cross_entropy import linear_cross_entropy as cross_entropy
 from wrpo_kernels.integrations.autocast import as_linear_takes_it
+from wrpo_kernels.linear_token_statistics import linear_token_statistics
 
 __all__ = ["LinearCrossEntropy", "linear_cross_entropy"]
 
@@ -26,7 +28,7 @@ def linear_cross_entropy(
     filter_eps: float | str | None = "auto",
     impl: Any = None,
     vocab_parallel_options: Any = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Cross entropy of `targets` under the head `c`, as cut_cross_entropy.linear_cross_entropy computes it.
 
     Args:
@@ -38,32 +40,36 @@ def linear_cross_entropy(
         filter_eps: taken and not needed: gradients are exact here. (linear_token_logp's `grad_filter` leaves out
             tokens within a bound.)
         impl: taken and not needed; the kernel follows the device.
-        return_lse, vocab_parallel_options: not supported.
+        return_lse: also return the log-sum-exp of each position, of the shape that reduction "none" has, 0 where
+            ignored, with its gradient: for a z-loss of your own.
+        vocab_parallel_options: not supported.
 
     Returns:
-        [] or [...] float32.
+        [] or [...] float32, or (loss, lse).
 
     Raises:
-        NotImplementedError: `return_lse` or `vocab_parallel_options`.
+        NotImplementedError: `vocab_parallel_options`.
         ValueError, TypeError, RuntimeError: as wrpo_kernels.linear_cross_entropy.
     """
-    if return_lse:
-        raise NotImplementedError("return_lse: the log-sum-exp is not handed out here")
     if vocab_parallel_options is not None:
         raise NotImplementedError("vocab_parallel_options: a head split over devices is not supported here")
-    loss = cross_entropy(
-        as_linear_takes_it(e),
-        c,
-        targets,
-        bias=bias,
-        ignore_index=ignore_index,
-        softcap=softcap,
-        reduction=reduction,
-        shift=shift,
-    )
-    if reduction == "none" and shift:
-        return loss[..., : max(loss.shape[-1] - shift, 0)]
-    return loss
+    head: dict[str, Any] = {"bias": bias, "ignore_index": ignore_index, "softcap": softcap, "shift": shift}
+    e = as_linear_takes_it(e)
+    if not return_lse:
+        loss = cross_entropy(e, c, targets, reduction=reduction, **head)
+        return _predicted(loss, shift) if reduction == "none" else loss
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    found = linear_token_statistics(e, c, targets, outputs=("lse",), **head)
+    loss, lse = -_predicted(found.logp, shift), _predicted(found.lse, shift)
+    if reduction == "mean":
+        loss = loss.sum() / (targets[..., int(shift) :] != ignore_index).sum()
+    return loss.sum() if reduction == "sum" else loss, lse
+
+
+def _predicted(values: Tensor, shift: bool | int) -> Tensor:
+    """[..., T - shift]: without the last positions, which predict nothing."""
+    return values[..., : max(values.shape[-1] - shift, 0)] if shift else values
 
 
 class LinearCrossEntropy(nn.Module):
@@ -77,5 +83,7 @@ class LinearCrossEntropy(nn.Module):
         super().__init__()
         self.options = options
 
-    def forward(self, e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self, e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         return linear_cross_entropy(e, c, targets, bias=bias, **self.options)

@@ -8,7 +8,7 @@ are taken and not needed: nothing is compiled, memory is a budget in bytes, and 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from wrpo_kernels.integrations.autocast import as_linear_takes_it
 from wrpo_kernels.layout import HOST, role_by_role
 from wrpo_kernels.linear_preference_loss import linear_preference_loss
 from wrpo_kernels.linear_token_logp import linear_token_logp
+from wrpo_kernels.linear_token_statistics import linear_token_statistics
 
 __all__ = [
     "LigerFusedLinearCPOLoss",
@@ -230,8 +231,18 @@ class LigerFusedLinearORPOLoss(nn.Module):
         return nll - self.beta * log_share.mean(), tuple(x.detach() for x in (*logged, *more))
 
 
+class CrossEntropyOutput(NamedTuple):
+    loss: Tensor
+    z_loss: Tensor | None
+    token_accuracy: Tensor | None
+    predicted_tokens: Tensor | None
+
+
 class LigerFusedLinearCrossEntropyLoss(nn.Module):
-    """liger_kernel.transformers.LigerFusedLinearCrossEntropyLoss, of _input [N, D] and target [N]."""
+    """liger_kernel.transformers.LigerFusedLinearCrossEntropyLoss, of _input [N, D] and target [N].
+
+    What the `return_` options ask for costs one more product of the head, without a gradient.
+    """
 
     def __init__(
         self,
@@ -248,32 +259,48 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         return_predicted_tokens: bool = False,
     ) -> None:
         super().__init__()
-        wanted = {
-            "return_z_loss": return_z_loss,
-            "return_token_accuracy": return_token_accuracy,
-            "return_predicted_tokens": return_predicted_tokens,
+        refused = {
             "ce_weight together with lse_square_scale": ce_weight is not None and lse_square_scale,
             "use_token_scaling with ce_weight, label_smoothing or lse_square_scale": use_token_scaling
             and (ce_weight is not None or label_smoothing or lse_square_scale),
         }
-        for name, value in wanted.items():
+        for name, value in refused.items():
             if value:
                 raise NotImplementedError(f"{name} of Liger's fused linear cross entropy is not supported")
-        self.reduction, self.use_token_scaling = reduction, use_token_scaling
-        self.options = {
-            "class_weight": ce_weight,
-            "ignore_index": ignore_index,
-            "z_loss": lse_square_scale,
-            "label_smoothing": label_smoothing,
-            "softcap": softcap,
-        }
+        self.reduction, self.use_token_scaling, self.lse_square_scale = reduction, use_token_scaling, lse_square_scale
+        self.returned = (return_z_loss, return_token_accuracy, return_predicted_tokens)
+        self.head: dict[str, Any] = {"ignore_index": ignore_index, "softcap": softcap}
+        self.ce_weight, self.label_smoothing = ce_weight, label_smoothing
 
-    def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:
-        hidden = as_linear_takes_it(_input)
-        reduction = "none" if self.use_token_scaling else self.reduction
-        loss = linear_cross_entropy(hidden, lin_weight, target, bias=bias, reduction=reduction, **self.options)
-        if not self.use_token_scaling:
-            return loss
-        loss = loss * torch.exp(-loss.detach())  # by the probability of its label
-        counts = target != self.options["ignore_index"]
-        return loss if self.reduction == "none" else loss.sum() / (counts.sum() if self.reduction == "mean" else 1)
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> Tensor | CrossEntropyOutput:
+        given = (as_linear_takes_it(_input), lin_weight, target)
+        loss = linear_cross_entropy(
+            *given,
+            bias=bias,
+            class_weight=self.ce_weight,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.lse_square_scale,
+            reduction="none" if self.use_token_scaling else self.reduction,
+            **self.head,
+        )
+        if self.use_token_scaling:
+            loss = self._reduced(loss * torch.exp(-loss.detach()), target)  # by the probability of its label
+        return CrossEntropyOutput(loss, *self._beside(*given, bias)) if any(self.returned) else loss
+
+    @torch.no_grad()
+    def _beside(self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> list[Tensor | None]:
+        found = linear_token_statistics(hidden, weight, target, outputs=("lse", "top1"), bias=bias, **self.head)
+        is_right = (found.top1 == target).float()
+        accuracy = is_right if self.reduction == "none" else is_right.sum() / self._number(target)
+        values = (self._reduced(self.lse_square_scale * found.lse**2, target), accuracy, found.top1)
+        return [value if wanted else None for value, wanted in zip(values, self.returned, strict=True)]
+
+    def _reduced(self, values: Tensor, target: Tensor) -> Tensor:
+        if self.reduction == "none":
+            return values
+        return values.sum() / (self._number(target) if self.reduction == "mean" else 1)
+
+    def _number(self, target: Tensor) -> Tensor:
+        return (target != self.head["ignore_index"]).sum()

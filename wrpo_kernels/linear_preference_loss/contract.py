@@ -2,7 +2,7 @@
 
 The op returns the sum or the mean of the losses of all groups together with its gradients, so that the backward only
 scales them: by the upstream gradient, and by `factor` where the rows did not fit the budget together. Rows that did may
-take another way: see the public function.
+take another way: see the public function. Without a margin (`has_margin`) the loss is the likelihood term alone.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from wrpo_kernels.dispatch.schema import Arguments
 from wrpo_kernels.dispatch.triton_backend import TritonBackend
 from wrpo_kernels.linear_preference_loss import one_pass
 from wrpo_kernels.linear_token_logp.contract import rows_of
-from wrpo_kernels.lm_head.budget import rows_within
+from wrpo_kernels.lm_head import scaling
+from wrpo_kernels.lm_head.budget import rows_at_once, rows_within
 from wrpo_kernels.lm_head.exp_product.form import ExpProduct
 from wrpo_kernels.lm_head.gradients import Gradients, total_dtype
 from wrpo_kernels.lm_head.head import Head, LabelsByPosition, no_autocast
 from wrpo_kernels.lm_head.inputs import HeadGradients, HeadOptions, HeadTensors, check_head
-from wrpo_kernels.lm_head.products import STRIPE_BYTES
 from wrpo_kernels.lm_head.rows import most_rows
 from wrpo_kernels.preference_loss import contract as preference
 from wrpo_kernels.preference_loss.family import Family, LossArguments, Sequences
@@ -42,6 +42,7 @@ def _linear_preference_loss(
     num_groups: int,
     family: Family,
     averages: bool,
+    has_margin: bool,
 ) -> tuple[Tensor | None, ...]:
     preference.check_groups(sequences.group, num_groups)
     sequences = preference.in_dtype(logp_dtype(tensors.hidden.dtype), sequences)
@@ -52,7 +53,7 @@ def _linear_preference_loss(
         gradients = Gradients(tensors.hidden, head, options.asked, chunks, options.grad_filter)
         kernel = choose("preference_loss", loss_backend(options.backend), preference.CANDIDATES, sequences.seq_weight)
         loss = LossArguments(sequences, num_groups, family)
-        result, factor = one_pass.run(head, rows, loss, on_host, divisor, fit, gradients, kernel)
+        result, factor = one_pass.run(head, rows, loss, on_host, divisor, fit, gradients, kernel, has_margin)
         if factor is None and chunks > 1:
             factor = torch.ones_like(result.total)
         return result.total, result.logp, result.reward, result.margin, factor, *gradients.totals()
@@ -66,6 +67,7 @@ def _check(
     num_groups: int,
     family: Family,
     averages: bool,
+    has_margin: bool,
 ) -> None:
     check_head(tensors, options)
     if sequences.length is None or sequences.length.dim() != 1:
@@ -84,8 +86,9 @@ def loss_backend(name: str | None) -> str | None:
 
 def _chunks(tensors: HeadTensors, options: HeadOptions) -> tuple[int, int]:
     """Rows that fit the budget, and chunks in which the gradients are added up: two stand for any number."""
-    fit = rows_within(options.budget_bytes, tensors.hidden, tensors.weight, tensors.up)
-    return fit, 1 if most_rows(options.num_rows, tensors.target) <= fit else 2
+    sizes = (options.budget_bytes, tensors.hidden, tensors.weight, tensors.up)
+    number, at_once = most_rows(options.num_rows, tensors.target), rows_at_once(*sizes, options.asked.weight)
+    return (max(number, 1), 1) if number <= at_once else (rows_within(*sizes), 2)
 
 
 def _fake(
@@ -96,6 +99,7 @@ def _fake(
     num_groups: int,
     family: Family,
     averages: bool,
+    has_margin: bool,
 ) -> tuple[Tensor, ...]:
     hidden, weight, _, *rest = tensors
     wide, (_, chunks) = logp_dtype(hidden.dtype), _chunks(tensors, options)
@@ -140,21 +144,7 @@ def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _scaled_in_place(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same in the memory of the total; a factor of 1 that is at hand leaves nothing to do."""
-    if total.dtype == dtype and factor.is_cpu and factor.item() == 1.0:
-        return total
-    return total.mul_(factor) if total.dtype == dtype == factor.dtype else scaled_to(total, factor, dtype)
-
-
-def _scaled_to(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """factor * total, rounded to `dtype` a stripe at a time: no float32 copy of the whole."""
-    out = torch.empty_like(total, dtype=dtype)
-    if out.is_cuda:  # one kernel rounds what it multiplies; on the CPU `out` of another type costs a float32 copy
-        return torch.mul(total, factor, out=out)
-    step = max(1, STRIPE_BYTES // (4 * max(total[:1].numel(), 1)))
-    for first in range(0, len(total), step):
-        out[first : first + step] = total[first : first + step] * factor
-    return out
+    return scaling.scaled_in_place(total, factor) if total.dtype == dtype else scaled_to(total, factor, dtype)
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, labels: Tensor) -> None:
@@ -200,12 +190,21 @@ scaled_to = register(
     Arguments("Tensor total", "Tensor factor", "ScalarType dtype"),
     "Tensor",
     check=_check_factor,
-    kernel=_scaled_to,
+    kernel=scaling.scaled,
     fake=lambda total, factor, dtype: torch.empty_like(total, dtype=dtype),
 )
 linear_preference_loss = register_differentiable(
     "linear_preference_loss",
-    Arguments(HeadTensors, Sequences, "Tensor? on_host", HeadOptions, "SymInt num_groups", Family, "bool averages"),
+    Arguments(
+        HeadTensors,
+        Sequences,
+        "Tensor? on_host",
+        HeadOptions,
+        "SymInt num_groups",
+        Family,
+        "bool averages",
+        "bool has_margin",
+    ),
     "Tensor loss, Tensor logp, Tensor reward, Tensor margin, Tensor factor, "
     "Tensor dh, Tensor dw, Tensor db, Tensor dlow, Tensor dup",
     check=_check,

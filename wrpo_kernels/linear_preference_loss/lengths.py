@@ -46,6 +46,13 @@ class Counts:
         if self._given is not None and self.length is not None and is_readable(self.length):
             _refuse_other(self._given.tolist(), self.length.tolist())
 
+    def on_device(self) -> Tensor:
+        """[S] int64, on the device of the labels."""
+        if self.length is None:
+            assert self.told is not None
+            self.length = to_device(self.told, torch.int64, self._labels[0].device)
+        return self.length
+
     def with_groups(self, group: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Lengths [S] and groups [S] on the device of the labels, by one copy, and [2, S] on the CPU where the host
         knows both of labels on another device."""
@@ -53,12 +60,8 @@ class Counts:
         check_int64("group", group)
         device = self._labels[0].device
         is_known = group.device.type == "cpu" != device.type
-        if self.told is None:
-            assert self.length is not None
-            return self.length, to_device(group, torch.int64, device) if is_known else group, None
-        if not is_known:
-            self.length = to_device(self.told, torch.int64, device)
-            return self.length, group, None
+        if self.told is None or not is_known:
+            return self.on_device(), to_device(group, torch.int64, device) if is_known else group, None
         check_shape("group", group, "[S]", len(self.told))
         on_host = torch.stack([self.told, group])
         self.length, group = to_device(on_host, torch.int64, device).unbind()

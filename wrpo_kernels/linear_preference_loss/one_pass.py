@@ -21,7 +21,7 @@ from wrpo_kernels.dispatch.backends import Backend
 from wrpo_kernels.dispatch.transfer import to_device
 from wrpo_kernels.linear_preference_loss.passes import facts_of, plan_passes, rows_of_a_total
 from wrpo_kernels.linear_token_logp.passes import chunks
-from wrpo_kernels.lm_head.budget import even_chunk
+from wrpo_kernels.lm_head.budget import even_chunk, logits_buffer, row_tile
 from wrpo_kernels.lm_head.gradients import Gradients
 from wrpo_kernels.lm_head.head import Head
 from wrpo_kernels.lm_head.rows import Rows, slice_rows
@@ -64,19 +64,17 @@ class GroupPass:
         return result
 
     def known(self, rows: Rows, loss: LossArguments) -> Result:
-        """No log-prob counts in a margin, so that any log-probs give the coefficients."""
-        anything = self._buffer.new_zeros(len(rows), dtype=self._head.logp_dtype)
-        _, coef = self._values_and_coefficients(anything, loss)
-        token_logp = self._walk(rows, coef, self._gradients)
+        """No log-prob counts in a margin, so that the coefficients are there before any of them."""
+        share = loss.sequences.likelihood_share(loss.family)
+        share = share if self._divisor == 1 else share / self._divisor
+        token_logp, _ = self._walk(rows, share, loss, self._gradients)
         result, _ = self._values_and_coefficients(token_logp, loss)
         return result
 
     def scaled(self, rows: Rows, loss: LossArguments, is_alone: bool) -> Result:
         """One group, whose coefficients are known but for one factor: that is what is left of them after the walk."""
-        share = loss.sequences.share_of_coefficient(loss.family)  # [S]
-        coef = share.repeat_interleave(loss.sequences.length, output_size=len(rows))[:, None]
         gradients = self._gradients if self._gradients.is_empty else self._gradients.apart()
-        token_logp = self._walk(rows, coef, gradients)
+        token_logp, coef = self._walk(rows, loss.sequences.margin_share(loss.family), loss, gradients)
         result, final = self._values_and_coefficients(token_logp, loss)
         largest = coef.abs().argmax(0)  # of any row the same, but for rounding and where it is zero
         own, whole = coef.take(largest), final.take(largest)
@@ -92,7 +90,7 @@ class GroupPass:
         number, buffer = len(rows), self._buffer
         token_logp = buffer.new_empty(number, dtype=self._head.logp_dtype)
         before = number - len(buffer)
-        pieces = chunks(0, before, even_chunk(before, len(buffer)))
+        pieces = chunks(0, before, even_chunk(before, len(buffer), row_tile(buffer.device)))
         for first, last in pieces:
             self._head.logp_into(token_logp[first:last], rows, first, last, buffer)
         delta = self._head.delta_into(token_logp[before:], rows, before, number, buffer)
@@ -104,14 +102,18 @@ class GroupPass:
             self._gradients.add(rows, first, delta, coef[first:last])
         return result
 
-    def _walk(self, rows: Rows, coef: Tensor, gradients: Gradients) -> Tensor:
-        """Adds the gradients with these coefficients [N, 1], a piece at a time; returns the log-probs [N]."""
-        token_logp = torch.empty_like(coef[:, 0])
-        for first, last in chunks(0, len(rows), even_chunk(len(rows), len(self._buffer))):
+    def _walk(self, rows: Rows, share: Tensor, loss: LossArguments, gradients: Gradients) -> tuple[Tensor, Tensor]:
+        """Adds the gradients with the coefficient share [S] of each row's sequence, a piece at a time; returns the
+        log-probs [N] and the coefficients [N, 1]."""
+        number, coef = len(rows), None
+        token_logp = share.new_empty(number)
+        for first, last in chunks(0, number, even_chunk(number, len(self._buffer), row_tile(share.device))):
             delta = self._head.delta_into(token_logp[first:last], rows, first, last, self._buffer)
+            if coef is None:  # behind the first product, which then waits for nothing that is as small
+                coef = share.repeat_interleave(loss.sequences.length, output_size=number)[:, None]
             some = self._head.coefficients(slice_rows(coef, first, last), token_logp[first:last])
             gradients.add(rows, first, delta, some)
-        return token_logp
+        return token_logp, coef
 
     def _values_and_coefficients(self, token_logp: Tensor, loss: LossArguments) -> tuple[Result, Tensor]:
         """The values, and coef [N, 1] = d total / d token_logp; a backend may make them in one call."""
@@ -134,13 +136,16 @@ def run(
     fit: int,
     gradients: Gradients,
     kernel: Backend,
+    has_margin: bool = True,
 ) -> tuple[Result, Tensor | None]:
     """Adds the gradients of the summed loss over `divisor` to `gradients`; returns the values, and what is left to
     multiply all gradients by, or None. on_host [2, S]: lengths and groups, where the host knows them."""
-    buffer = head.weight.new_empty(min(fit, len(rows)), len(head.weight))
+    buffer = logits_buffer(head.weight, min(fit, len(rows)), len(head.weight))
     passes = GroupPass(head, divisor, buffer, gradients, kernel)
     if len(rows) <= fit:
         return passes.whole(rows, loss), None
+    if not has_margin:
+        return passes.known(rows, loss), None
     sequences, num_groups, family = loss
     facts = facts_of(sequences, on_host)
     check_group_numbers(facts.group, num_groups)

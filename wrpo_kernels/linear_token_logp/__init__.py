@@ -54,7 +54,8 @@ def linear_token_logp(
         num_rows: how many labels count (of shifted ones, those that are left), where the caller knows: an accelerator
             is then never waited for. A wrong number is an error on the CPU and gives NaN elsewhere. Default: counted,
             which waits once.
-        budget_bytes: what the logits that exist at a time may take. Default: 512 MiB, on an accelerator 1 GiB.
+        budget_bytes: what the logits that exist at a time may take. Default: 512 MiB; on an accelerator a 32nd of its
+            memory, at most 4 GiB.
         grad_filter: eps > 0 leaves out of the gradients of `hidden` and `weight` the tokens U that are the target of no
             row of a chunk and have |d logp / d logit| < eps in all of them. With c the upstream gradient,
             |error of dh_t| <= |c_t| eps sum_{v in U} |W_v| and |error of dW_v| <= eps sum_t |c_t| |h_t|, v in U; the
@@ -82,11 +83,13 @@ def linear_token_logp(
         hidden.float() makes float32 logits at the speed of float32. Autocast, under which F.linear would cast, changes
         nothing: pass hidden.to(torch.get_autocast_dtype(...)) for what it does. All sums run in float32. dW is summed
         inside each product and, where the rows need several, across them; a 16-bit product on the CPU is rounded to
-        its type before it is added. Of an adapter, low up^T is rounded once to the type of `hidden` before hidden W^T
-        is added. The same bits on every run.
+        its type before it is added, and one on a GPU may add parts of its sum in 16 bits where torch lets it, as it
+        does by default (`torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction`). Of an adapter, low up^T
+        is rounded once to the type of `hidden` before hidden W^T is added. The same bits on every run.
     Memory: `budget_bytes`, of which 4 (D + r) values a row are for what is multiplied by the head, held until the
         backward if the head or an adapter is trained; beside it a float32 dW when a 16-bit head's rows do not fit the
-        budget at once, and a converted weight when its type is not that of `hidden`.
+        budget at once and would take more memory so, and a converted weight when its type is not that of `hidden`.
+        "triton_exp" takes 3 % of the logits' memory more.
     Cost: 2NDV flops forward alone, 4NDV with a frozen head, 6NDV with a trained one, plus 2DV for each row whose
         logits did not fit the budget; N counts only the rows that are not ignored. An adapter adds 2NrV for its
         share of the logits and for each of its gradients; on a frozen head deltas are then kept as for a trained one.

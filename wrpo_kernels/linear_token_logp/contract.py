@@ -10,19 +10,23 @@ from wrpo_kernels.checks import check_shape
 from wrpo_kernels.dispatch.autograd import register, register_differentiable
 from wrpo_kernels.dispatch.schema import Arguments
 from wrpo_kernels.linear_token_logp import passes
-from wrpo_kernels.lm_head.budget import Plan, plan_rows, rows_within
+from wrpo_kernels.lm_head.budget import Plan, plan_rows, row_stride, row_tile, rows_at_once, rows_within
 from wrpo_kernels.lm_head.gradients import Gradients
 from wrpo_kernels.lm_head.head import Head, LabelsByPosition, no_autocast
 from wrpo_kernels.lm_head.inputs import HeadGradients, HeadOptions, HeadTensors, check_head
-from wrpo_kernels.lm_head.products import scaled_rows
 from wrpo_kernels.lm_head.rows import Rows, most_rows
 from wrpo_kernels.token_logp.contract import check_like_logp, logp_dtype
 
 
 def plan_of(tensors: HeadTensors, options: HeadOptions) -> Plan:
     """A backward needs the deltas, but for dh alone, which is made beside the log-probs and only scaled there."""
-    fit = rows_within(options.budget_bytes, tensors.hidden, tensors.weight, tensors.up)
-    return plan_rows(most_rows(options.num_rows, tensors.target), fit, options.asked.of_head)
+    sizes = (options.budget_bytes, tensors.hidden, tensors.weight, tensors.up)
+    fit, at_once, tile = (
+        rows_within(*sizes),
+        rows_at_once(*sizes, options.asked.weight),
+        row_tile(tensors.hidden.device),
+    )
+    return plan_rows(most_rows(options.num_rows, tensors.target), fit, at_once, options.asked.of_head, tile)
 
 
 def rows_of(tensors: HeadTensors, options: HeadOptions) -> Rows:
@@ -39,11 +43,11 @@ def _linear_token_logp(tensors: HeadTensors, options: HeadOptions) -> tuple[Tens
 
 def for_the_backward(tensors: HeadTensors, options: HeadOptions) -> tuple[Tensor, Tensor]:
     """Memory for what the forward leaves: the unscaled gradient of the hidden states [most rows, D] and the deltas that
-    are kept [keep, V]. Its shape does not depend on values, so that a tracing compiler knows it: where nobody has
-    counted the rows, there is room for every label."""
+    are kept [keep, V], in rows of `row_stride`. Its shape does not depend on values, so that a tracing compiler knows
+    it: where nobody has counted the rows, there is room for every label."""
     hidden, vocabulary = tensors.hidden, tensors.weight.shape[0]
     number = most_rows(options.num_rows, tensors.target) if options.asked.only_hidden else 0
-    kept = hidden.new_empty(plan_of(tensors, options).keep, vocabulary)
+    kept = hidden.new_empty(plan_of(tensors, options).keep, row_stride(hidden.device, vocabulary))
     return hidden.new_empty(number, hidden.shape[-1]), kept
 
 
@@ -60,14 +64,13 @@ def _linear_token_logp_backward(
         head, rows = Head(tensors, options), rows_of(tensors, options)
         coef, logp = rows.take(grad_logp.reshape(-1, 1)), rows.take(logp.reshape(-1))
         if not asked.of_head:
-            coef = head.coefficients(coef, logp)
-            scaled = scaled_rows(unscaled[: len(rows)], coef)
-            return _complete(tensors, HeadGradients(rows.spread(scaled).view(hidden.shape), None, None, None, None))
+            dh = rows.spread_scaled(unscaled[: len(rows)], head.coefficients(coef, logp))
+            return complete(tensors, HeadGradients(dh.view(hidden.shape), None, None, None, None))
         plan = plan_of(tensors, options)
         chunks = (plan.keep > 0) + -(-(len(rows) - plan.keep) // max(plan.chunk, 1))
         gradients = Gradients(hidden, head, asked, chunks, options.grad_filter)
         passes.backward(head, rows, plan, kept, coef, logp, gradients)
-        return _complete(tensors, gradients.totals())
+        return complete(tensors, gradients.totals())
 
 
 def _check_backward(
@@ -78,14 +81,15 @@ def _check_backward(
     check_like_logp("logp", logp, tensors.hidden, tensors.target.shape)
     rows = most_rows(options.num_rows, tensors.target) if options.asked.only_hidden else 0
     saved = {"unscaled": (unscaled, (rows, tensors.hidden.shape[-1]))}
-    saved["kept"] = (kept, (plan_of(tensors, options).keep, tensors.weight.shape[0]))
+    stride = row_stride(tensors.hidden.device, tensors.weight.shape[0])
+    saved["kept"] = (kept, (plan_of(tensors, options).keep, stride))
     for name, (value, shape) in saved.items():
         check_shape(name, value, "as linear_token_logp returned it", *shape)
         if value.dtype != tensors.hidden.dtype:
             raise ValueError(f"{name} must be {tensors.hidden.dtype} as hidden, got {value.dtype}")
 
 
-def _complete(tensors: HeadTensors, found: HeadGradients) -> tuple[Tensor, ...]:
+def complete(tensors: HeadTensors, found: HeadGradients) -> tuple[Tensor, ...]:
     """Each in the type of its tensor; empty where it was not asked for."""
     hidden, weight, _, *rest = tensors
     pairs = zip(found, (hidden, weight, *rest), strict=True)
@@ -95,6 +99,10 @@ def _complete(tensors: HeadTensors, found: HeadGradients) -> tuple[Tensor, ...]:
 def _fake_backward(
     grad_logp: Tensor, logp: Tensor, unscaled: Tensor, kept: Tensor, tensors: HeadTensors, options: HeadOptions
 ) -> tuple[Tensor, ...]:
+    return fake_gradients(tensors, options)
+
+
+def fake_gradients(tensors: HeadTensors, options: HeadOptions) -> tuple[Tensor, ...]:
     hidden, weight, _, *rest = tensors
     pairs = zip(options.asked, (hidden, weight, *rest), strict=True)
     return tuple([like.new_empty(like.shape) if asked else hidden.new_empty(0) for asked, like in pairs])

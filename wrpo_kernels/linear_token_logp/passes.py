@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from wrpo_kernels.lm_head.budget import Plan
+from wrpo_kernels.lm_head.budget import Plan, logits_buffer
 from wrpo_kernels.lm_head.column_filter import columns_that_count, grad_hidden_into
 from wrpo_kernels.lm_head.gradients import Gradients
 from wrpo_kernels.lm_head.head import Head
@@ -27,7 +27,7 @@ def chunks(first: int, last: int, step: int) -> list[tuple[int, int]]:
 
 def forward(head: Head, rows: Rows, plan: Plan, unscaled: Tensor, kept: Tensor, grad_filter: float = 0.0) -> Tensor:
     """Returns logp [N]; writes the gradient of the hidden states into the first N rows of `unscaled` [>= N, D], unless
-    that has none, and the deltas of the first rows into `kept` [keep, V]."""
+    that has none, and the deltas of the first rows into `kept` [keep, >= V]."""
     weight, keeps_hidden = head.weight, len(unscaled) > 0
     logp = weight.new_empty(len(rows), dtype=head.logp_dtype)
     if head.is_fused and not plan.keep and not keeps_hidden:
@@ -35,8 +35,8 @@ def forward(head: Head, rows: Rows, plan: Plan, unscaled: Tensor, kept: Tensor, 
         return logp
     first_chunk = min(plan.keep, len(rows))
     if first_chunk:
-        head.delta_into(logp[:first_chunk], rows, 0, first_chunk, kept)
-    buffer = weight.new_empty(min(plan.chunk, len(rows) - first_chunk), len(weight))
+        head.delta_into(logp[:first_chunk], rows, 0, first_chunk, kept[:, : len(weight)])
+    buffer = logits_buffer(weight, min(plan.chunk, len(rows) - first_chunk), len(weight))
     for first, last in chunks(first_chunk, len(rows), plan.chunk):
         if keeps_hidden:
             delta = head.delta_into(logp[first:last], rows, first, last, buffer)
@@ -55,8 +55,8 @@ def backward(
     coef = head.coefficients(coef, logp)
     first_chunk = min(plan.keep, len(rows))
     if first_chunk:
-        gradients.add(rows, 0, kept[:first_chunk], coef[:first_chunk])
-    buffer = kept.new_empty(min(plan.chunk, len(rows) - first_chunk), kept.shape[1])
+        gradients.add(rows, 0, kept[:first_chunk, : len(head.weight)], coef[:first_chunk])
+    buffer = logits_buffer(kept, min(plan.chunk, len(rows) - first_chunk), len(head.weight))
     for first, last in chunks(first_chunk, len(rows), plan.chunk):
         delta = head.delta_into(coef.new_empty(last - first), rows, first, last, buffer)
         gradients.add(rows, first, delta, coef[first:last])

@@ -8,12 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Bytes. 1 GiB is 4096 rows of Llama-3's 128256 logits in bfloat16. An accelerator gets more: each chunk reads and
-# writes the float32 gradient of the head once, and with 512 MiB that made a step 1.33 times its products, with 1 GiB
-# 1.16 (H200, 2026-11-26, see docs/log.md).
+# Bytes. An accelerator gets more than a CPU: each chunk reads and writes the float32 gradient of the head once, and
+# with 512 MiB that made a step 1.33 times its products, with 1 GiB 1.16 (H200, 2026-11-26, see docs/log.md). With the
+# share below the heads of the suite are one chunk there, and a card of 24 GB gives logits 0.75 GiB.
 DEFAULT_BUDGET = 512 << 20
-DEFAULT_BUDGET_OF_ACCELERATOR = 1 << 30
+MOST_OF_ACCELERATOR = 4 << 30
+SHARE_OF_ACCELERATOR = 32  # one part in so many of its memory
 LARGEST_BUDGET = (1 << 63) - 1  # what the ops' int64 holds
+ROW_TILE = 128  # of the products of an accelerator
+ALIGNED = 64  # elements: 128 bytes of 16-bit logits
 
 
 class Plan(NamedTuple):
@@ -28,26 +31,64 @@ def rows_within(budget_bytes: int, hidden: Tensor, weight: Tensor, up: Tensor | 
 
     The low-rank part of an adapter is handled as the hidden state is: [4 r].
     """
+    return max(1, budget_bytes // _row_bytes(hidden, weight, up))
+
+
+def rows_at_once(budget_bytes: int, hidden: Tensor, weight: Tensor, up: Tensor | None, trains_weight: bool) -> int:
+    """Rows that go through in one chunk: those within the budget, and more where that takes no more memory than two.
+
+    Of a trained 16-bit head one chunk of N rows takes their logits and a dW in 16 bits, several take the budget and a
+    dW in float32: N a + 2VD <= budget + 4VD bytes, with `a` those of a row. On a CPU a dW is added to in the time of a
+    few rows, and the budget stands.
+    """
+    fit = rows_within(budget_bytes, hidden, weight, up)
+    is_wide = hidden.dtype.itemsize > 2 or weight.dtype.itemsize > 2
+    if not trains_weight or is_wide or hidden.device.type == "cpu":
+        return fit
+    return max(fit, (budget_bytes + 2 * weight.numel()) // _row_bytes(hidden, weight, up))
+
+
+def _row_bytes(hidden: Tensor, weight: Tensor, up: Tensor | None) -> int:
     vocabulary, width = weight.shape
     rank = 0 if up is None else up.shape[1]
-    row_bytes = (vocabulary + 4 * (width + rank)) * hidden.dtype.itemsize
-    return max(1, budget_bytes // row_bytes)
+    return (vocabulary + 4 * (width + rank)) * hidden.dtype.itemsize
 
 
-def plan_rows(num_rows: int, fit: int, keeps_delta: bool) -> Plan:
+def plan_rows(num_rows: int, fit: int, at_once: int, keeps_delta: bool, tile: int) -> Plan:
     """With deltas to keep and too many rows, three quarters of the budget keep and one quarter is worked in."""
-    if num_rows <= fit:
+    if num_rows <= at_once:
         return Plan(num_rows if keeps_delta else 0, num_rows)
     if not keeps_delta:
-        return Plan(0, even_chunk(num_rows, fit))
+        return Plan(0, even_chunk(num_rows, fit, tile))
     keep = fit - max(1, fit // 4)
-    return Plan(keep, even_chunk(num_rows - keep, fit - keep))
+    return Plan(keep, even_chunk(num_rows - keep, fit - keep, tile))
 
 
-def even_chunk(num_rows: int, most: int) -> int:
-    """The smallest chunk that needs no more chunks than `most` would: no thin last one."""
+def even_chunk(num_rows: int, most: int, tile: int) -> int:
+    """Rows of a chunk: no more chunks than `most` rows would need, no thin last one, and whole tiles where they fit."""
     chunks = -(-num_rows // most)
-    return -(-num_rows // chunks)
+    even = -(-num_rows // chunks)
+    whole = -(-even // tile) * tile
+    return whole if whole <= most else even
+
+
+def row_tile(device: torch.device) -> int:
+    """Rows that a matrix product takes at a time."""
+    return 1 if device.type == "cpu" else ROW_TILE
+
+
+def logits_buffer(like: Tensor, num_rows: int, vocabulary: int) -> Tensor:
+    """[num_rows, V] in the type of `like`; on an accelerator each row starts at a multiple of 128 bytes.
+
+    Products of 16-bit matrices whose rows are not aligned run on slow kernels, and V = 50257, or a vocabulary with
+    tokens added, is odd.
+    """
+    return like.new_empty(num_rows, row_stride(like.device, vocabulary))[:, :vocabulary]
+
+
+def row_stride(device: torch.device, vocabulary: int) -> int:
+    """Elements from one row of logits to the next."""
+    return vocabulary if device.type == "cpu" else -(-vocabulary // ALIGNED) * ALIGNED
 
 
 def default_budget(device: torch.device) -> int:
@@ -57,9 +98,18 @@ def default_budget(device: torch.device) -> int:
         device: where the hidden states are.
 
     Returns:
-        512 MiB on the CPU, 1 GiB on an accelerator.
+        512 MiB on the CPU; on an accelerator a 32nd of its memory, at most 4 GiB.
     """
-    return DEFAULT_BUDGET if device.type == "cpu" else DEFAULT_BUDGET_OF_ACCELERATOR
+    if device.type == "cpu":
+        return DEFAULT_BUDGET
+    return min(MOST_OF_ACCELERATOR, memory_of(device) // SHARE_OF_ACCELERATOR)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of the device; as of the largest where it is not there (meta tensors, a compiler's stand-ins)."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device).total_memory
+    return MOST_OF_ACCELERATOR * SHARE_OF_ACCELERATOR
 
 
 def check_budget(budget_bytes: int | None, device: torch.device) -> int:

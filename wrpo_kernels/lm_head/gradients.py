@@ -19,7 +19,6 @@ from wrpo_kernels.lm_head.inputs import Asked, HeadGradients
 from wrpo_kernels.lm_head.products import (
     add_grad_weight,
     grad_weight_into,
-    scale_rows_,
     scaled_rows,
     stripe_of,
     writes_float32,
@@ -36,8 +35,9 @@ def total_dtype(products: torch.dtype, wanted: torch.dtype, chunks: int) -> torc
 class Gradients:
     """dh [..., D], dW [V, D], db [V], dlow [..., r] and dup [V, r]; each None unless it is asked for.
 
-    One chunk of dW is summed in float32 inside the product and rounded once, where its tensor has the type of the
-    products; several are added up in a float32 total, and so is what belongs to a float32 head of 16-bit products.
+    One chunk of dW is summed inside the product, in float32 but for what `linear_token_logp` says of GPUs, and rounded
+    once, where its tensor has the type of the products; several are added up in a float32 total, and so is what belongs
+    to a float32 head of 16-bit products.
     With a `grad_filter` dh and dW leave out what `column_filter` says.
     """
 
@@ -68,7 +68,7 @@ class Gradients:
         if self.dh is not None:
             self._put_rows(self.dh, rows, first, delta, coef, self._weight, columns)
         if self.dw is not None:
-            self._add_weight(self.dw, delta, scaled_rows(rows.hidden(first, last), coef), columns)
+            self._add_weight(self.dw, delta, rows.hidden(first, last, coef), columns)
         if self.db is not None:
             self._add_bias(delta, coef)
         if self.dlow is not None:
@@ -96,7 +96,7 @@ class Gradients:
         for out in (self.dh, self.dlow):
             if out is not None:
                 out = out.view(-1, out.shape[-1])
-                rows.put_(out, 0, scale_rows_(rows.take(out), factor))
+                rows.put_scaled_(out, 0, rows.take(out), factor.expand(len(rows), 1))
 
     def totals(self) -> HeadGradients:
         """As they were accumulated."""
@@ -121,7 +121,7 @@ class Gradients:
             out.zero_()
         share = rows.output_for(out, first, first + delta.shape[0])
         column_filter.grad_hidden_into(share, delta, operand, columns)
-        rows.put_(out, first, scale_rows_(share, coef))
+        rows.put_scaled_(out, first, share, coef)
 
     def _add_weight(self, total: Tensor, delta: Tensor, scaled: Tensor, columns: Tensor | None) -> None:
         if columns is not None:

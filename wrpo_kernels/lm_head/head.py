@@ -11,7 +11,7 @@ from torch import Tensor
 from wrpo_kernels.checks import check_labels
 from wrpo_kernels.dispatch.backends import choose
 from wrpo_kernels.dispatch.triton_backend import FusedTritonBackend
-from wrpo_kernels.lm_head.exp_product.form import ExpProduct, row_scale
+from wrpo_kernels.lm_head.exp_product.form import ExpProduct
 from wrpo_kernels.lm_head.exp_product.self_check import require
 from wrpo_kernels.lm_head.inputs import HeadOptions, HeadTensors
 from wrpo_kernels.lm_head.products import logits_into
@@ -56,44 +56,44 @@ class Head:
         self.ignore_index = options.ignore_index
         self.kernel = choose("linear_token_logp", options.backend, CANDIDATES, hidden)
         self.logp_dtype = logp_dtype(hidden.dtype)
-        self._leaves_powers = isinstance(self.kernel, ExpProduct)
-        if self._leaves_powers:
+        self._powers = self.kernel if isinstance(self.kernel, ExpProduct) else None
+        if self._powers is not None:
             if options.grad_filter:
                 raise RuntimeError("triton_exp: has no grad_filter, which compares deltas; leave out one of the two")
-            require(self.kernel.delta_of_hidden, hidden.device, self.transform, up is not None)
+            require(self._powers, hidden.device, self.transform, up is not None)
 
     @property
     def is_fused(self) -> bool:
         """Whether log-probs come straight from the hidden states, without a buffer of logits."""
-        return self._leaves_powers or (isinstance(self.kernel, FusedTritonBackend) and self.up is None)
+        return self._powers is not None or (isinstance(self.kernel, FusedTritonBackend) and self.up is None)
 
     def logp_of(self, rows: Rows, logp: Tensor) -> None:
-        if self._leaves_powers:
-            self.kernel.logp_of_hidden(*self._operands(rows, 0, len(rows)), logp)
+        if self._powers is not None:
+            self._powers.logp_of_hidden(*self._operands(rows, 0, len(rows)), logp)
         else:
             hidden = rows.hidden(0, len(rows))
             self.kernel.logp_of_hidden(hidden, self.weight, rows.target, self.ignore_index, self.transform, logp)
 
     def logp_into(self, logp: Tensor, rows: Rows, first: int, last: int, buffer: Tensor) -> None:
         """Log-probs of rows [first, last) into `logp` [n]; the buffer [>= n, V] is left with the logits."""
-        if self._leaves_powers:
-            self.kernel.logp_of_hidden(*self._operands(rows, first, last), logp)
+        if self._powers is not None:
+            self._powers.logp_of_hidden(*self._operands(rows, first, last), logp)
         else:
             self._run(self.kernel.forward, logp, rows, first, last, buffer)
 
     def delta_into(self, logp: Tensor, rows: Rows, first: int, last: int, buffer: Tensor) -> Tensor:
         """The same, and returns the part of the buffer [n, V] that now holds d logp / d (h W^T), its rows still to be
         scaled: see `coefficients`."""
-        if not self._leaves_powers:
+        if self._powers is None:
             return self._run(self.kernel.delta_, logp, rows, first, last, buffer)
         out = slice_rows(buffer, 0, last - first)
-        self.kernel.delta_of_hidden(*self._operands(rows, first, last), logp, out)
+        self._powers.delta_of_hidden(*self._operands(rows, first, last), logp, out)
         return out
 
     def coefficients(self, coef: Tensor, logp: Tensor) -> Tensor:
         """[n, 1], what multiplies the rows that `delta_into` left beside these log-probs [n], for `coef` [n, 1] times
         their delta."""
-        return coef * row_scale(logp, self.transform.slope) if self._leaves_powers else coef
+        return coef if self._powers is None else self._powers.coefficients(coef, logp, self.transform.slope)
 
     def _operands(self, rows: Rows, first: int, last: int) -> tuple:
         operands = (rows.hidden(first, last), self.weight, rows.low(first, last), self.up)

@@ -11,6 +11,8 @@ from torch.compiler import is_compiling
 from wrpo_kernels.checks import check_int, is_readable
 from wrpo_kernels.dispatch.autograd import is_plain
 from wrpo_kernels.dispatch.backends import load_extension
+from wrpo_kernels.lm_head import scaling
+from wrpo_kernels.lm_head.products import scaled_rows
 
 UNCOUNTED = -1
 
@@ -72,14 +74,13 @@ class Rows:
         """[N] int64, where each row stands in `hidden`."""
         return torch.arange(len(self), device=self.target.device) if self.index is None else self.index
 
-    def hidden(self, first: int, last: int) -> Tensor:
-        """[last - first, D], a view where nothing was left out."""
+    def hidden(self, first: int, last: int, coef: Tensor | None = None) -> Tensor:
+        """[last - first, D], times coef [last - first, 1] if given; a view where nothing was left out or scaled."""
         if self._hidden.dim() == 3:
-            positions, width = self.positions()[first:last], self._hidden.shape[1]
-            return self._hidden[positions // width, positions % width]
+            return scaling.gathered(self._hidden, slice_rows(self.positions(), first, last), coef)
         if self.index is None:
-            return slice_rows(self._hidden, first, last)
-        return self._hidden.index_select(0, self.index[first:last])
+            return scaling.gathered(slice_rows(self._hidden, first, last), None, coef)
+        return scaling.gathered(self._hidden, slice_rows(self.index, first, last), coef)
 
     def low(self, first: int, last: int) -> Tensor | None:
         """[last - first, r] of an adapter, in the type of the hidden states."""
@@ -98,10 +99,21 @@ class Rows:
             return slice_rows(out, first, last)
         return out.new_empty(last - first, *out.shape[1:])
 
-    def put_(self, out: Tensor, first: int, values: Tensor) -> None:
-        """Takes values that were written into `output_for(out, first, ...)` to their places in `out`."""
-        if self.index is not None:
-            out.index_copy_(0, self.index[first : first + values.shape[0]], values)
+    def put_scaled_(self, out: Tensor, first: int, values: Tensor, coef: Tensor) -> None:
+        """Takes values that were written into `output_for(out, first, ...)`, times coef [n, 1], to their places in
+        `out`."""
+        index = None if self.index is None else slice_rows(self.index, first, first + values.shape[0])
+        scaling.put_scaled_(out, index, values, coef)
+
+    def spread_scaled(self, values: Tensor, coef: Tensor) -> Tensor:
+        """[N, D] times coef [N, 1] -> [M, D], zero where the label does not count."""
+        fused = scaling.kernels(values)
+        if fused is None:
+            return self.spread(scaled_rows(values, coef))
+        shape = (len(self._labels), *values.shape[1:])
+        out = values.new_empty(shape) if self.index is None else values.new_zeros(shape)
+        fused.scatter_rows(values, self.index, coef, out)
+        return out
 
     def spread(self, values: Tensor) -> Tensor:
         """[N, ...] -> [M, ...], zero where the label does not count."""

@@ -25,14 +25,14 @@ def forward(
     logits: Tensor, target: Tensor, ignore_index: int, transform: LogitTransform, logp: Tensor, lse: Tensor
 ) -> None:
     """Writes `logp` [N] and `lse` [2, N]."""
-    _run("token_logp", logits, target, ignore_index, transform, logp, lse)
+    run("token_logp", logits, target, ignore_index, transform, logp, lse)
 
 
 def delta_(
     logits: Tensor, target: Tensor, ignore_index: int, transform: LogitTransform, logp: Tensor, lse: Tensor
 ) -> None:
     """`forward`, and leaves `delta[n, v] = d logp[n] / d logits[n, v]` in place of the logits."""
-    _run("token_logp_delta_", logits, target, ignore_index, transform, logp, lse)
+    run("token_logp_delta_", logits, target, ignore_index, transform, logp, lse)
 
 
 def grad(
@@ -47,10 +47,10 @@ def grad(
 ) -> None:
     """Writes `grad_logits[n, v] = grad_logp[n] * delta[n, v]`."""
     rest = (logp, lse, grad_logp, grad_logits, grad_logits.stride(0))
-    _run("token_logp_grad", logits, target, ignore_index, transform, *rest)
+    run("token_logp_grad", logits, target, ignore_index, transform, *rest)
 
 
-def _run(
+def run(
     kernel: str, logits: Tensor, target: Tensor, ignore_index: int, transform: LogitTransform, *rest: Tensor | int
 ) -> None:
     module, _ = load_extension("_cpu")

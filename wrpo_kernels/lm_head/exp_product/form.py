@@ -52,11 +52,6 @@ class ExpProduct(TritonBackend):
         return None
 
 
-def row_scale(logp: Tensor, slope: float) -> Tensor:
-    """[N] -> [N, 1], what makes delta of the rows that `ExpProduct` leaves: -slope / S, or -slope where they hold p."""
-    return (torch.where(logp > LIMIT, torch.exp(logp) * 2.0**OFFSET, 1.0) * -slope)[:, None]
-
-
 @cache
 def table() -> dict[str, dict[str, Any]]:
     """Of each architecture the shape of its tiles, and on which card and when the tests of the ops passed, or None."""

@@ -16,7 +16,7 @@ from wrpo_kernels.logit_transform import LogitTransform
 from wrpo_kernels.token_logp.triton_kernel import check_labels_where_free, factors
 
 ROWS, TILES = 32, 64  # of the partial sums that a program adds up at a time
-COLUMNS = 1024  # of a hidden state, in the dot product of a label
+COLUMNS = 1024  # of a hidden state, in the dot product of a label; and rows, in the product of their coefficients
 CUTS = 16  # programs that share the vocabulary of a block of rows in a repair
 SUM_BYTES = 64 << 20  # of partial sums where no powers are stored beside them
 LOG2E = math.log2(math.e)
@@ -69,11 +69,23 @@ def delta_of_hidden(
     logp: Tensor,
     out: Tensor,
 ) -> None:
-    """The same, and leaves in `out` [N, V] bfloat16 what `form.row_scale` makes the delta."""
+    """The same, and leaves in `out` [N, V] bfloat16 what `coefficients` make the delta."""
     operands = in_rows(operands)
     check_labels_where_free(operands.weight, target, ignore_index, len(operands.weight))
     if len(target):
         Problem(operands, target, ignore_index, transform, logp).run(out)
+
+
+def coefficients(coef: Tensor, logp: Tensor, slope: float) -> Tensor:
+    """[N, 1] float32, what the rows of `out` are to be multiplied by for `coef` [N, 1] times their delta."""
+    out = torch.empty_like(logp)
+    if len(out):
+        with torch.cuda.device_of(out):
+            product._row_coefficients_fwd[(triton.cdiv(len(out), COLUMNS),)](
+                *(coef, logp.contiguous(), out, len(out), coef.stride(0), slope),
+                ROWS=COLUMNS, num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
+    return out[:, None]
 
 
 def in_rows(operands: tuple[Tensor | None, ...]) -> Operands:
@@ -108,7 +120,9 @@ class Problem:
         }
         self.factors = _factors_in_bits(transform)
         self.shape = {**self.tiles.shape, "enable_fp_fusion": True}
-        self.group, self.split = self.shape.pop("GROUP"), self.shape.pop("SPLIT")
+        self.walk = {name: self.shape.pop(name) for name in ("GROUP", "SPLIT", "FLATTEN")}
+        if operands.up is not None:  # a second loop over the columns, which is not flattened with the first
+            self.walk["FLATTEN"] = 0
         if transform.softcap:  # its bend is as large as the tile: with 4 warps it spills
             self.shape["num_warps"] = 8
         self.across = triton.cdiv(self.vocabulary, self.shape["BLOCK_V"])
@@ -134,7 +148,7 @@ class Problem:
         product._exp_product_fwd[(programs,)](
             *(*given, self.bias, self.target, self.score, stored, self.sums[0], self.number),
             *(*self.operands.sizes, _stride(out), *self.factors),
-            **self.flags, **self.shape, **described, STORES=out is not None, GROUP=self.group, SPLIT=self.split,
+            **self.flags, **self.shape, **self.walk, **described, STORES=out is not None,
         )  # fmt: skip
 
     def finish(self, out: Tensor | None) -> None:
@@ -173,7 +187,7 @@ class Problem:
             None if x is None else _descriptor(x, rows, self.shape["BLOCK_K"])
             for x, rows in zip(self.operands, heights, strict=True)
         ]
-        stored = None if out is None else _descriptor(out, height, self.shape["BLOCK_V"] // self.split)
+        stored = None if out is None else _descriptor(out, height, self.shape["BLOCK_V"] // self.walk["SPLIT"])
         return given, stored, {"DESCRIPTORS": True}
 
 

@@ -19,7 +19,7 @@ import triton.language as tl
 from wrpo_kernels.dispatch.triton_math import label_logp, transformed
 from wrpo_kernels.lm_head.exp_product import form
 
-OFFSET, LN2 = tl.constexpr(form.OFFSET), tl.constexpr(math.log(2))
+OFFSET, LIMIT, LN2 = (tl.constexpr(number) for number in (form.OFFSET, form.LIMIT, math.log(2)))
 
 
 @triton.jit
@@ -139,6 +139,16 @@ def _label_score_fwd(
 
 
 @triton.jit(do_not_specialize=["N"])
+def _row_coefficients_fwd(coef, logp, out, N, stride, slope, ROWS: tl.constexpr):
+    """coef [N] times -slope / S, by which a row of powers becomes one of the delta: 1 / S is p 2^OFFSET of the label.
+    Where the powers left their range p itself stands in the row."""
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    value = tl.load(logp + n, mask=n < N, other=0.0)
+    scale = tl.where(value > LIMIT, tl.exp2(value / LN2 + OFFSET), 1.0)
+    tl.store(out + n, tl.load(coef + n * stride, mask=n < N, other=0.0) * scale * -slope, mask=n < N)
+
+
+@triton.jit(do_not_specialize=["N"])
 def _exp_product_fwd(
     hidden,  # [N, D]
     weight,  # [V, D]
@@ -170,9 +180,10 @@ def _exp_product_fwd(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
     SPLIT: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     tiles_n, tiles_v = tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V)
-    for tile in range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=FLATTEN):
         first = tile // (GROUP * tiles_v) * GROUP
         size = tl.minimum(tiles_n - first, GROUP)
         row = (first + tile % (GROUP * tiles_v) % size) * BLOCK_N
@@ -185,7 +196,7 @@ def _exp_product_fwd(
         n = row + tl.arange(0, BLOCK_N)
         offset = tl.load(score + n, mask=n < N, other=0.0) + OFFSET
         label = tl.load(target + n, mask=n < N, other=-1).to(tl.int32)
-        # One tile in BLOCK_V / BLOCK_N holds a label, one the end of the vocabulary; the others are added as they are.
+        # Of a stack of tiles few hold a label, one the end of the vocabulary; the others are taken as they are.
         if (tl.max((label // BLOCK_V == tile_v).to(tl.int32), 0) > 0) | (column + BLOCK_V > V):
             v = column + tl.arange(0, BLOCK_V)
             z = tl.where((v < V)[None, :] & (v[None, :] != label[:, None]), z, float("-inf"))
@@ -210,7 +221,7 @@ def _exp_product_fwd(
                 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "ignore_index"])
+@triton.jit(do_not_specialize=["N", "tiles", "ignore_index"])
 def _exp_finish_fwd(
     sums,  # [tiles of V, N] float32
     score,  # [N] float32

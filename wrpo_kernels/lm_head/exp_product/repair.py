@@ -69,7 +69,7 @@ def _exp_repair_sums_fwd(
             tl.store(totals + place, tl.sum(tl.exp2(z - top[:, None]), 1), mask=wrong)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "tiles"])
 def _exp_repair_merge_fwd(
     tops,  # [tiles of V, N] float32
     totals,  # [tiles of V, N] float32
@@ -98,7 +98,7 @@ def _exp_repair_merge_fwd(
         z = tl.load(score + n, mask=wrong, other=0.0)
         whole = tl.where(z == z, top + tl.log2(total), float("nan"))
         value = (z - whole) * LN2
-        # At most the limit: `row_scale` and the last launch tell by it which rows hold p itself.
+        # At most the limit: the coefficients and the last launch tell by it which rows hold p itself.
         tl.store(logp + n, tl.where(value > LIMIT, LIMIT, value), mask=wrong)
         tl.store(lse + n, whole, mask=wrong)
 

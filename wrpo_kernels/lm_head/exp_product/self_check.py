@@ -6,26 +6,23 @@ them, take milliseconds beside the compilation, which the call needs anyway.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from wrpo_kernels.lm_head.exp_product import form
+from wrpo_kernels.lm_head.exp_product.form import ExpProduct
 from wrpo_kernels.logit_transform import LogitTransform
 from wrpo_kernels.token_logp import reference
 
-N, V, D, R = 136, 264, 96, 16
+N, V, D, R = 136, 272, 96, 16  # multiples of 16, as those of most heads: the call then needs no compilation of its own
 IGNORE = -100
 # Largest errors: of a log-prob, in nats (1e-5 of float32 sums of scores up to 300 was measured), and of an entry of
 # the delta beside its size (a power in bfloat16 is rounded by 2^-9).
 LOGP_ERROR, DELTA_ERROR = 2e-3, 2.0**-7
 
-Kernel = Callable[[tuple, Tensor, int, LogitTransform, Tensor, Tensor], None]
 
-
-def require(kernel: Kernel, device: torch.device, transform: LogitTransform, has_adapter: bool) -> None:
+def require(kernel: ExpProduct, device: torch.device, transform: LogitTransform, has_adapter: bool) -> None:
     """Raises where the kernels are not to be trusted with such a call on this device."""
     wrong = mismatch(kernel, device, transform.bias is not None, transform.softcap > 0, has_adapter)
     if wrong is not None:
@@ -33,14 +30,17 @@ def require(kernel: Kernel, device: torch.device, transform: LogitTransform, has
 
 
 @cache
-def mismatch(kernel: Kernel, device: torch.device, has_bias: bool, has_softcap: bool, has_adapter: bool) -> str | None:
-    """What is wrong with `delta_of_hidden` on this device, or None. Waits for the device, once for each transform."""
+def mismatch(
+    kernel: ExpProduct, device: torch.device, has_bias: bool, has_softcap: bool, has_adapter: bool
+) -> str | None:
+    """What is wrong with the deltas on this device, or None. Waits for the device, once for each transform."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return "has to compare itself with plain torch once, which a CUDA graph cannot capture: call it before"
     operands, target, transform = _problem(device, has_bias, has_softcap, has_adapter)
     logp, out = torch.empty(N, device=device), torch.empty(N, V, dtype=torch.bfloat16, device=device)
-    kernel(operands, target, IGNORE, transform, logp, out)
-    return compared(logp, out * form.row_scale(logp, transform.slope), operands, target, transform)
+    kernel.delta_of_hidden(operands, target, IGNORE, transform, logp, out)
+    scale = kernel.coefficients(torch.ones_like(logp)[:, None], logp, transform.slope)
+    return compared(logp, out * scale, operands, target, transform)
 
 
 def compared(logp: Tensor, delta: Tensor, operands: tuple, target: Tensor, transform: LogitTransform) -> str | None:

@@ -1,0 +1,72 @@
+"""How a budget of bytes becomes chunks of rows."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from wrpo_kernels.environment import default_budget
+from wrpo_kernels.lm_head.budget import (
+    even_chunk,
+    logits_buffer,
+    plan_rows,
+    row_tile,
+    rows_at_once,
+    rows_within,
+)
+
+GiB, CPU, META = 1 << 30, torch.device("cpu"), torch.device("meta")
+HEADS = {"SmolLM2": (49152, 576), "Qwen3": (151936, 1024), "Gemma": (262144, 1152), "Llama": (128256, 4096)}
+
+
+def head(vocabulary: int, width: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(1, width, dtype=dtype, device="meta"), torch.empty(vocabulary, width, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize(("memory", "budget"), [(141 * GiB, 4 * GiB), (80 * GiB, 2.5 * GiB), (24 * GiB, 0.75 * GiB)])
+def test_an_accelerator_gives_logits_a_32nd_of_its_memory_up_to_4_gib(memory, budget, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
+    assert default_budget(torch.device("cuda")) == budget
+    assert default_budget(CPU) == 512 << 20
+
+
+@pytest.mark.parametrize(("name", "rows"), [("SmolLM2", 16384), ("Qwen3", 8192), ("Gemma", 4096), ("Llama", 8192)])
+def test_the_heads_of_the_suite_are_one_chunk_on_a_large_card(name, rows):
+    assert rows_at_once(default_budget(META), *head(*HEADS[name]), None, trains_weight=True) >= rows
+
+
+@pytest.mark.parametrize("budget", [64 << 20, 512 << 20, 1 << 30])
+@pytest.mark.parametrize("name", HEADS)
+def test_one_chunk_takes_no_more_memory_than_two(name, budget):
+    vocabulary, width = HEADS[name]
+    hidden, weight = head(vocabulary, width)
+    row = 2 * (vocabulary + 4 * width)
+    rows = rows_at_once(budget, hidden, weight, None, trains_weight=True)
+    in_chunks = budget + 4 * vocabulary * width
+    assert rows * row + 2 * vocabulary * width <= in_chunks < (rows + 1) * row + 2 * vocabulary * width
+    assert rows_at_once(budget, hidden, weight, None, trains_weight=False) == rows_within(budget, hidden, weight)
+    on_cpu = torch.empty(1, width).bfloat16(), torch.empty(vocabulary, 1).bfloat16().expand(-1, width)
+    assert rows_at_once(budget, *on_cpu, None, trains_weight=True) == rows_within(budget, *on_cpu)
+    wide = head(vocabulary, width, torch.float32)
+    assert rows_at_once(budget, *wide, None, trains_weight=True) == rows_within(budget, *wide)
+
+
+def test_pieces_are_whole_tiles_where_they_fit():
+    tile = row_tile(META)
+    assert even_chunk(16384, 10433, tile) == 8192
+    assert even_chunk(8192, 3440, tile) == 2816  # 2731 rounded up: as many pieces, none of them longer than may be
+    assert even_chunk(700, 400, tile) == 384
+    assert even_chunk(550, 300, tile) == 275  # 384 would not fit
+    assert even_chunk(130, 129, row_tile(CPU)) == 65
+    assert plan_rows(100, 10, 200, True, tile) == (100, 100)
+    assert plan_rows(1000, 400, 400, False, tile) == (0, 384)
+
+
+def test_rows_of_logits_are_aligned_on_an_accelerator():
+    buffer = logits_buffer(torch.empty(0, dtype=torch.bfloat16, device="meta"), 5, 50257)
+    assert buffer.shape == (5, 50257) and buffer.stride() == (50304, 1)
+    assert logits_buffer(torch.empty(0, device="meta"), 5, 128256).is_contiguous()
+    assert logits_buffer(torch.empty(0), 5, 50257).is_contiguous()

@@ -1,0 +1,80 @@
+"""The statistics of rows of logits and their gradient in plain torch: the specification, and the last resort anywhere.
+
+With p = softmax(z), H the entropy, y the label and lsq = log sum_v p_v^2
+
+    d logp / dz_v = 1[v = y] - p_v          d lse / dz_v = p_v          d mean / dz_v = 1 / V
+    d H / dz_v = -p_v (log p_v + H)         d lsq / dz_v = 2 p_v (p_v / sum_u p_u^2 - 1)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wrpo_kernels.logit_transform import LogitTransform
+from wrpo_kernels.token_logp.reference import scores_of
+
+NAME = "reference"
+BLOCK_BYTES = {"cpu": 4 << 20}  # of float32 scores at a time, so that the temporaries stay small
+BLOCK_BYTES_OF_ACCELERATOR = 64 << 20
+COLUMNS = ("logp", "lse", "entropy", "mean_logits", "log_sum_sq_probs", "lse_rest")  # lse + lse_rest has all digits
+
+
+def refuses(logits: Tensor) -> str | None:
+    return None
+
+
+def statistics(
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    transform: LogitTransform,
+    logp: Tensor,
+    lse: Tensor,
+    values: Tensor,
+    top1: Tensor,
+) -> None:
+    """Writes `values` [N, 6] of COLUMNS and `top1` [N] from the logits and their `logp` [N] and `lse` [2, N]."""
+    for rows in _row_blocks(logits):
+        scores = scores_of(logits[rows], transform)
+        log_share = (scores - lse[0, rows, None]) - lse[1, rows, None]
+        share = log_share.exp()
+        entropy = -(share * log_share).where(share > 0, 0.0).sum(1)
+        found = (logp[rows], lse[0, rows], entropy, scores.mean(1), share.square().sum(1).log(), lse[1, rows])
+        counts = target[rows] != ignore_index
+        values[rows] = torch.stack(found, 1).where(counts[:, None], 0.0)
+        top1[rows] = scores.argmax(1).where(counts, -1)
+
+
+def grad_(
+    logits: Tensor, target: Tensor, ignore_index: int, transform: LogitTransform, values: Tensor, coef: Tensor
+) -> None:
+    """Overwrites the logits with the gradient of sum_k coef[n, k] values[n, k], of the first five columns."""
+    for rows in _row_blocks(logits):
+        logits[rows] = _grad_rows(logits[rows], target[rows], ignore_index, transform, values[rows], coef[rows])
+
+
+def _grad_rows(
+    logits: Tensor, target: Tensor, ignore_index: int, transform: LogitTransform, values: Tensor, coef: Tensor
+) -> Tensor:
+    logp, lse, entropy, _, log_sum_sq, rest = values[:, :, None].unbind(1)
+    of_logp, of_lse, of_entropy, of_mean, of_sum_sq, _ = coef[:, :, None].unbind(1)
+    scores = scores_of(logits, transform)
+    log_share = (scores - lse) - rest
+    share = log_share.exp()
+    inner = of_lse - of_entropy * (log_share + entropy) + 2 * of_sum_sq * (share * torch.exp(-log_sum_sq) - 1)
+    counts = (target != ignore_index)[:, None]
+    label = target[:, None].where(counts, 0)
+    softmax_part = -of_logp * share
+    softmax_part.scatter_(1, label, -of_logp * torch.expm1(logp))  # 1 - p of the label, exact where p is nearly 1
+    grad = (share * inner).where(share > 0, 0.0) + softmax_part + of_mean / logits.shape[1]
+    grad = grad * transform.slope
+    if transform.softcap:
+        grad = grad * (1 - (scores * transform.temperature / transform.softcap) ** 2)
+    return grad.where(counts, 0.0)
+
+
+def _row_blocks(logits: Tensor) -> list[slice]:
+    rows, vocabulary = logits.shape
+    step = max(1, BLOCK_BYTES.get(logits.device.type, BLOCK_BYTES_OF_ACCELERATOR) // (4 * vocabulary))
+    return [slice(first, first + step) for first in range(0, rows, step)]

@@ -1,6 +1,6 @@
-// The arithmetic of one row, shared by host and device code: 2^x, tanh, half-precision storage, the running
-// log-sum-exp and the margin losses. No intrinsics and no branches in the element functions, so a loop over them
-// vectorises under "omp simd" for any instruction set.
+// The arithmetic of one row, shared by host and device code: 2^x, tanh, half-precision storage and the running
+// log-sum-exp. No intrinsics and no branches in the element functions, so a loop over them vectorises under "omp simd"
+// for any instruction set.
 //
 // Scores are handled in base 2 (z * log2 e): the scale, the temperature and log2 e are then one multiplier.
 //
@@ -219,46 +219,6 @@ struct Halves {
 WRPO_INLINE Halves halves_of(double value) {
   const float high = float(value);
   return Halves{high, float(value - double(high))};
-}
-
-// margin losses
-
-enum class MarginLoss { sigmoid = 0, hinge = 1, ipo = 2 };
-
-template <class Real>
-struct Phi {
-  Real value;  // phi(m)
-  Real slope;  // phi'(m)
-};
-
-// log(1 + exp(x)) without overflow
-template <class Real>
-WRPO_INLINE Real softplus(Real x) {
-  return (x > Real(0) ? x : Real(0)) + log1p(exp(x > Real(0) ? -x : x));
-}
-
-template <class Real>
-WRPO_INLINE Real logistic(Real x) {
-  const Real e = exp(x > Real(0) ? -x : x);
-  return (x > Real(0) ? Real(1) : e) / (Real(1) + e);
-}
-
-//   sigmoid: -(1 - eps) log sigma(m) - eps log sigma(-m)
-//   hinge:   max(0, 1 - m)                slope 0 at the kink
-//   ipo:     ((m - 1/2) / beta)^2
-// Of a margin that is NaN both are NaN.
-template <class Real>
-WRPO_INLINE Phi<Real> margin_loss(MarginLoss kind, Real m, Real beta, Real eps) {
-  if (kind == MarginLoss::hinge) {
-    const Real gap = Real(1) - m;
-    return m >= Real(1) ? Phi<Real>{0, 0} : Phi<Real>{gap, gap > Real(0) ? Real(-1) : gap};
-  }
-  if (kind == MarginLoss::ipo) {
-    const Real d = (m - Real(0.5)) / beta;
-    return Phi<Real>{d * d, 2 * d / beta};
-  }
-  const Real smoothing = eps == Real(0) ? Real(0) : eps * m;  // eps 0 must not meet an infinite margin
-  return Phi<Real>{softplus(-m) + smoothing, eps - logistic(-m)};
 }
 
 }  // namespace wrpo

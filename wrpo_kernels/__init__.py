@@ -4,6 +4,7 @@
 """
 
 from wrpo_kernels.cross_entropy import linear_cross_entropy
+from wrpo_kernels.kto import kto_loss, linear_kto_loss
 from wrpo_kernels.likelihood import LikelihoodOutput, linear_nll_loss
 from wrpo_kernels.linear_preference_loss import linear_preference_loss
 from wrpo_kernels.linear_token_logp import linear_token_logp
@@ -28,9 +29,11 @@ __all__ = [
     "__version__",
     "dpo_loss",
     "ipo_loss",
+    "kto_loss",
     "linear_cross_entropy",
     "linear_dpo_loss",
     "linear_ipo_loss",
+    "linear_kto_loss",
     "linear_nll_loss",
     "linear_preference_loss",
     "linear_simpo_loss",

@@ -30,7 +30,7 @@ from wrpo_kernels.linear_preference_loss.contract import CANDIDATES
 from wrpo_kernels.linear_preference_loss.lengths import Counts
 from wrpo_kernels.lm_head.inputs import checked_options, checked_tensors
 from wrpo_kernels.lm_head.labels import shifted_labels
-from wrpo_kernels.preference_loss import reduce_loss
+from wrpo_kernels.preference_loss.reduction import reduce_loss
 from wrpo_kernels.token_logp.contract import logp_dtype
 
 

@@ -10,6 +10,7 @@ Source: WRPO, arXiv:2412.03187.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,11 +28,15 @@ def wrpo_loss(
     ref_logp: Tensor | None = None,
     *,
     alpha: float | Tensor,
-    beta: float = 0.01,
+    beta: float | Tensor = 0.01,
     num_sources: int = 1,
-    gamma: float = 0.0,
-    loss_type: str = "sigmoid",
+    gamma: float | Tensor = 0.0,
+    loss_type: str | Sequence[str] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
     label_smoothing: float = 0.0,
+    discopop_tau: float = 0.05,
     length: Tensor | None = None,
     length_normalize: bool = False,
     nll_weight: float | Tensor = 0.0,
@@ -52,11 +57,12 @@ def wrpo_loss(
         alpha: fusion coefficient in [0, 1]: a number or 0-d tensor, [B] (both split evenly over the sources), or
             [B, K], each source's own weight. 0 is DPO on (target, rejected). Compiled code takes another number at
             every step. Values of a tensor that cannot be read, as preference_loss says, make NaN where they are wrong.
-        beta: scale of the implicit reward. Default: 0.01, the paper's.
+        beta: scale of the implicit reward, a number or [B]. Default: 0.01, the paper's.
         num_sources: K. Default: 1, the paper's.
-        gamma, loss_type, label_smoothing, length, length_normalize, nll_weight, group_weight, reduction, normalizer,
-            empty, backend: as preference_loss; a group is an example, G = B. A number as `nll_weight` weighs every
-            response, the rejected ones too.
+        gamma, loss_type, loss_weights, f_divergence_type, f_alpha_divergence_coef, label_smoothing, discopop_tau,
+            length, length_normalize, nll_weight, group_weight, reduction, normalizer, empty, backend: as
+            preference_loss; a group is an example, G = B. A number as `nll_weight` weighs every response, the rejected
+            ones too.
 
     Returns:
         PreferenceOutput(loss, logp [S], reward [S], margin [B]); only `loss` carries a gradient, to `logp`.
@@ -80,7 +86,11 @@ def wrpo_loss(
         beta=beta,
         gamma=gamma,
         loss_type=loss_type,
+        loss_weights=loss_weights,
+        f_divergence_type=f_divergence_type,
+        f_alpha_divergence_coef=f_alpha_divergence_coef,
         label_smoothing=label_smoothing,
+        discopop_tau=discopop_tau,
         length=length,
         length_normalize=length_normalize,
         nll_weight=nll_weight,
@@ -99,11 +109,15 @@ def linear_wrpo_loss(
     ref_logp: Tensor | None = None,
     *,
     alpha: float | Tensor,
-    beta: float = 0.01,
+    beta: float | Tensor = 0.01,
     num_sources: int = 1,
-    gamma: float = 0.0,
-    loss_type: str = "sigmoid",
+    gamma: float | Tensor = 0.0,
+    loss_type: str | Sequence[str] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
     label_smoothing: float = 0.0,
+    discopop_tau: float = 0.05,
     length_normalize: bool = False,
     nll_weight: float | Tensor = 0.0,
     group_weight: Tensor | None = None,
@@ -136,8 +150,8 @@ def linear_wrpo_loss(
         labels: [S, T] int64 | int32 (or [N]); `ignore_index` marks prompt and padding, which never reach the head.
         ref_logp: [S] float32, summed reference log-prob of each response, nats; None is reference-free. Default: None.
         alpha, beta, num_sources: as wrpo_loss.
-        gamma, loss_type, label_smoothing, length_normalize, nll_weight, group_weight, reduction, normalizer, empty: as
-            wrpo_loss.
+        gamma, loss_type, loss_weights, f_divergence_type, f_alpha_divergence_coef, label_smoothing, discopop_tau,
+            length_normalize, nll_weight, group_weight, reduction, normalizer, empty: as wrpo_loss.
         bias, adapter, logit_scale, softcap, temperature, ignore_index, shift, cu_seqlens, lengths, num_rows,
             budget_bytes, grad_filter, backend: as linear_preference_loss.
 
@@ -163,7 +177,11 @@ def linear_wrpo_loss(
         beta=beta,
         gamma=gamma,
         loss_type=loss_type,
+        loss_weights=loss_weights,
+        f_divergence_type=f_divergence_type,
+        f_alpha_divergence_coef=f_alpha_divergence_coef,
         label_smoothing=label_smoothing,
+        discopop_tau=discopop_tau,
         length_normalize=length_normalize,
         nll_weight=nll_weight,
         group_weight=group_weight,

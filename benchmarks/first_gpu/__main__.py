@@ -53,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         steps.headline(out, verdict(out, good.get("smoke", False) and good.get("tests", False)))
     table = steps.table(outcomes, out)
     (out / "table.txt").write_text(table)
+    (out / steps.HEADLINES).unlink(missing_ok=True)
     print(table, end="")
     return 0 if all(outcome.is_good for outcome in outcomes) else 1
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.gpu import Problem, Sizes
+from benchmarks.ledger import ROWS
+from benchmarks.suite.scenarios import HEADS as SHAPES
 from wrpo_kernels.lm_head.head import CANDIDATES
 
 BF16 = torch.bfloat16
@@ -36,11 +38,8 @@ class Head(NamedTuple):
 
 
 HEADS = (
-    Head("SmolLM2", 49152, 576, 16384, 1),
-    Head("Qwen3", 151936, 1024, 8192, 1),
-    Head("Gemma3", 262144, 1152, 4096, 1),
-    Head("Llama3", 128256, 4096, 2048, 1),
-    Head("Llama3, 8 pairs", 128256, 4096, 8192, 8),
+    *[Head(name, *shape, ROWS[name], 1) for name, shape in SHAPES.items()],
+    Head("Llama-3-8B, 8 pairs", *SHAPES["Llama-3-8B"], 8192, 8),
 )
 TOYS = (Head("toy", 60, 16, 6, 1), Head("toy, 2 pairs", 60, 16, 4, 2))
 

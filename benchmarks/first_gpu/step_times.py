@@ -138,7 +138,7 @@ def show(found: list[Figure], run: Run) -> None:
     for f in found:
         headline(
             run.out,
-            f"steps: {f.head:<16} {f.kind:<8} {f.contestant:<20} {f.budget_mib:5d} MiB  idle {f.idle_ms:8.3f} ms "
+            f"steps: {f.head:<20} {f.kind:<8} {f.contestant:<20} {f.budget_mib:5d} MiB  idle {f.idle_ms:8.3f} ms "
             f"{f.idle_ratio:5.2f} x  ahead {f.ahead_ms:8.3f} ms {f.ahead_ratio:5.2f} x ({f.ahead:.0%})  "
             f"{f.tflops:6.1f} TFLOP/s",
         )

@@ -117,11 +117,11 @@ void transpose(Pointer src, int itemsize, int64_t rows, int64_t cols, int64_t sr
 // preference_loss
 
 wrpo::PreferenceLoss preference_loss_args(Pointer logp, Pointer ref_logp, Pointer seq_weight, Pointer group,
-                                          Pointer length, Pointer nll_weight, Pointer group_weight, int64_t S,
-                                          int64_t G, double beta, double gamma, int loss_kind, double label_smoothing,
-                                          bool length_normalize, Pointer loss, Pointer reward, Pointer margin,
-                                          Pointer coef) {
-  require(loss_kind >= 0 && loss_kind <= 2, "loss_kind", "0 (sigmoid), 1 (hinge) or 2 (ipo)", loss_kind);
+                                          Pointer length, Pointer nll_weight, Pointer group_weight, Pointer group_beta,
+                                          Pointer group_gamma, int64_t S, int64_t G, double beta, double gamma,
+                                          int loss_kind, double shape, bool length_normalize, Pointer loss,
+                                          Pointer reward, Pointer margin, Pointer coef) {
+  require(loss_kind >= 0 && loss_kind < wrpo::kMarginLosses, "loss_kind", "a MarginLoss", loss_kind);
   if (S > 0)
     require_present({{"logp", logp}, {"seq_weight", seq_weight}, {"group", group}, {"reward", reward}, {"coef", coef}});
   if (G > 0) require_present({{"loss", loss}, {"margin", margin}});
@@ -139,12 +139,14 @@ wrpo::PreferenceLoss preference_loss_args(Pointer logp, Pointer ref_logp, Pointe
           as<const int64_t>(length),
           as<const float>(nll_weight),
           as<const float>(group_weight),
+          as<const float>(group_beta),
+          as<const float>(group_gamma),
           S,
           G,
           beta,
           gamma,
           wrpo::MarginLoss(loss_kind),
-          label_smoothing,
+          shape,
           length_normalize,
           as<float>(loss),
           as<float>(reward),
@@ -153,12 +155,12 @@ wrpo::PreferenceLoss preference_loss_args(Pointer logp, Pointer ref_logp, Pointe
 }
 
 void preference_loss(Pointer logp, Pointer ref_logp, Pointer seq_weight, Pointer group, Pointer length,
-                     Pointer nll_weight, Pointer group_weight, int64_t S, int64_t G, double beta, double gamma,
-                     int loss_kind, double label_smoothing, bool length_normalize, Pointer loss, Pointer reward,
-                     Pointer margin, Pointer coef) {
-  wrpo::preference_loss(preference_loss_args(logp, ref_logp, seq_weight, group, length, nll_weight, group_weight, S, G,
-                                             beta, gamma, loss_kind, label_smoothing, length_normalize, loss, reward,
-                                             margin, coef));
+                     Pointer nll_weight, Pointer group_weight, Pointer group_beta, Pointer group_gamma, int64_t S,
+                     int64_t G, double beta, double gamma, int loss_kind, double shape, bool length_normalize,
+                     Pointer loss, Pointer reward, Pointer margin, Pointer coef) {
+  wrpo::preference_loss(preference_loss_args(logp, ref_logp, seq_weight, group, length, nll_weight, group_weight,
+                                             group_beta, group_gamma, S, G, beta, gamma, loss_kind, shape,
+                                             length_normalize, loss, reward, margin, coef));
 }
 
 // sequences and their rows
@@ -175,18 +177,18 @@ void require_rows(Pointer length, int64_t S, int64_t N) {
 }
 
 void preference_loss_of_rows(Pointer row_logp, int64_t N, Pointer ref_logp, Pointer seq_weight, Pointer group,
-                             Pointer length, Pointer nll_weight, Pointer group_weight, int64_t S, int64_t G,
-                             double beta, double gamma, int loss_kind, double label_smoothing, bool length_normalize,
-                             double divisor, Pointer total, Pointer loss, Pointer logp, Pointer reward, Pointer margin,
-                             Pointer row_coef) {
+                             Pointer length, Pointer nll_weight, Pointer group_weight, Pointer group_beta,
+                             Pointer group_gamma, int64_t S, int64_t G, double beta, double gamma, int loss_kind,
+                             double shape, bool length_normalize, double divisor, Pointer total, Pointer loss,
+                             Pointer logp, Pointer reward, Pointer margin, Pointer row_coef) {
   require_rows(length, S, N);
   require_present({{"total", total}});
   if (N > 0) require_present({{"row_logp", row_logp}, {"row_coef", row_coef}});
   if (!(divisor > 0)) require(false, "divisor", "a number > 0", std::to_string(divisor));
   std::vector<float> coef(S > 0 ? size_t(S) : 0);
-  const auto args = preference_loss_args(logp, ref_logp, seq_weight, group, length, nll_weight, group_weight, S, G,
-                                         beta, gamma, loss_kind, label_smoothing, length_normalize, loss, reward,
-                                         margin, reinterpret_cast<Pointer>(coef.data()));
+  const auto args = preference_loss_args(logp, ref_logp, seq_weight, group, length, nll_weight, group_weight,
+                                         group_beta, group_gamma, S, G, beta, gamma, loss_kind, shape, length_normalize,
+                                         loss, reward, margin, reinterpret_cast<Pointer>(coef.data()));
   wrpo::sequence_sum(as<const float>(row_logp), args.length, S, as<float>(logp));
   wrpo::preference_loss(args);
   wrpo::sequence_sum(args.loss, &G, 1, as<float>(total));
@@ -247,12 +249,13 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("transpose", &transpose, Unlocked(), "src"_a, "itemsize"_a, "rows"_a, "cols"_a, "src_row_stride"_a, "dst"_a,
         "dst_row_stride"_a, "threads"_a, "dst[c, r] = src[r, c]");
   m.def("preference_loss", &preference_loss, Unlocked(), "logp"_a, "ref_logp"_a, "seq_weight"_a, "group"_a, "length"_a,
-        "nll_weight"_a, "group_weight"_a, "S"_a, "G"_a, "beta"_a, "gamma"_a, "loss_kind"_a, "label_smoothing"_a,
-        "length_normalize"_a, "loss"_a, "reward"_a, "margin"_a, "coef"_a, "loss [G], reward [S], margin [G], coef [S]");
+        "nll_weight"_a, "group_weight"_a, "group_beta"_a, "group_gamma"_a, "S"_a, "G"_a, "beta"_a, "gamma"_a,
+        "loss_kind"_a, "shape"_a, "length_normalize"_a, "loss"_a, "reward"_a, "margin"_a, "coef"_a,
+        "loss [G], reward [S], margin [G], coef [S]");
   m.def("preference_loss_of_rows", &preference_loss_of_rows, Unlocked(), "row_logp"_a, "N"_a, "ref_logp"_a,
-        "seq_weight"_a, "group"_a, "length"_a, "nll_weight"_a, "group_weight"_a, "S"_a, "G"_a, "beta"_a, "gamma"_a,
-        "loss_kind"_a, "label_smoothing"_a, "length_normalize"_a, "divisor"_a, "total"_a, "loss"_a, "logp"_a,
-        "reward"_a, "margin"_a, "row_coef"_a,
+        "seq_weight"_a, "group"_a, "length"_a, "nll_weight"_a, "group_weight"_a, "group_beta"_a, "group_gamma"_a, "S"_a,
+        "G"_a, "beta"_a, "gamma"_a, "loss_kind"_a, "shape"_a, "length_normalize"_a, "divisor"_a, "total"_a, "loss"_a,
+        "logp"_a, "reward"_a, "margin"_a, "row_coef"_a,
         "The same from row_logp [N], rows sequence after sequence, length [S] of them each; also the total "
         "of all losses, logp [S], and row_coef [N], each row with the coef of its sequence; total and coef over "
         "divisor.");

@@ -74,10 +74,10 @@ void token_logp_grad(Pointer logits, int dtype, int64_t n, int64_t V, int64_t ro
 // ---- preference_loss ------------------------------------------------------------------------------------------
 
 void preference_loss(Pointer logp, Pointer ref_logp, Pointer seq_weight, Pointer group, Pointer length,
-                     Pointer nll_weight, Pointer group_weight, int64_t S, int64_t G, double beta, double gamma,
-                     int loss_kind, double label_smoothing, bool length_normalize, Pointer loss, Pointer reward,
-                     Pointer margin, Pointer coef, int device, Stream stream) {
-  require(loss_kind >= 0 && loss_kind <= 2, "loss_kind", "0 (sigmoid), 1 (hinge) or 2 (ipo)", loss_kind);
+                     Pointer nll_weight, Pointer group_weight, Pointer group_beta, Pointer group_gamma, int64_t S,
+                     int64_t G, double beta, double gamma, int loss_kind, double shape, bool length_normalize,
+                     Pointer loss, Pointer reward, Pointer margin, Pointer coef, int device, Stream stream) {
+  require(loss_kind >= 0 && loss_kind < wrpo::kMarginLosses, "loss_kind", "a MarginLoss", loss_kind);
   if (S == 0 && G == 0) return;
   if (S > 0)
     require_present({{"logp", logp}, {"seq_weight", seq_weight}, {"group", group}, {"reward", reward}, {"coef", coef}});
@@ -90,12 +90,14 @@ void preference_loss(Pointer logp, Pointer ref_logp, Pointer seq_weight, Pointer
                                   as<const int64_t>(length),
                                   as<const float>(nll_weight),
                                   as<const float>(group_weight),
+                                  as<const float>(group_beta),
+                                  as<const float>(group_gamma),
                                   S,
                                   G,
                                   beta,
                                   gamma,
                                   wrpo::MarginLoss(loss_kind),
-                                  label_smoothing,
+                                  shape,
                                   length_normalize,
                                   as<float>(loss),
                                   as<float>(reward),
@@ -146,9 +148,9 @@ PYBIND11_MODULE(_cuda, m) {
         "grad_logp"_a, "grad_logits"_a, "grad_row_stride"_a, "device"_a, "stream"_a,
         "grad_logits[n, v] = grad_logp[n] * d logp[n] / d logits[n, v].");
   m.def("preference_loss", &preference_loss, Unlocked(), "logp"_a, "ref_logp"_a, "seq_weight"_a, "group"_a, "length"_a,
-        "nll_weight"_a, "group_weight"_a, "S"_a, "G"_a, "beta"_a, "gamma"_a, "loss_kind"_a, "label_smoothing"_a,
-        "length_normalize"_a, "loss"_a, "reward"_a, "margin"_a, "coef"_a, "device"_a, "stream"_a,
-        "loss [G], reward [S], margin [G], coef [S]");
+        "nll_weight"_a, "group_weight"_a, "group_beta"_a, "group_gamma"_a, "S"_a, "G"_a, "beta"_a, "gamma"_a,
+        "loss_kind"_a, "shape"_a, "length_normalize"_a, "loss"_a, "reward"_a, "margin"_a, "coef"_a, "device"_a,
+        "stream"_a, "loss [G], reward [S], margin [G], coef [S]");
   m.def("sequence_sum", &between_rows_and_sequences<&wrpo::cuda::sequence_sum>, Unlocked(), "rows"_a, "length"_a, "S"_a,
         "N"_a, "sums"_a, "device"_a, "stream"_a,
         "sums [S] of rows [N] that stand sequence after sequence, length [S] of them each");

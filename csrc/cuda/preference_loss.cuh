@@ -56,7 +56,10 @@ WRPO_BODY void preference_loss_body(Block block, int64_t block_index, const Pref
   if (block_index == 0) write_rewards(block, a);
   typename Block::template Local<double> margin, nll_loss, slope;
   typename Block::template Local<bool> is_empty;
-  block.each([&](int t) { margin(t) = -a.gamma, nll_loss(t) = 0.0, is_empty(t) = true; });
+  block.each([&](int t) {
+    margin(t) = first_group + t < a.G ? -gamma_of(a, first_group + t) : 0.0;
+    nll_loss(t) = 0.0, is_empty(t) = true;
+  });
   each_sequence_of_group(block, a, first_group, tile, [&](int64_t, int k, int t) {
     margin(t) += tile.terms[k].margin;
     nll_loss(t) += tile.terms[k].nll_loss;
@@ -67,7 +70,7 @@ WRPO_BODY void preference_loss_body(Block block, int64_t block_index, const Pref
     if (first_group + t < a.G) slope(t) = finish_group(a, first_group + t, margin(t), nll_loss(t));
   });
   each_sequence_of_group(block, a, first_group, tile, [&](int64_t s, int k, int t) {
-    if (tile.group[k] == first_group + t) a.coef[s] = coefficient(a, tile.terms[k], slope(t));
+    if (tile.group[k] == first_group + t) a.coef[s] = coefficient(tile.terms[k], slope(t));
   });
 }
 

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 
+from benchmarks import ledger
 from benchmarks.first_gpu import smoke, step_times, steps, timeline, tune, verdict
 from wrpo_kernels.dispatch import triton_backend
 from wrpo_kernels.lm_head.exp_product import form
@@ -82,12 +83,30 @@ def test_a_dry_run_of_a_part_leaves_the_files_that_it_names(part, tmp_path, caps
     for path in tmp_path.glob("*.csv"):
         with path.open() as file:
             rows = list(csv.DictReader(file))
-        assert rows and all(None not in row.values() for row in rows)
+        assert (rows or path.name == "ledger.csv") and all(None not in row.values() for row in rows)
     if part is tune:
         (written,) = json.loads((tmp_path / "tuned/cpu.json").read_text()).values()
         assert written.keys() >= form.row_of("any other").keys()
         assert written["proved"] is None
-    assert {path.name for path in tmp_path.glob("*.csv")} <= {"timeline.csv", "tuning.csv", "steps.csv"}
+    assert {path.name for path in tmp_path.glob("*.csv")} <= {"timeline.csv", "ledger.csv", "tuning.csv", "steps.csv"}
+
+
+def test_the_kernels_of_a_step_are_sorted_into_the_phases_of_the_ledger():
+    names = [
+        "scale_rows",
+        "gemm a",
+        "token_logp_delta",
+        "preference_loss",
+        "gemm b",
+        "scale_rows",
+        "gemm c",
+        "scale_to",
+    ]
+    found = list(timeline.kernels("head", "cuda", [(name, 10.0 * n, 1e3 * (n + 1)) for n, name in enumerate(names)]))
+    of = {"before the first product": 1, "logits": 2, "rows of logits": 3, "other, forward": 4, "dh": 5, "dW": 7}
+    assert timeline.phases(found) == of | {"other, backward": 6 + 8}
+    assert set(timeline.phases(found)) <= set(ledger.PHASES)
+    assert timeline.phases(found[:-3]) == {}
 
 
 def lay_out(folder: Path, times: dict[str, dict[str, float]]) -> Path:

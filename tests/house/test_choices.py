@@ -57,8 +57,8 @@ def test_a_value_that_is_none_of_the_choices_is_refused_in_python_too(cls, field
 def test_help_and_the_page_of_settings_list_the_choices(capsys):
     with pytest.raises(SystemExit):
         cli.main(["dpo", "--help"])
-    assert "--loss_type {sigmoid,hinge,ipo,simpo,dpo}" in capsys.readouterr().out
-    assert "Choices: `sigmoid`, `hinge`, `ipo`, `simpo`, `dpo`." in (DOCS / "settings.md").read_text()
+    assert "--loss_type {sigmoid,hinge,ipo,simpo,dpo,robust," in capsys.readouterr().out
+    assert "Choices: `sigmoid`, `hinge`, `ipo`, `simpo`, `dpo`, `robust`, " in (DOCS / "settings.md").read_text()
 
 
 BOOLS = [name for name, reading in Parser((DataSettings, WRPOConfig), "wrpo train").readings.items() if reading.is_bool]

@@ -7,7 +7,7 @@ import re
 import runpy
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,11 +16,14 @@ from tiny_tokenizer import tiny_tokenizer
 
 from wrpo import DPOConfig
 from wrpo.cli import COMMANDS, main
+from wrpo.training.loss_names import RECIPES, LossName
+from wrpo_kernels.preference_loss.catalogue import CATALOGUE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = [path for folder in (".", "docs", "benchmarks", "csrc", "examples/*") for path in ROOT.glob(f"{folder}/*.md")]
 # The pages with Python.
-RUNNING = ("README.md", "docs/own_loop.md", "docs/coming_from.md", "docs/coming_from_trl.md", "docs/layouts.md")
+IN_DOCS = ("own_loop", "coming_from", "coming_from_trl", "layouts", "losses")
+RUNNING = ("README.md", *(f"docs/{name}.md" for name in IN_DOCS))
 PAIRS = [{"prompt": f"What is 2 + {n}?", "chosen": f"It is {n + 2}.", "rejected": "hello world"} for n in range(4)]
 
 
@@ -55,6 +58,13 @@ def test_the_python_of_a_page_runs_as_written(page, reader):
     assert shown
     for code in shown:  # in order and in one namespace, as a reader would paste them
         exec(compile(code, page, "exec", dont_inherit=True), reader)
+
+
+def test_every_loss_of_the_kernels_and_of_the_trainer_stands_in_the_table_of_losses():
+    page = (ROOT / "docs/losses.md").read_text().split("## ")[0]
+    named = set(re.findall(r"`(\w+)`", page))
+    assert named >= {*CATALOGUE, *get_args(LossName)}
+    assert {*get_args(LossName)} == {*CATALOGUE, *RECIPES}
 
 
 def test_no_other_page_shows_python():

@@ -15,12 +15,12 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 # Lowest first: a room imports those before it. A file at the root of a package is a room of its own.
 ROOMS = {
     "wrpo_kernels": "version checks layout logit_transform dispatch token_logp lm_head linear_token_logp "
-    "linear_token_statistics preference_loss linear_preference_loss likelihood weighted_reward pairwise cross_entropy "
-    "integrations environment __init__ __main__",
+    "linear_token_statistics preference_loss linear_preference_loss likelihood weighted_reward pairwise kto "
+    "cross_entropy integrations environment __init__ __main__",
     "wrpo": "user_error spelling picture_style settings pretrained rows data head layouts reference training sampling "
     "scoring building evaluation __init__ demo cli __main__",
-    "benchmarks": "__init__ suite fusion build compile_seconds gpu first_gpu grad_filter growth ledger run test_ops "
-    "whole_steps",
+    "benchmarks": "__init__ suite fusion build compile_seconds gpu ledger first_gpu grad_filter growth "
+    "losses_against_trl run test_ops whole_steps",
 }
 
 

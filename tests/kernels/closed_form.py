@@ -11,6 +11,7 @@ value goes a bound of its error, to first order, for products in the compute typ
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -128,7 +129,10 @@ class Preferences(NamedTuple):
 
 def preferences(logp: Bounded, ref_logp: Tensor | None, length: Tensor, o: dict[str, Any]) -> Preferences:
     """`o`: the options of `preference_loss`, all of them there; length [S] is exact."""
-    group, num_groups, beta = o["group"], o["num_groups"], o["beta"]
+    group, num_groups = o["group"], o["num_groups"]
+    wide = {"dtype": torch.float64}
+    beta_of_group, gamma = (torch.as_tensor(o[name], **wide).expand(num_groups) for name in ("beta", "gamma"))
+    beta = beta_of_group[group]
     n = torch.ones(len(group), dtype=torch.float64)
     if o["length_normalize"]:
         n = torch.where(length > 0, 1.0 / length.clamp(min=1), 0.0).double()
@@ -145,9 +149,9 @@ def preferences(logp: Bounded, ref_logp: Tensor | None, length: Tensor, o: dict[
 
     reward = beta * n * (logp.value - (0.0 if ref_logp is None else ref_logp.double()))
     reward_error = beta * n * logp.error + EPS * reward.abs()
-    margin = by_group(weight * reward) - o["gamma"]
+    margin = by_group(weight * reward) - gamma
     margin_error = by_group(weight.abs() * (beta * n * logp.error + EPS * reward.abs())) + EPS * margin.abs()
-    loss, slope, bend = phi(margin, margin_error, o)
+    loss, slope, bend = phi(margin, margin_error, beta_of_group, o)
     loss_error = a.abs() * (slope.abs() * margin_error + bend * margin_error**2)
     loss_error = loss_error + by_group(nll.abs() * n * logp.error)
     size = (a * loss).abs() + by_group((nll * n * logp.value).abs())
@@ -164,16 +168,34 @@ def preferences(logp: Bounded, ref_logp: Tensor | None, length: Tensor, o: dict[
     )
 
 
-def phi(margin: Tensor, error: Tensor, o: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+def phi(margin: Tensor, error: Tensor, beta: Tensor, o: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of a margin, its slope, and how fast that can change within the error."""
     if o["loss_type"] == "hinge":
         kink = (margin - 1).abs() <= 4 * error  # here the slope is -1 or 0
         return (1 - margin).clamp(min=0), -(margin < 1).double(), torch.where(kink, 1 / error.clamp(min=1e-300), 0.0)
     if o["loss_type"] == "ipo":
         distance = margin - 0.5
-        beta = o["beta"]
-        return (distance / beta) ** 2, 2 * distance / beta**2, torch.full_like(margin, 2 / beta**2)
+        return (distance / beta) ** 2, 2 * distance / beta**2, 2 / beta**2
     eps = o["label_smoothing"]
     lower = 1 / (1 + torch.exp(margin))  # sigmoid(-m)
     softplus = torch.log1p(torch.exp(-margin.abs())) + (-margin).clamp(min=0)  # -log sigmoid(m)
+    if o["loss_type"] == "kto":
+        return lower, -lower * (1 - lower), torch.full_like(margin, 0.1)  # of the slope at most sqrt(3) / 18
+    if o["loss_type"] == "exo_pair":
+        logit = math.log((1 - eps) / eps)
+        value = (1 - lower) * (-softplus - math.log(1 - eps)) + lower * (-softplus - margin - math.log(eps))
+        return value, lower * (1 - lower) * (margin - logit), 0.25 + 0.1 * (margin - logit).abs()
+    if o["loss_type"] == "discopop":
+        return discopop(margin, softplus, lower, o["discopop_tau"])
+    if o["loss_type"] == "robust":
+        eps = -eps / (1 - 2 * eps)
     return softplus + eps * margin, eps - lower, torch.full_like(margin, 0.25)
+
+
+def discopop(margin: Tensor, softplus: Tensor, lower: Tensor, tau: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of tau < 1. Both losses are below 1 + |m| where the other one's share is not negligible."""
+    share = 1 / (1 + torch.exp(-margin / tau))  # of the exponential loss
+    powered = torch.exp(-margin - torch.log1p(torch.exp(-margin.abs() / tau)) + margin.clamp(max=0) / tau)
+    value = (1 - share) * softplus + powered
+    slope = -(1 - share) * lower - powered + (1 - share) / tau * (powered - share * softplus)
+    return value, slope, (1 + margin.abs()) * (1 + 1 / tau) ** 2

@@ -114,9 +114,9 @@ def row_launch(entry: str, dtype: torch.dtype, vocabulary: int = 128256, capped:
 def preference_launch(loss_type: str, with_all: bool) -> Callable[[], object]:
     def launch():
         s, g, count = torch.zeros(6), torch.zeros(2), torch.ones(6, dtype=torch.int64)
-        rest = (s, g) if with_all else (None, None)
+        rest = (s, g, g, g) if with_all else (None,) * 4
         ref_logp = s if with_all else None
-        family = Family(0.1, 0.2, loss_type, 0.0, with_all)
+        family = Family(0.1, 0.2, loss_type, 0.1 if loss_type == "exo_pair" else 0.0, 0.05, with_all)
         sequences = Sequences(ref_logp, s, count, count, *rest)
         preference_loss.forward(s, LossArguments(sequences, 2, family))
 
@@ -169,6 +169,9 @@ LAUNCHES = {
     "token_logp gradient fp32": row_launch("grad", FP32),
     "preference_loss sigmoid, all weights": preference_launch("sigmoid", True),
     "preference_loss ipo": preference_launch("ipo", False),
+    "preference_loss exo_pair": preference_launch("exo_pair", False),
+    "preference_loss discopop": preference_launch("discopop", True),
+    "preference_loss kto": preference_launch("kto", False),
     "preference_loss sums of sequences": sequence_launch("sequence_sum"),
     "preference_loss coefficients of rows": sequence_launch("over_rows"),
     "linear_token_logp bf16, large memory": fused_launch(BF16, True),

@@ -12,9 +12,11 @@ from torch import Tensor
 from wrpo_kernels import (
     dpo_loss,
     ipo_loss,
+    kto_loss,
     linear_cross_entropy,
     linear_dpo_loss,
     linear_ipo_loss,
+    linear_kto_loss,
     linear_nll_loss,
     linear_preference_loss,
     linear_simpo_loss,
@@ -66,6 +68,7 @@ def doors(device: torch.device, backend: str, **size) -> dict[str, tuple[Callabl
     bounds = torch.arange(0, (S + 1) * labels.shape[1], labels.shape[1], device=device)
 
     lengths = (labels != -100).sum(1)
+    is_good = torch.arange(S, device=device) % 2 == 0
 
     def linear(door, h, w, b, y, r, **rest):
         return door(h, w, y, r, bias=b, **head, **rest).loss
@@ -115,6 +118,14 @@ def doors(device: torch.device, backend: str, **size) -> dict[str, tuple[Callabl
         "dpo_loss": (partial(paired, dpo_loss), (logp, ref)),
         "ipo_loss": (partial(paired, ipo_loss), (logp, ref)),
         "simpo_loss": (partial(paired, simpo_loss), (logp, lengths)),
+        "kto_loss": (
+            lambda x, r: kto_loss(x, r, is_desirable=is_good, kl=0.5, backend=backend).loss,
+            (logp, ref),
+        ),
+        "linear_kto_loss": (
+            lambda h, w, b, y, r: linear_kto_loss(h, w, y, r, bias=b, is_desirable=is_good, **head).loss,
+            given,
+        ),
         "linear_dpo_loss": (partial(linear, linear_dpo_loss), given),
         "linear_ipo_loss": (partial(linear, linear_ipo_loss), given),
         "linear_simpo_loss": (
@@ -147,4 +158,6 @@ def value_and_gradients(function: Callable[..., Tensor], given: tuple[Tensor, ..
 
 DOORS = tuple(doors(torch.device("cpu"), "reference"))
 # Without the losses that call the general ones: for what is true of an op, whoever calls it.
-OF_OPS = tuple(door for door in DOORS if not door.endswith(("dpo_loss", "ipo_loss", "simpo_loss", "cross_entropy")))
+OF_OPS = tuple(
+    door for door in DOORS if not door.endswith(("dpo_loss", "ipo_loss", "simpo_loss", "kto_loss", "cross_entropy"))
+)

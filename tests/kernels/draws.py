@@ -109,17 +109,21 @@ def draw_loss(draw: Draw, num_sequences: int) -> dict[str, Any]:
     """The options of `preference_loss` but for `length`; every group has a sequence."""
     num_groups = draw.whole("groups", 1, num_sequences)
     group = [*range(num_groups), *(draw.whole("-", 0, num_groups - 1) for _ in range(num_sequences - num_groups))]
-    loss_type = draw.pick("loss_type", "sigmoid", "sigmoid", "hinge", "ipo")
+    loss_type = draw.pick("loss_type", "sigmoid", "sigmoid", "hinge", "ipo", "robust", "exo_pair", "discopop", "kto")
     reduction = draw.pick("reduction", "mean", "mean", "sum", "none")
-    smoothing = draw.pick("label_smoothing", 0.0, draw.number("-", 0.0, 0.49)) if loss_type == "sigmoid" else 0.0
+    smoothing = draw.pick("label_smoothing", 0.0, draw.number("-", 0.001, 0.49))
+    smoothing = {"sigmoid": smoothing, "robust": smoothing, "exo_pair": smoothing or 0.001}.get(loss_type, 0.0)
+    beta = draw.number("beta", 0.2, 2.0) if loss_type == "ipo" else 10 ** draw.number("log10 beta", -2.0, 0.5)
+    gamma = draw.pick("gamma", 0.0, draw.number("-", -1.0, 1.0))
     return {
         "seq_weight": torch.randn(num_sequences) * (torch.rand(num_sequences) > 0.15),
         "group": torch.tensor(draw.order(group)),
         "num_groups": num_groups,
-        "beta": draw.number("beta", 0.2, 2.0) if loss_type == "ipo" else 10 ** draw.number("log10 beta", -2.0, 0.5),
-        "gamma": draw.pick("gamma", 0.0, draw.number("-", -1.0, 1.0)),
+        "beta": draw.pick("beta is", beta, beta, beta * (1 + torch.rand(num_groups))),
+        "gamma": draw.pick("gamma is", gamma, gamma, torch.randn(num_groups)),
         "loss_type": loss_type,
         "label_smoothing": smoothing,
+        "discopop_tau": draw.pick("discopop_tau", 0.05, draw.number("-", 0.1, 0.9)),
         "length_normalize": draw.chance("length_normalize", 0.4),
         "nll_weight": draw.pick("nll_weight", 0.0, draw.number("-", 0.0, 1.0), torch.randn(num_sequences)),
         "group_weight": draw.pick("group_weight", None, torch.randn(num_groups) * (torch.rand(num_groups) > 0.15)),
@@ -147,8 +151,9 @@ def draw_wrpo(draw: Draw, options: dict[str, Any]) -> tuple[dict[str, Any], dict
     weights = by_source if form == "[B, K]" else even  # [B, K]
     seq_weight = torch.cat([weights.T.reshape(-1), 1 - weights.sum(1), -torch.ones(examples, dtype=torch.float64)])
     layout = {"seq_weight": seq_weight, "group": torch.arange(examples).repeat(sources + 2), "num_groups": examples}
-    sized = {"nll_weight": len(seq_weight), "group_weight": examples}
+    sized = {"nll_weight": len(seq_weight), "group_weight": examples, "gamma": examples, "beta": examples}
     fitting = {name: torch.randn(size) for name, size in sized.items() if isinstance(options[name], Tensor)}
+    fitting = {name: value.abs() + 0.2 if name == "beta" else value for name, value in fitting.items()}
     told = {name: value for name, value in (options | fitting).items() if name not in layout}
     return options | layout | fitting, told | {"alpha": alpha, "num_sources": sources}
 

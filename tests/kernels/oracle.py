@@ -284,10 +284,11 @@ def preference_truth(
     seq_weight: Tensor,
     group: Tensor,
     num_groups: int,
-    beta: float,
-    gamma: float = 0.0,
+    beta: float | Tensor,
+    gamma: float | Tensor = 0.0,
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
+    discopop_tau: float = 0.05,
     length: Tensor | None = None,
     length_normalize: bool = False,
     nll_weight: float | Tensor = 0.0,
@@ -295,23 +296,37 @@ def preference_truth(
 ) -> Preference:
     """The family of losses, one sequence and one group at a time, in float64; differentiable in `logp` [S]."""
     logp = logp.double()
-    rewards, margins, losses = [], [-float(gamma)] * num_groups, [0.0] * num_groups
+    betas, gammas = (torch.as_tensor(v, dtype=torch.float64).expand(num_groups).tolist() for v in (beta, gamma))
+    rewards, margins, losses = [], [-gamma for gamma in gammas], [0.0] * num_groups
     for s, g in enumerate(group.tolist()):
         scale = 1.0 / int(length[s]) if length_normalize else 1.0
         ratio = logp[s] if ref_logp is None else logp[s] - ref_logp[s].double()
-        rewards.append(beta * scale * ratio)
+        rewards.append(betas[g] * scale * ratio)
         margins[g] = margins[g] + seq_weight[s].double() * rewards[s]
         nll = nll_weight[s].double() if isinstance(nll_weight, Tensor) else nll_weight
         losses[g] = losses[g] - nll * scale * logp[s]
     for g, margin in enumerate(margins):
         m = torch.as_tensor(margin, dtype=torch.float64, device=logp.device)
-        if loss_type == "sigmoid":
-            loss = -(1 - label_smoothing) * torch.nn.functional.logsigmoid(m)
-            loss = loss - label_smoothing * torch.nn.functional.logsigmoid(-m)
-        elif loss_type == "hinge":
-            loss = torch.relu(1 - m)
-        else:
-            loss = (m / beta - 1 / (2 * beta)) ** 2
+        loss = loss_of_margin(m, betas[g], loss_type, label_smoothing, discopop_tau)
         losses[g] = losses[g] + (1.0 if group_weight is None else group_weight[g].double()) * loss
         margins[g] = m
     return Preference(*(torch.stack(values) if values else logp[:0] for values in (losses, rewards, margins)))
+
+
+def loss_of_margin(m: Tensor, beta: float, loss_type: str, eps: float, tau: float) -> Tensor:
+    """As the papers write them, in float64."""
+    right, wrong = torch.nn.functional.logsigmoid(m), torch.nn.functional.logsigmoid(-m)
+    if loss_type == "hinge":
+        return torch.relu(1 - m)
+    if loss_type == "ipo":
+        return (m / beta - 1 / (2 * beta)) ** 2
+    if loss_type == "robust":
+        return (-(1 - eps) * right + eps * wrong) / (1 - 2 * eps)
+    if loss_type == "exo_pair":
+        return right.exp() * (right - math.log(1 - eps)) + wrong.exp() * (wrong - math.log(eps))
+    if loss_type == "discopop":
+        t = torch.sigmoid(m / tau)
+        return -right * (1 - t) + (torch.nn.functional.logsigmoid(m / tau) - m).exp()
+    if loss_type == "kto":
+        return wrong.exp()  # the derivative of a sigmoid near 1 would cancel
+    return -(1 - eps) * right - eps * wrong

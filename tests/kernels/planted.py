@@ -89,7 +89,7 @@ PLANTED: dict[str, Callable[[Inputs], None]] = {
     "the reference dropped": option("ref_logp", lambda ref: None),
     "the reference's length": no_length_of_the_reference,
     "gamma added": option("gamma", lambda gamma: -gamma),
-    "no smoothing": option("label_smoothing", lambda eps: 0.0),
+    "half the smoothing": option("label_smoothing", lambda eps: eps / 2),
     "the weight of a group as its size": option("group_weight", torch.abs),
     "the likelihood's weight doubled": option("nll_weight", lambda weight: 2 * weight),
     "alpha and 1 - alpha": option("alpha", lambda alpha: 1 - alpha if not isinstance(alpha, Tensor) else alpha / 2),

@@ -37,9 +37,14 @@ PLANTED = {
     "the upstream gradient left out": Change(ROWS, "* grad_logp[rows, None]).where(counts, 0.0)", ")"),
     "half the distance of ipo": Change(LOSSES, "distance = (margin - 0.5)", "distance = (margin - 0.25)"),
     "the kink of the hinge at 0": Change(LOSSES, "-(margin < 1)", "-(margin < 0)"),
-    "the smoothing left out of the slope": Change(LOSSES, "eps - torch.sigmoid", "-torch.sigmoid"),
+    "the smoothing left out of the slope": Change(LOSSES, "shape - torch.sigmoid", "-torch.sigmoid"),
+    "the odds of exo the wrong way round": Change(
+        LOSSES, "margin - of_right + of_wrong", "margin + of_right - of_wrong"
+    ),
+    "tau left out of the slope of discopop": Change(LOSSES, "(rest / shape - 1)", "(rest - 1)"),
+    "the loss of kto rising": Change(LOSSES, "return torch.sigmoid(-margin), -", "return torch.sigmoid(-margin), "),
     "the likelihood of another sign in the coefficient": Change(LOSSES, "coef = coef - nll", "coef = coef + nll"),
-    "the length left out of the reward": Change(LOSSES, "family.beta * weighted(scale, ratio)", "family.beta * ratio"),
+    "the length left out of the reward": Change(LOSSES, "beta * weighted(scale, ratio)", "beta * ratio"),
     "the coefficients of the first rows for every chunk": Change(
         PASSES, "add(rows, first, delta, coef[first:last])", "add(rows, first, delta, coef[: last - first])"
     ),

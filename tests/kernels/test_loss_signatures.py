@@ -24,15 +24,16 @@ from wrpo_kernels import (
 
 # What the layout or the name of a loss settles, and so is no option of it.
 LAYOUT = {"seq_weight", "group", "num_groups"}
+LOSS = {"loss_type", "loss_weights", "f_divergence_type", "f_alpha_divergence_coef", "discopop_tau"}
 SETTLED = {
     wrpo_loss: LAYOUT,
     linear_wrpo_loss: LAYOUT,
-    dpo_loss: LAYOUT | {"loss_type", "length"},
-    linear_dpo_loss: LAYOUT | {"loss_type"},
-    ipo_loss: LAYOUT | {"loss_type", "length", "gamma", "label_smoothing"},
-    linear_ipo_loss: LAYOUT | {"loss_type", "gamma", "label_smoothing"},
-    simpo_loss: LAYOUT | {"loss_type", "length", "length_normalize"},
-    linear_simpo_loss: LAYOUT | {"loss_type", "length_normalize"},
+    dpo_loss: LAYOUT | {"length"},
+    linear_dpo_loss: LAYOUT,
+    ipo_loss: LAYOUT | LOSS | {"length", "gamma", "label_smoothing"},
+    linear_ipo_loss: LAYOUT | LOSS | {"gamma", "label_smoothing"},
+    simpo_loss: LAYOUT | LOSS | {"length", "length_normalize"},
+    linear_simpo_loss: LAYOUT | LOSS | {"length_normalize"},
 }
 OWN_OPTIONS = {"alpha", "num_sources", "chosen_length", "rejected_length"}
 OWN_DEFAULTS = {"beta", "gamma"}

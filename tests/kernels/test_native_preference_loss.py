@@ -10,7 +10,7 @@ from native_rows import IGNORED, _cpu, assert_within
 from oracle import preference_truth, ulp
 from torch import Tensor
 
-LOSS_KINDS = ("sigmoid", "hinge", "ipo")
+LOSS_KINDS = ("sigmoid", "hinge", "ipo", "exo_pair", "discopop", "kto")
 
 
 class Preference:
@@ -26,9 +26,11 @@ class Preference:
             "length": None,
             "nll_weight": None,
             "group_weight": None,
+            "group_beta": None,
+            "group_gamma": None,
             "beta": 0.1,
             "gamma": 0.0,
-            "label_smoothing": 0.0,
+            "label_smoothing": 0.001 if kind == "exo_pair" else 0.0,
             "length_normalize": False,
         } | options
 
@@ -50,7 +52,8 @@ class Preference:
 
     def _into(self, sizes: dict[str, int], kernel: Callable, *front: int, after: tuple = ()) -> dict[str, Tensor]:
         o = self.options
-        tensors = [o[name] for name in ("ref_logp", "seq_weight", "group", "length", "nll_weight", "group_weight")]
+        names = "ref_logp seq_weight group length nll_weight group_weight group_beta group_gamma".split()
+        tensors = [o[name] for name in names]
         out = {name: torch.full((size + 2,), 77.0) for name, size in sizes.items()}
         kernel(
             *front,
@@ -60,7 +63,7 @@ class Preference:
             o["beta"],
             o["gamma"],
             LOSS_KINDS.index(self.kind),
-            o["label_smoothing"],
+            0.05 if self.kind == "discopop" else o["label_smoothing"],
             o["length_normalize"],
             *after,
             *(x[1:].data_ptr() for x in out.values()),
@@ -71,8 +74,10 @@ class Preference:
     def check(self) -> None:
         """Sums run in double, so a result is the truth rounded once to float32: half an ulp, and a hair."""
         o, logp = self.options, self.logp.double().requires_grad_()
-        nll = 0.0 if o["nll_weight"] is None else o["nll_weight"]
-        truth = preference_truth(logp, **(o | {"nll_weight": nll}), num_groups=3, loss_type=self.kind)
+        told = {"nll_weight": 0.0 if o["nll_weight"] is None else o["nll_weight"]}
+        told |= {x: o[x] if o[f"group_{x}"] is None else o[f"group_{x}"] for x in ("beta", "gamma")}
+        given = {name: value for name, value in (o | told).items() if name not in ("group_beta", "group_gamma")}
+        truth = preference_truth(logp, **given, num_groups=3, loss_type=self.kind)
         (coef,) = torch.autograd.grad(truth.loss.sum(), logp)
         for name, got in self.run().items():
             expected = {**truth._asdict(), "coef": coef}[name].detach()
@@ -90,6 +95,10 @@ PREFERENCES = {
     "some weights 0": {"seq_weight": torch.tensor([0.0, -1.0, 1.0, 0.0, 0.0, -0.5])},
     "an empty group": {"group": torch.tensor([2, 2, 2, 0, 2, 0])},
     "steep": {"beta": 3.0},
+    "beta and gamma of each group": {
+        "group_beta": torch.tensor([0.1, 0.5, 2.0]),
+        "group_gamma": torch.tensor([0.5, 0.0, -2.0]),
+    },
 }
 
 

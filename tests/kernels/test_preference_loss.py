@@ -40,6 +40,21 @@ FAMILY = {
     "weighted groups": {"beta": 0.05, "group_weight": torch.tensor([2.0, 0.0, 0.3])},
     "weighted groups and nll": {"beta": 0.05, "group_weight": torch.tensor([2.0, 0.0, 0.3]), "nll_weight": 0.1},
     "gamma": {"beta": 0.3, "gamma": 1.6},
+    "gamma of each group": {"beta": 0.3, "gamma": torch.tensor([1.6, -0.5, 0.0])},
+    "beta of each group": {"beta": torch.tensor([0.3, 0.01, 2.0])},
+    "ipo, beta of each group": {"beta": torch.tensor([0.3, 0.01, 2.0]), "loss_type": "ipo", "gamma": 0.2},
+    "robust": {"beta": 0.1, "loss_type": "robust", "label_smoothing": 0.15},
+    "robust of no noise": {"beta": 0.1, "loss_type": "robust"},
+    "exo_pair": {"beta": 0.1, "loss_type": "exo_pair", "label_smoothing": 0.001},
+    "exo_pair, much smoothing": {"beta": 0.05, "loss_type": "exo_pair", "label_smoothing": 0.3, "gamma": 0.5},
+    "discopop": {"beta": 0.02, "loss_type": "discopop"},
+    "discopop of tau 1": {"beta": 0.1, "loss_type": "discopop", "discopop_tau": 1.0},
+    "discopop of a large tau": {"beta": 0.1, "loss_type": "discopop", "discopop_tau": 3.0},
+    "kto": {"beta": 0.1, "loss_type": "kto", "gamma": 0.4},
+}
+PER_GROUP = ("group_weight", "beta", "gamma")
+LOSS_TYPES = {name: {"loss_type": name} for name in ("sigmoid", "robust", "hinge", "ipo", "discopop", "kto")} | {
+    "exo_pair": {"loss_type": "exo_pair", "label_smoothing": 0.1}
 }
 
 
@@ -105,7 +120,7 @@ def test_the_order_of_the_sequences_does_not_matter(backend, device):
     logp, options = problem("nll of some, by length", device)
     order = torch.randperm(len(logp), device=device)
     shuffled = {
-        name: value[order] if isinstance(value, Tensor) and name != "group_weight" else value
+        name: value[order] if isinstance(value, Tensor) and name not in PER_GROUP else value
         for name, value in options.items()
     }
     a = preference_loss(logp, **options, reduction="none", backend=backend)
@@ -114,10 +129,10 @@ def test_the_order_of_the_sequences_does_not_matter(backend, device):
         oracle.assert_rule("shuffled", got, true.double(), true, allowed(true))
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_extreme_margins_stay_finite_and_exact(loss_type, backend, device):
     logp = torch.tensor([-1.0, -2.0, -3.0, -1e4, -1.0, -3.0], device=device)
-    options = moved(DPO, device) | {"num_groups": 3, "beta": 100.0, "loss_type": loss_type}
+    options = moved(DPO, device) | {"num_groups": 3, "beta": 100.0, **LOSS_TYPES[loss_type]}
     exact, x = logp.double().requires_grad_(), logp.requires_grad_()
     truth = oracle.preference_truth(exact, **options)
     out = preference_loss(x, **options, reduction="none", backend=backend)
@@ -174,13 +189,13 @@ def test_num_groups_is_read_from_the_groups_or_given(backend, device):
     oracle.assert_same_bits("loss", read.loss, given.loss)
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_loss_is_nan_exactly_where_its_gradient_is(bad, loss_type, backend, device):
     """A guard that skips a step by its gradients sees what one by the loss sees. Of hinge an infinite margin is either
     won or lost by a slope of -1."""
     logp, options = problem("sigmoid", device)
-    options |= {"loss_type": loss_type, "beta": 0.3}
+    options |= {"beta": 0.3, **LOSS_TYPES[loss_type]}
     options["ref_logp"][2] = bad  # of group 0, whose other members are 3 and 6
     x = logp.requires_grad_()
     out = preference_loss(x, **options, reduction="none", backend=backend)
@@ -374,7 +389,7 @@ REFUSED = {
     "empty responses without lengths": ({"empty": "zero"}, ValueError, "empty='zero' needs"),
     "negative num_groups": ({"num_groups": -1}, ValueError, "num_groups.*-1"),
     "num_groups a fraction": ({"num_groups": 3.5}, TypeError, "num_groups.*float"),
-    "beta of torch": ({"beta": torch.tensor(0.1)}, TypeError, r"beta.*number, got Tensor; pass beta\.item\(\)"),
+    "beta of torch, 0-d": ({"beta": torch.tensor(0.1)}, ValueError, r"beta.*\[G\] = \[3\].*got \[\]"),
     "seq_weight in 16 bits": ({"seq_weight": torch.ones(6).bfloat16()}, ValueError, r"seq_weight.*float\(\)$"),
     "ref_logp in 16 bits": ({"ref_logp": torch.ones(6).bfloat16()}, ValueError, r"ref_logp.*float32.*whole nats"),
     "beta 0": ({"beta": 0.0}, ValueError, "beta.*> 0.*0"),
@@ -385,6 +400,11 @@ REFUSED = {
     "unknown loss": ({"loss_type": "dpo"}, ValueError, "loss_type.*sigmoid.*hinge.*ipo.*'dpo'"),
     "smoothing 1/2": ({"label_smoothing": 0.5}, ValueError, r"label_smoothing.*0\.5.*0\.5"),
     "negative smoothing": ({"label_smoothing": -0.1}, ValueError, "label_smoothing.*-0.1"),
+    "exo_pair without smoothing": ({"loss_type": "exo_pair"}, ValueError, "label_smoothing.*exo_pair.*0.001"),
+    "tau 0": ({"loss_type": "discopop", "discopop_tau": 0.0}, ValueError, "discopop_tau.*> 0.*0.0"),
+    "beta of every sequence": ({"beta": torch.ones(6)}, ValueError, r"beta.*\[G\] = \[3\].*\[6\]"),
+    "a beta of 0": ({"beta": torch.tensor([1.0, 0.0, 1.0])}, ValueError, "beta.*> 0.*0.0"),
+    "a gamma that is no number": ({"gamma": torch.tensor([1.0, 0.0, math.nan])}, ValueError, "gamma.*finite.*nan"),
     "smoothing of a hinge": ({"label_smoothing": 0.1, "loss_type": "hinge"}, ValueError, "label_smoothing.*'hinge'"),
     "float length": ({"length": torch.ones(6)}, ValueError, "length.*int64.*float32"),
     "length of another shape": ({"length": torch.ones(2, 3).long()}, ValueError, r"length.*\[6\].*\[2, 3\]"),

@@ -143,7 +143,9 @@ def test_beta_and_gamma_follow_the_loss_where_nobody_sets_them(config, own, of_s
         args = config(output_dir=str(tmp_path), use_cpu=True, **settings)
         return args.beta, args.gamma
 
-    assert {scale(), *(scale(loss_type=name) for name in ("hinge", "ipo", "dpo"))} == {own}
+    assert {scale(), *(scale(loss_type=name) for name in ("hinge", "ipo", "dpo", "bco_pair"))} == {own}
+    assert scale(loss_type=["sigmoid", "sft"]) == own
+    assert scale(loss_type="orpo") == scale(loss_type=["cpo"]) == (0.1, 0.0)
     assert scale(loss_type="simpo") == of_simpo
     assert scale(loss_type="simpo", beta=0.1, gamma=0.0) == (0.1, 0.0)
 
@@ -168,7 +170,7 @@ def test_simpo_on_pairs_is_the_loss_of_the_kernels_by_that_name(tmp_path):
         ({"train_dataset": [1, 2]}, DataError, "expected rows that are dicts, got 1"),
         ({"args": SFTConfig}, TypeError, "args must be WRPOConfig, got SFTConfig"),
         ({"peft_config": {"r": 4}}, TypeError, "peft_config must be a peft.PeftConfig"),
-        ({"loss_type": ["ipo"]}, ValueError, r"loss_type: expected one of .*, got \['ipo'\]"),
+        ({"loss_type": ["ipo", "dpo2"]}, ValueError, "loss_type: expected one of .*, got 'dpo2'"),
     ],
 )
 def test_what_is_of_another_kind_is_said_before_anything_is_loaded(change, error, words, folder, tmp_path):

@@ -185,10 +185,10 @@ def test_weights_that_are_elsewhere_are_not_run_before_they_are_there(elsewhere,
         ):
             refuse_partitioned(model, reference)
     with pytest.raises(ValueError, match=r"reference='auto' cannot run .* use reference='adapter'"):
-        choose_reference("auto", model, "sigmoid", has_length=False)
-    assert choose_reference("auto", model, "sigmoid", has_length=True) == "precompute"
-    assert choose_reference("adapter", model, "sigmoid", has_length=True) == "adapter"
-    assert choose_reference("auto", model, "sigmoid", has_length=True, has_reference=True) == "precompute"
+        choose_reference("auto", model, has_length=False)
+    assert choose_reference("auto", model, has_length=True) == "precompute"
+    assert choose_reference("adapter", model, has_length=True) == "adapter"
+    assert choose_reference("auto", model, has_length=True, has_reference=True) == "precompute"
 
 
 @pytest.mark.parametrize("reference", ["copy", "precompute"])
@@ -307,17 +307,16 @@ def test_what_was_frozen_by_hand_stays_frozen_after_a_pass_without_adapters():
 def test_auto_takes_what_is_true_and_cheapest():
     plain, fresh = tiny_model(), get_peft_model(tiny_model(), LORA)
     used = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
-    assert choose_reference("auto", plain, "sigmoid", has_length=True) == "precompute"
-    assert choose_reference("auto", plain, "sigmoid", has_length=False) == "copy"
-    assert choose_reference("auto", plain, "simpo", has_length=True) == "none"
-    assert choose_reference("auto", fresh, "sigmoid", has_length=True) == "adapter"
-    assert choose_reference("auto", used, "sigmoid", has_length=True) == "precompute"
-    assert choose_reference("auto", fresh, "sigmoid", has_length=True, has_reference=True) == "precompute"
+    assert choose_reference("auto", plain, has_length=True) == "precompute"
+    assert choose_reference("auto", plain, has_length=False) == "copy"
+    assert choose_reference("auto", fresh, has_length=True) == "adapter"
+    assert choose_reference("auto", used, has_length=True) == "precompute"
+    assert choose_reference("auto", fresh, has_length=True, has_reference=True) == "precompute"
 
 
 def test_adapters_that_hold_a_stage_before_are_warned_of_when_named_as_the_reference(caplog):
     used = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
-    assert choose_reference("adapter", used, "sigmoid", has_length=True) == "adapter"
+    assert choose_reference("adapter", used, has_length=True) == "adapter"
     assert "the adapters already change the model's output" in caplog.text
 
 
@@ -336,7 +335,7 @@ def test_a_trainer_refuses_a_merged_adapter_and_does_not_take_it_out(reference, 
 )
 def test_a_source_that_cannot_be_had_is_refused(reference, has_length, words):
     with pytest.raises(ValueError, match=words):
-        choose_reference(reference, tiny_model(), "sigmoid", has_length=has_length)
+        choose_reference(reference, tiny_model(), has_length=has_length)
 
 
 def test_a_reference_model_that_nothing_would_use_is_refused(tmp_path):

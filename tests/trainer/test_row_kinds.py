@@ -71,7 +71,11 @@ def test_mixed_kinds_give_the_same_gradient_however_a_step_is_dealt_out(batch_si
         torch.testing.assert_close(weights(parts)[name], expected, rtol=0, atol=1e-5 * change + 1e-7, msg=name)
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "simpo"])
+def odds(mean):
+    return torch.log(mean.exp() / (1 - mean.exp()))
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "simpo", "bco_pair", "apo_zero", "cpo", "orpo"])
 def test_plain_pairs_train_by_dpo_and_its_relatives(loss_type, tmp_path):
     """The loss of the first step, by hand, and a lower one at the end."""
     rows, policy = tiny_rows(sources=0), tiny_model()
@@ -83,11 +87,13 @@ def test_plain_pairs_train_by_dpo_and_its_relatives(loss_type, tmp_path):
     with torch.no_grad():
         logp = plain_logp(policy, batch)
     length = (batch["labels"] != -100).sum(1)
-    score = logp / length if loss_type == "simpo" else torch.zeros_like(logp)
+    score = {"simpo": logp / length, "cpo": logp, "orpo": odds(logp / length)}.get(loss_type, torch.zeros_like(logp))
+    token_mean = -logp[::2].sum() / length[::2].sum()
     margin = args.beta * (score[::2] - score[1::2]) - args.gamma
     expected = {
         "sigmoid": -F.logsigmoid(margin), "simpo": -F.logsigmoid(margin), "hinge": torch.relu(1 - margin),
-        "ipo": (margin / 0.1 - 1 / (2 * 0.1)) ** 2,
+        "ipo": (margin / 0.1 - 1 / (2 * 0.1)) ** 2, "apo_zero": 1 + 0 * margin, "bco_pair": -2 * F.logsigmoid(margin),
+        "cpo": token_mean - F.logsigmoid(margin), "orpo": token_mean - 0.1 * F.logsigmoid(margin / 0.1),
     }[loss_type]  # fmt: skip
     trainer = WRPOTrainer(policy, args, train_dataset=rows)
     trainer.train()
@@ -185,3 +191,16 @@ def test_ties_that_wrpo_build_wrote_train_with_the_whole_weight_on_their_sources
     assert lines[0]["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
     assert lines[-1]["loss"] < 0.1 < lines[0]["loss"]
     assert lines[-1]["rewards/accuracies"] == 1.0
+
+
+def test_several_losses_at_once_are_their_weighted_sum_over_triples(tmp_path):
+    """As MPO mixes them; the rewards in the log are those of one loss alone."""
+    batch = preference_batch(tiny_rows(2))
+
+    def first(**loss):
+        trainer = wrpo_trainer(tmp_path, tiny_model(), rows=tiny_rows(2), ref_model=tiny_model(seed=1), **loss)
+        return trainer.compute_loss(trainer.model.eval(), batch).item()
+
+    weights = {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}
+    expected = sum(weight * first(loss_type=name) for name, weight in weights.items())
+    assert first(loss_type=[*weights], loss_weights=[*weights.values()]) == pytest.approx(expected, rel=1e-5)

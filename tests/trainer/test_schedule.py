@@ -83,6 +83,13 @@ def test_a_bad_value_raises_and_names_the_field(field, value, tmp_path):
     [
         ({"loss_type": "simpo", "reference": "copy"}, "reference must be none"),
         ({"loss_type": "hinge", "loss_label_smoothing": 0.1}, "loss_label_smoothing belongs to"),
+        ({"loss_type": "exo_pair"}, "loss_label_smoothing must be > 0 for loss_type 'exo_pair'.*0.001"),
+        ({"loss_type": ["sigmoid", "simpo"]}, "'simpo'.* stands alone"),
+        ({"loss_type": []}, "loss_type must name a loss"),
+        ({"loss_type": "bco_pair", "gamma": 0.5}, "gamma belongs to a margin, .*'bco_pair'"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, r"loss_weights must be 2 numbers.*got \[1.0\]"),
+        ({"loss_type": "bco_pair", "f_divergence_type": "forward_kl"}, "'forward_kl' belongs to .*'bco_pair'"),
+        ({"loss_type": "orpo", "reference": "precompute"}, "reference must be none"),
         ({"alpha_schedule": "adaptive", "alpha_warmup_ratio": 0.5}, "alpha_warmup_ratio .* alpha_schedule 'adaptive'"),
         (
             {"alpha_schedule": "adaptive", "loss_type": "dpo"},

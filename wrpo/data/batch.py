@@ -76,3 +76,21 @@ def sum_by_response(values: Tensor, batch: Batch) -> Tensor:
     # On an accelerator the checks of segment_reduce would read the bounds back.
     unsafe = values.device.type != "cpu"
     return torch.segment_reduce(values.double(), "sum", offsets=batch["cu_seqlens"], initial=0.0, unsafe=unsafe)
+
+
+def tail_weight(batch: Batch, share: float) -> Tensor:
+    """Of each label, [S, T] or [N] float32: 1 up to the length of the row's shortest response, `share` beyond it.
+
+    Source: LD-DPO, arXiv:2409.06411, of pairs.
+    """
+    count, length = batch["num_responses"], response_lengths(batch)
+    unsafe = length.device.type != "cpu"
+    shortest = torch.segment_reduce(length.double(), "min", lengths=count, unsafe=unsafe)  # [rows]
+    shared = shortest.repeat_interleave(count, output_size=len(length))  # [S]
+    if "cu_seqlens" in batch:
+        number = len(batch["labels"])
+        of_label = torch.arange(len(length), device=length.device).repeat_interleave(length, output_size=number)
+        is_tail = torch.arange(number, device=length.device) - batch["cu_seqlens"][of_label] >= shared[of_label]
+    else:
+        is_tail = (batch["labels"] != IGNORE).cumsum(1) > shared[:, None]
+    return torch.where(is_tail, share, 1.0)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wrpo.data.batch import num_counted, sum_by_response
+from wrpo.data.batch import num_counted, sum_by_response, tail_weight
 from wrpo.data.collation import Batch
 from wrpo.head.attention import model_inputs
 from wrpo.head.fused_head import run_in_head
@@ -42,33 +42,33 @@ WHILE_SHARDED = (
 Reference = Callable[[nn.Module, Batch], Tensor | None]  # (policy as the trainer wrapped it, batch) -> [S] or None
 
 
-def sequence_logp(model: nn.Module, batch: Batch, **options: Any) -> Tensor:
+def sequence_logp(model: nn.Module, batch: Batch, ld_alpha: float | None = None, **options: Any) -> Tensor:
     """Summed log-probs [S] float32 of a batch's responses, without gradients and without a trace in the model.
 
     Args:
         model: with a fused head, or a wrapper of one.
         batch: of `PreferenceCollator`, in any layout.
+        ld_alpha: weight of tokens beyond the row's shortest response. Default: all weigh 1.
         **options: budget_bytes and backend of `linear_token_logp`.
     """
     labels, num_rows = batch["labels"], num_counted(batch)
 
     def head_fn(hidden: Tensor, weight: Tensor, **head: Any) -> Tensor:
         rows = linear_token_logp(hidden, weight, labels, num_rows=num_rows, **head, **options)
+        if ld_alpha is not None:
+            rows = rows * tail_weight(batch, ld_alpha)
         return sum_by_response(rows, batch).float()
 
     with untouched(model):
         return run_in_head(model, head_fn, **model_inputs(batch))
 
 
-def choose_reference(
-    wanted: str, model: nn.Module, loss_type: str, *, has_length: bool, has_reference: bool = False
-) -> str:
+def choose_reference(wanted: str, model: nn.Module, *, has_length: bool, has_reference: bool = False) -> str:
     """What "auto" means here, and whether what was named can be done.
 
     Args:
         wanted: "auto", "copy", "adapter", "precompute" or "none".
         model: the policy before training.
-        loss_type: of WRPOConfig; "simpo" needs no reference.
         has_length: every data set has a length, so it can be gone through once before training.
         has_reference: every data set brings `ref_logp` along; "auto" then uses it, as "precompute" does.
 
@@ -77,7 +77,7 @@ def choose_reference(
             says why.
     """
     is_peft = hasattr(model, "disable_adapter")
-    if wanted == "none" or loss_type == "simpo":
+    if wanted == "none":
         return "none"
     if wanted == "adapter" and not is_peft:
         raise ValueError(f"reference='adapter' needs a PEFT model, got {type(model).__name__}; use copy or precompute")

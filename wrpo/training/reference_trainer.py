@@ -33,6 +33,8 @@ from wrpo.reference.reference import (
 )
 
 from .head_trainer import HeadTrainer
+from .loss_names import REFERENCE_FREE
+from .moving_reference import MovingReference
 
 logger = logging.getLogger("wrpo.reference")
 
@@ -45,11 +47,12 @@ class ReferenceTrainer(HeadTrainer):
     args: Any
     train_dataset: Any
     eval_dataset: Any
+    moving: MovingReference | None = None
     ref_model_fingerprint: str | None = None
 
     def open_reference(self, ref_model: nn.Module | None) -> Reference:
         """What gives the reference log-probs of a batch; goes through the data here if they are precomputed."""
-        options = self.args.head_options()
+        options = self.reference_options()
         if ref_model is not None:
             self.check_reference(ref_model)
             self.ref_model_fingerprint = model_fingerprint(ref_model, None, {})["model"]
@@ -62,8 +65,15 @@ class ReferenceTrainer(HeadTrainer):
         if is_brought:
             return from_batch
         if source == "copy":
-            return self.copy_reference(ref_model)
+            reference = self.copy_reference(ref_model)
+            if self.args.sync_ref_model:
+                self.let_move(reference.model)
+            return reference
         return self.precompute(ref_model)
+
+    def reference_options(self) -> dict:
+        """How log-probs of a reference are made: keyword arguments of `sequence_logp`."""
+        return {**self.args.head_options(), "ld_alpha": self.args.ld_alpha}
 
     def reference_facts(self) -> dict[str, Any]:
         return {"reference_source": self.reference_source, "ref_model": self.ref_model_fingerprint}
@@ -78,11 +88,17 @@ class ReferenceTrainer(HeadTrainer):
         has_length = all(hasattr(data, "__len__") for data in datasets.values())
         bringing = [name for name, data in datasets.items() if brings_reference(data)]
         is_brought = has_length and bool(datasets) and len(bringing) == len(datasets)
-        wanted = "copy" if ref_model is not None and args.reference == "auto" else args.reference
-        source = choose_reference(wanted, self.model, args.loss_type, has_length=has_length, has_reference=is_brought)
+        is_copy = ref_model is not None or args.sync_ref_model
+        wanted = "copy" if is_copy and args.reference == "auto" else args.reference
+        wanted = "none" if args.loss_type in REFERENCE_FREE else wanted
+        source = choose_reference(wanted, self.model, has_length=has_length, has_reference=is_brought)
         (source,) = broadcast_object_list([source])  # where the first process alone has loaded the weights, it decides
         if ref_model is not None and source in ("adapter", "none"):
             raise ValueError(f"ref_model is given but reference={source!r} does not use it; use copy or precompute")
+        if bringing and args.ld_alpha is not None:
+            raise ValueError(
+                f"ld_alpha weighs tokens, but ref_logp of {', '.join(bringing)} is a sum; remove the column"
+            )
         if bringing and source != "precompute":
             raise ValueError(
                 f"{', '.join(bringing)} of the data sets {', '.join(datasets)}: the column ref_logp would not be used "
@@ -120,7 +136,7 @@ class ReferenceTrainer(HeadTrainer):
         if ref_model is not None:
             self.agree_on_layout(model, self.probed_rows())
         if not is_wrapped:
-            return FrozenCopy(model, self.accelerator.autocast, **self.args.head_options())
+            return FrozenCopy(model, self.accelerator.autocast, **self.reference_options())
         if self.is_deepspeed_enabled:
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(HALVES.get(self.accelerator.mixed_precision, parameter.dtype))
@@ -129,7 +145,26 @@ class ReferenceTrainer(HeadTrainer):
         else:
             model = self.accelerator.prepare_model(model)
             self.accelerator._models.remove(model)  # those are trained
-        return FrozenCopy(model, nullcontext, **self.args.head_options())
+        return FrozenCopy(model, nullcontext, **self.reference_options())
+
+    def let_move(self, reference: nn.Module) -> None:
+        """Raises ValueError for weights that cannot be mixed one by one: of adapters, or spread over ranks."""
+        policy: Any = self.model
+        if hasattr(policy, "disable_adapter"):
+            raise ValueError("sync_ref_model mixes weights, which for an adapter's two factors is no mixture of models")
+        if arithmetic_of_wrapper(self.accelerator) is not None:
+            raise ValueError("sync_ref_model does not know weights that FSDP or DeepSpeed hold")
+        shapes = [{name: p.shape for name, p in model.named_parameters()} for model in (policy, reference)]
+        if shapes[0] != shapes[1]:
+            raise ValueError("sync_ref_model mixes the weights of ref_model and model, which are of different shapes")
+        args = self.args
+        self.moving = MovingReference(reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps)
+        self.add_callback(self.moving)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.moving is not None:
+            self.moving.load(resume_from_checkpoint)
 
     def place_reference(self, model: nn.Module, is_own: bool) -> None:
         """On the device: the Trainer never saw `ref_model`, and under FSDP and DeepSpeed leaves its own on the CPU."""
@@ -156,13 +191,15 @@ class ReferenceTrainer(HeadTrainer):
         settings = {"mixed_precision": self.accelerator.mixed_precision, "head": str(install_fused_head(model))}
         if waits:
             settings["wrapper"] = str(wrapper)
+        if args.ld_alpha is not None:
+            settings["ld_alpha"] = str(args.ld_alpha)
         fingerprint = model_fingerprint(model, self.processing_class, settings)
         folder = Path(args.reference_cache_dir or Path(args.output_dir) / "reference")
 
         def logp_of(policy: nn.Module, rows: list[dict]) -> Tensor:
             batch = self._prepare_input(check_batch(self.data_collator(rows), self.of_batch))
             with nullcontext() if waits else self.accelerator.autocast():
-                return sequence_logp(policy, batch, **args.head_options())
+                return sequence_logp(policy, batch, **self.reference_options())
 
         reference = Precomputed(
             logp_of,

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wrpo.reference.fused import Fusion
-from wrpo.settings import knob
+from wrpo.settings import check_range, knob
 
 from .config import FusedHeadConfig
 from .inherited_fields import check_numbers
+from .loss_names import REFERENCE_FREE, DivergenceName, Losses, check_losses, losses_of, only_name
 from .schedule import Schedule
 from .source_performance import MEASURES, Measure
 
@@ -70,24 +71,39 @@ class WRPOConfig(FusedHeadConfig):
     )
     beta: float | None = knob(
         None,
-        "Scale of the implicit reward, 1/nats; for ipo the paper's tau. Default: 0.01, for simpo 10 (paper).",
+        "Scale of the implicit reward, 1/nats; for ipo the paper's tau. Default: 0.01, for simpo 10 (paper); for cpo "
+        "and orpo 0.1.",
         group="loss",
     )
     gamma: float | None = knob(
         None, "Margin that the chosen reward must win by, in units of reward. Default: 0 (paper).", group="loss"
     )
-    loss_type: Literal["sigmoid", "hinge", "ipo", "simpo", "dpo"] = knob(
+    loss_type: Losses = knob(
         "sigmoid",
         "sigmoid: -log sigmoid(m), the paper's; hinge: max(0, 1 - m); ipo: ((m - 1/2) / beta)^2; simpo: sigmoid with "
         "each log-prob divided by its length and no reference; dpo: sigmoid with alpha 0, where a row that has a "
-        "target leaves its sources out. Default: sigmoid.",
+        "target leaves its sources out; cpo: sigmoid without a reference, and sft; orpo: the odds ratio without a "
+        "reference, and sft. The other names are TRL's, with formulas in docs/losses.md; ipo_norm is TRL's ipo. In a "
+        "settings file or in Python also a list of names, whose losses are added up. Default: sigmoid.",
         group="loss",
+    )
+    loss_weights: list[float] | None = knob(
+        None, "A factor for each loss of loss_type; for cpo and orpo two. Default: 1 each.", group="loss"
     )
     loss_label_smoothing: float = knob(
         0.0,
-        "Probability that a preference is flipped, in [0, 0.5); sigmoid losses only. Default: 0 (paper).",
+        "Probability that a preference is flipped, in [0, 0.5); sigmoid losses, robust, aot, and exo_pair, which needs "
+        "one (its paper: 0.001). Default: 0 (paper).",
         group="loss",
     )
+    discopop_tau: float = knob(0.05, "Temperature of discopop's mixture. Default: 0.05, its paper's.", group="loss")
+    f_divergence_type: DivergenceName = knob(
+        "reverse_kl",
+        "The divergence that keeps the policy at its reference, for the losses of one margin; the rewards in the log "
+        "stay beta times the log-ratio. Default: reverse_kl, DPO's.",
+        group="loss",
+    )
+    f_alpha_divergence_coef: float = knob(0.5, "alpha of alpha_divergence. Default: 0.5.", group="loss")
     nll_weight: float = knob(
         0.0,
         "Weight of -log pi of the preferred responses beside the preference loss, shared among them as the chosen "
@@ -95,22 +111,46 @@ class WRPOConfig(FusedHeadConfig):
         "their mean. Default: 0.",
         group="loss",
     )
+    ld_alpha: float | None = knob(
+        None,
+        "Weight of the tokens beyond the length of the row's shortest response, in [0, 1], in log pi and log pi_ref "
+        "(LD-DPO, arXiv:2409.06411). Default: none, all tokens weigh 1.",
+        group="loss",
+    )
+    use_weighting: bool = knob(
+        False,
+        "Multiply each row's preference loss by how likely its responses are under the policy (WPO, arXiv:2406.11827; "
+        "training/on_policy_weight.py); two more products of the head. Default: False.",
+        group="loss",
+    )
     length_normalize: bool = knob(
         False,
-        "Divide each response's log-ratio by its number of tokens. Default: False (paper); simpo always does.",
+        "Divide each response's log-ratio by its number of tokens. Default: False (paper); simpo always does, "
+        "sigmoid_norm, ipo_norm and orpo in their loss alone.",
         group="loss",
     )
     reference: Literal["auto", "copy", "adapter", "precompute", "none"] = knob(
         "auto",
         "Where reference log-probs come from. copy: a frozen copy of the model. adapter: the PEFT model with its "
-        "adapters off. precompute: once before training, kept on disk. none: reference-free. auto: none for simpo; "
-        "adapter if the adapters are fresh; else precompute, or copy where the data has no length. Under FSDP "
-        "and DeepSpeed precompute goes through the wrapped policy; copy keeps the whole model, in shards under FSDP. "
-        "Default: auto.",
+        "adapters off. precompute: once before training, kept on disk. none: reference-free. auto: none for simpo, "
+        "cpo and orpo; adapter if the adapters are fresh; else precompute, or copy where the data has no length. Under "
+        "FSDP and DeepSpeed precompute goes through the wrapped policy; copy keeps the whole model, in shards under "
+        "FSDP. Default: auto.",
         group="reference",
     )
     reference_cache_dir: str | None = knob(
         None, "Folder of the precomputed reference log-probs. Default: `reference` in output_dir.", group="reference"
+    )
+    sync_ref_model: bool = knob(
+        False,
+        "Move the reference towards the policy while training (TR-DPO, arXiv:2404.09656): every ref_model_sync_steps "
+        "steps reference = a * policy + (1 - a) * reference, a = ref_model_mixup_alpha. The reference is then a copy; "
+        "not for adapters, FSDP and DeepSpeed. Default: False.",
+        group="reference",
+    )
+    ref_model_mixup_alpha: float = knob(0.6, "a of sync_ref_model, in (0, 1]. Default: 0.6.", group="reference")
+    ref_model_sync_steps: int = knob(
+        512, "Optimizer steps from one move of the reference to the next. Default: 512.", group="reference"
     )
     reference_fusion: Literal["none", Fusion] = knob(
         "none",
@@ -129,24 +169,48 @@ class WRPOConfig(FusedHeadConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.loss_type = only_name(self.loss_type)
         beta, gamma = self.default_scale()
         self.beta = beta if self.beta is None else self.beta
         self.gamma = gamma if self.gamma is None else self.gamma
         check_numbers(self, "alpha", "alpha_start", "alpha_warmup_ratio", low=0, high=1)
         check_numbers(self, "beta", "source_temperature", low=0, open_low=True)
-        check_numbers(self, "gamma")
+        check_numbers(self, "gamma", "f_alpha_divergence_coef")
+        check_numbers(self, "discopop_tau", low=0, open_low=True)
+        check_range(self, "ld_alpha", low=0, high=1)
+        check_numbers(self, "ref_model_mixup_alpha", low=0, high=1, open_low=True)
+        check_numbers(self, "ref_model_sync_steps", low=1)
         check_numbers(self, "nll_weight", low=0)
         check_numbers(self, "alpha_goal_accuracy", low=0.5, high=1, open_low=True)
         check_numbers(self, "performance_decay", low=0, high=1, open_high=True)
         check_numbers(self, "loss_label_smoothing", low=0, high=0.5, open_high=True)
-        if self.loss_label_smoothing and self.loss_type in ("hinge", "ipo"):
-            raise ValueError(f"loss_label_smoothing belongs to the sigmoid losses, got loss_type {self.loss_type!r}")
-        if self.loss_type == "simpo" and self.reference not in ("auto", "none"):
-            raise ValueError(f"reference must be none (or auto) for loss_type 'simpo', got {self.reference!r}")
+        smoothing, divergence = self.loss_label_smoothing, self.f_divergence_type
+        check_losses(self.loss_type, self.loss_weights, self.gamma, smoothing, divergence, self.reference)
+        if self.sync_ref_model and (self.reference not in ("auto", "copy") or self.loss_type in REFERENCE_FREE):
+            raise ValueError(
+                f"sync_ref_model moves a copy: reference must be copy (or auto) and the loss one that has a reference, "
+                f"got {self.reference!r} and loss_type {self.loss_type!r}"
+            )
+        self._check_token_weights()
         self._check_weights_that_adapt()
+
+    def _check_token_weights(self) -> None:
+        losses = losses_of(self.loss_type)
+        of_batch = [name for name in losses if name in ("aot", "aot_unpaired", "sft", "orpo")]
+        if self.use_weighting and of_batch:
+            raise ValueError(f"use_weighting weighs rows, but loss_type {of_batch[0]!r} is of all rows together")
+        of_tokens = [name for name in losses if name in ("sft", "orpo")] + ["nll_weight"] * bool(self.nll_weight)
+        if self.ld_alpha is not None and of_tokens:
+            raise ValueError(f"ld_alpha is of log-ratios; {of_tokens[0]} is a likelihood, whose tokens all weigh 1")
+        if self.ld_alpha is not None and self.reference_fusion != "none":
+            raise ValueError(
+                "ld_alpha and reference_fusion cannot be had together: source_logp is a sum over all tokens"
+            )
 
     def default_scale(self) -> tuple[float, float]:
         """beta and gamma where nobody sets them. SimPO's log-probs are means over tokens, which beta makes up for."""
+        if self.loss_type in ("cpo", "orpo"):
+            return 0.1, 0.0
         return (10.0, 0.0) if self.loss_type == "simpo" else (0.01, 0.0)
 
     def _check_weights_that_adapt(self) -> None:
@@ -160,8 +224,9 @@ class WRPOConfig(FusedHeadConfig):
             f"source_weighting {self.source_weighting!r} would change nothing: alpha is 0 throughout": (
                 no_alpha and self.source_weighting != "rows"
             ),
-            "reference_fusion needs the policy's own reference, which reference 'none' and loss_type 'simpo' lack": (
-                fused and (self.reference == "none" or self.loss_type == "simpo")
+            f"reference_fusion needs the policy's own reference, which reference 'none' and loss_type "
+            f"{', '.join(map(repr, REFERENCE_FREE))} lack": (
+                fused and (self.reference == "none" or self.loss_type in REFERENCE_FREE)
             ),
             "reference_fusion compares log-probs a token; set length_normalize to true": (
                 fused and not self.length_normalize
@@ -187,8 +252,12 @@ class WRPOConfig(FusedHeadConfig):
         return {
             "beta": self.beta,
             "gamma": self.gamma,
-            "loss_type": self.loss_type if self.loss_type in ("hinge", "ipo") else "sigmoid",
+            "loss_type": losses_of(self.loss_type),
+            "loss_weights": self.loss_weights,
             "label_smoothing": self.loss_label_smoothing,
+            "discopop_tau": self.discopop_tau,
+            "f_divergence_type": self.f_divergence_type,
+            "f_alpha_divergence_coef": self.f_alpha_divergence_coef,
             "length_normalize": self.length_normalize or self.loss_type == "simpo",
             "empty": self.empty_response,
         }

@@ -15,14 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from wrpo.data import PreferenceCollator
-from wrpo.data.batch import group_of, lengths_on_host, num_counted, response_lengths, row_of
+from wrpo.data.batch import (
+    group_of,
+    lengths_on_host,
+    num_counted,
+    response_lengths,
+    row_of,
+    sum_by_response,
+    tail_weight,
+)
 from wrpo.data.collation import Batch
 from wrpo.head.attention import model_inputs
 from wrpo.head.fused_head import run_in_head
 from wrpo.reference.fused import FusedReference
-from wrpo_kernels import PreferenceOutput, linear_preference_loss
+from wrpo_kernels import PreferenceOutput, linear_preference_loss, linear_token_logp, preference_loss
 
+from .loss_names import names_in
 from .metrics import Measured, names_of_metrics, preference_metrics
+from .on_policy_weight import on_policy_weight
 from .opening import open_model
 from .reference_trainer import ReferenceTrainer
 from .response_weights import response_weights, sum_by_row
@@ -117,10 +127,10 @@ class WRPOTrainer(ReferenceTrainer):
         )
 
     def start_lines(self, steps: int) -> list[str]:
-        args = self.args
+        args, losses = self.args, " + ".join(names_in(self.args.loss_type))
         return [
             *super().start_lines(steps),
-            f"loss       {args.loss_type}, beta {args.beta:g}, gamma {args.gamma:g}{self.alpha_words()}",
+            f"loss       {losses}, beta {args.beta:g}, gamma {args.gamma:g}{self.alpha_words()}",
             f"reference  {self.reference_source}",
         ]
 
@@ -170,12 +180,7 @@ class WRPOTrainer(ReferenceTrainer):
             preferred = preferred * counted[row_of(batch)]
         options = {
             **self.args.loss_options(),
-            **self.args.head_options(),
-            "cu_seqlens": batch.get("cu_seqlens"),
-            "lengths": lengths_on_host(batch),
-            "num_rows": num_counted(batch),
             "seq_weight": weights,
-            "group": group_of(batch),
             "num_groups": len(batch["num_responses"]),
             # -log pi of the preferred responses, each by its weight in the chosen reward.
             "nll_weight": self.args.nll_weight and self.args.nll_weight * preferred,
@@ -183,9 +188,22 @@ class WRPOTrainer(ReferenceTrainer):
             "normalizer": count,
             "reduction": "none" if count is None else "mean",
         }
+        of_head = {**self.args.head_options(), "num_rows": num_counted(batch)}
 
         def head_fn(hidden: Tensor, weight: Tensor, **head: Any) -> PreferenceOutput:
-            return linear_preference_loss(hidden, weight, labels, ref_logp, **options, **head)
+            if self.args.use_weighting:
+                on_policy = on_policy_weight(hidden, weight, batch, weights, **self.args.head_options(), **head)
+                options["group_weight"] = on_policy if counted is None else on_policy * counted
+            if self.args.ld_alpha is not None:
+                rows = linear_token_logp(hidden, weight, labels, **of_head, **head)
+                logp = sum_by_response(rows * tail_weight(batch, self.args.ld_alpha), batch).float()
+                return preference_loss(logp, ref_logp, group=row_of(batch), length=response_lengths(batch), **options)
+            layout = {
+                "cu_seqlens": batch.get("cu_seqlens"),
+                "lengths": lengths_on_host(batch),
+                "group": group_of(batch),
+            }
+            return linear_preference_loss(hidden, weight, labels, ref_logp, **options, **layout, **of_head, **head)
 
         return run_in_head(model, head_fn, **model_inputs(batch))
 

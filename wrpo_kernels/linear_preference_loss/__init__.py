@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -17,8 +18,9 @@ from wrpo_kernels.lm_head.head import LabelsByPosition
 from wrpo_kernels.lm_head.inputs import HeadOptions, HeadTensors, checked_options, checked_tensors
 from wrpo_kernels.lm_head.labels import shifted_labels
 from wrpo_kernels.lm_head.rows import most_rows
-from wrpo_kernels.preference_loss import PreferenceOutput, loss_arguments, loss_of_sequences, reduce_loss
+from wrpo_kernels.preference_loss import PreferenceOutput, loss_arguments, loss_of_sequences
 from wrpo_kernels.preference_loss.family import Family, LossArguments, Sequences
+from wrpo_kernels.preference_loss.reduction import reduce_loss
 from wrpo_kernels.token_logp.contract import logp_dtype
 
 SMALL_HEAD = 1 << 18  # elements of a weight [V, D] that is at home in the cache
@@ -32,10 +34,14 @@ def linear_preference_loss(
     *,
     seq_weight: Tensor,
     group: Tensor,
-    beta: float,
-    gamma: float = 0.0,
-    loss_type: str = "sigmoid",
+    beta: float | Tensor,
+    gamma: float | Tensor = 0.0,
+    loss_type: str | Sequence[str] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
     label_smoothing: float = 0.0,
+    discopop_tau: float = 0.05,
     length_normalize: bool = False,
     nll_weight: float | Tensor = 0.0,
     group_weight: Tensor | None = None,
@@ -70,9 +76,9 @@ def linear_preference_loss(
         weight: [V, D] head.
         labels: [S, T] int64 | int32 (or [N]); `ignore_index` marks prompt and padding, which never reach the head.
         ref_logp: [S] float32, summed reference log-prob of each response; None is reference-free.
-        seq_weight, group, beta, gamma, loss_type, label_smoothing, length_normalize, nll_weight, group_weight,
-            num_groups, reduction, normalizer, empty: as preference_loss. `group` may lie on the CPU beside an
-            accelerator.
+        seq_weight, group, beta, gamma, loss_type, loss_weights, f_divergence_type, f_alpha_divergence_coef,
+            label_smoothing, discopop_tau, length_normalize, nll_weight, group_weight, num_groups, reduction,
+            normalizer, empty: as preference_loss. `group` may lie on the CPU beside an accelerator.
         bias, adapter, logit_scale, softcap, temperature, ignore_index: as linear_token_logp.
         shift: how many positions before its label a hidden state stands, within its own sequence; True is 1. Only
             labels are moved; `lengths` and `num_rows` count those that are left. Default: False, 0.
@@ -112,7 +118,7 @@ def linear_preference_loss(
     Cost: forward alone 2NDV flops, frozen head 4NDV, trained head 6NDV, whatever the length and the budget; an adapter
         of rank r on a frozen head 4NDV and 6NrV. N counts only the labels that count. 2DV more for each row beyond the
         budget of a group with both a margin and a likelihood term (`nll_weight`), or where that costs less than adding
-        a second dW.
+        a second dW. A loss of two sides, several losses and a divergence: as linear_token_logp.
     Source: WRPO, arXiv:2412.03187.
     """
     check_backend_name(backend)
@@ -124,7 +130,7 @@ def linear_preference_loss(
     tensors = tensors._replace(target=labels)
     counts = Counts(labels, cu_seqlens, ignore_index, lengths, num_rows)
     length, group, on_host = counts.with_groups(group)
-    loss, counted = loss_arguments(
+    loss, mixture, counted = loss_arguments(
         length,
         logp_dtype(hidden.dtype),
         ref_logp=ref_logp,
@@ -133,7 +139,11 @@ def linear_preference_loss(
         beta=beta,
         gamma=gamma,
         loss_type=loss_type,
+        loss_weights=loss_weights,
+        f_divergence_type=f_divergence_type,
+        f_alpha_divergence_coef=f_alpha_divergence_coef,
         label_smoothing=label_smoothing,
+        discopop_tau=discopop_tau,
         length=length,
         lengths=counts.told,
         length_normalize=length_normalize,
@@ -145,11 +155,11 @@ def linear_preference_loss(
     check_name("linear_preference_loss", backend, contract.CANDIDATES)
     transform = (logit_scale, softcap, temperature)
     options = checked_options(tensors, *transform, ignore_index, counts.rows(), budget_bytes, grad_filter, backend)
-    if reduction != "none" and takes_one_pass(tensors, options):
+    if mixture is None and reduction != "none" and takes_one_pass(tensors, options):
         outputs = in_one_pass(tensors, options, loss, on_host, counted, reduction, normalizer)
         return PreferenceOutput(*counts.nan_where_wrong(outputs))
     (logp,) = counts.nan_where_wrong((sequence_logp(tensors, options, cu_seqlens),))
-    return loss_of_sequences(logp, loss, counted, reduction, normalizer, contract.loss_backend(backend))
+    return loss_of_sequences(logp, loss, mixture, counted, reduction, normalizer, contract.loss_backend(backend))
 
 
 def takes_one_pass(tensors: HeadTensors, options: HeadOptions) -> bool:
@@ -198,7 +208,7 @@ def likelihood_in_one_pass(
     0, whose margin counts for nothing."""
     nothing = weights.new_zeros(1)
     sequences = Sequences(None, nothing.expand(len(weights)), group, length, weights, nothing)
-    family = Family(1.0, 0.0, "sigmoid", 0.0, False)
+    family = Family(1.0, 0.0, "sigmoid", 0.0, 0.05, False)
     total, logp, *_ = contract.linear_preference_loss(tensors, sequences, None, options, 1, family, False, False)
     return total, logp
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from wrpo_kernels.linear_preference_loss import Lengths, linear_preference_loss
@@ -15,9 +17,14 @@ def dpo_loss(
     ref_chosen_logp: Tensor | None = None,
     ref_rejected_logp: Tensor | None = None,
     *,
-    beta: float = 0.1,
-    gamma: float = 0.0,
+    beta: float | Tensor = 0.1,
+    gamma: float | Tensor = 0.0,
+    loss_type: str | Sequence[str] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
     label_smoothing: float = 0.0,
+    discopop_tau: float = 0.05,
     chosen_length: Tensor | None = None,
     rejected_length: Tensor | None = None,
     length_normalize: bool = False,
@@ -39,11 +46,14 @@ def dpo_loss(
         rejected_logp: [B] float32, the same of each rejected response.
         ref_chosen_logp, ref_rejected_logp: [B] float32, the same under the reference, summed too; None is
             reference-free. Default: None.
-        beta: scale of the implicit reward, > 0, 1/nats. Default: 0.1.
-        gamma: margin by which the chosen reward should lead, in units of reward. Default: 0, the paper's.
+        beta: scale of the implicit reward, > 0, 1/nats; a number or [B]. Default: 0.1.
+        gamma: margin by which the chosen reward should lead, in units of reward; a number or [B]. Default: 0, the
+            paper's.
+        loss_type, loss_weights, f_divergence_type, f_alpha_divergence_coef, discopop_tau: another loss in the place of
+            -log sigmoid, or several: as preference_loss. Default: "sigmoid", the paper's.
         label_smoothing: probability that a preference is flipped, in [0, 0.5). Default: 0.
-        chosen_length, rejected_length: [B] int64, numbers of counted tokens; needed by length_normalize and by `empty`.
-            Default: none.
+        chosen_length, rejected_length: [B] int64, numbers of counted tokens; needed by length_normalize, `empty` and
+            some losses. Default: none.
         length_normalize: divide each response's log-ratio by its own length. Default: False, the paper's.
         nll_weight: number >= 0 or [B] float32, weight of the chosen response's negative log-likelihood. Default: 0.
         group_weight, reduction, normalizer, empty, backend: as preference_loss; a group is a pair, G = B.
@@ -75,7 +85,12 @@ def dpo_loss(
         **pairs,
         beta=beta,
         gamma=gamma,
+        loss_type=loss_type,
+        loss_weights=loss_weights,
+        f_divergence_type=f_divergence_type,
+        f_alpha_divergence_coef=f_alpha_divergence_coef,
         label_smoothing=label_smoothing,
+        discopop_tau=discopop_tau,
         group_weight=group_weight,
         reduction=reduction,
         normalizer=normalizer,
@@ -90,9 +105,14 @@ def linear_dpo_loss(
     labels: Tensor,
     ref_logp: Tensor | None = None,
     *,
-    beta: float = 0.1,
-    gamma: float = 0.0,
+    beta: float | Tensor = 0.1,
+    gamma: float | Tensor = 0.0,
+    loss_type: str | Sequence[str] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
     label_smoothing: float = 0.0,
+    discopop_tau: float = 0.05,
     length_normalize: bool = False,
     nll_weight: float | Tensor = 0.0,
     group_weight: Tensor | None = None,
@@ -124,8 +144,8 @@ def linear_dpo_loss(
         weight: [V, D] head.
         labels: [2B, T] int64 | int32 (or [N]); `ignore_index` marks prompt and padding, which never reach the head.
         ref_logp: [2B] float32, summed reference log-prob of each response, nats; None is reference-free. Default: None.
-        beta, gamma, label_smoothing, length_normalize, nll_weight, group_weight, reduction, normalizer, empty: as
-            dpo_loss.
+        beta, gamma, loss_type, loss_weights, f_divergence_type, f_alpha_divergence_coef, label_smoothing, discopop_tau,
+            length_normalize, nll_weight, group_weight, reduction, normalizer, empty: as dpo_loss.
         bias, adapter, logit_scale, softcap, temperature, ignore_index, shift, cu_seqlens, lengths, num_rows,
             budget_bytes, grad_filter, backend: as linear_preference_loss.
 
@@ -150,7 +170,12 @@ def linear_dpo_loss(
         **pairs,
         beta=beta,
         gamma=gamma,
+        loss_type=loss_type,
+        loss_weights=loss_weights,
+        f_divergence_type=f_divergence_type,
+        f_alpha_divergence_coef=f_alpha_divergence_coef,
         label_smoothing=label_smoothing,
+        discopop_tau=discopop_tau,
         length_normalize=length_normalize,
         group_weight=group_weight,
         reduction=reduction,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,8 +14,6 @@ from wrpo_kernels.checks import (
     LARGEST_FLOAT32,
     check_backend_name,
     check_bool,
-    check_constant,
-    check_device,
     check_int,
     check_int64,
     check_number,
@@ -21,7 +21,10 @@ from wrpo_kernels.checks import (
     is_readable,
 )
 from wrpo_kernels.preference_loss import contract
+from wrpo_kernels.preference_loss.catalogue import Mixture, check_mixture, family_or_mixture, mixed_loss
+from wrpo_kernels.preference_loss.divergence import Divergence
 from wrpo_kernels.preference_loss.family import Family, LossArguments, Sequences
+from wrpo_kernels.preference_loss.reduction import reduce_loss
 
 MOST_GROUPS = 1 << 31
 
@@ -44,10 +47,14 @@ def preference_loss(
     *,
     seq_weight: Tensor,
     group: Tensor,
-    beta: float,
-    gamma: float = 0.0,
-    loss_type: str = "sigmoid",
+    beta: float | Tensor,
+    gamma: float | Tensor = 0.0,
+    loss_type: str | Sequence[str] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
     label_smoothing: float = 0.0,
+    discopop_tau: float = 0.05,
     length: Tensor | None = None,
     length_normalize: bool = False,
     nll_weight: float | Tensor = 0.0,
@@ -60,13 +67,23 @@ def preference_loss(
 ) -> PreferenceOutput:
     """Preference loss of groups of weighted responses, from their sequence log-probs.
 
-        r_s = beta * n_s * (logp[s] - ref_logp[s])            n_s = 1, or 1 / length[s] with length_normalize
-        m_g = sum_{s in g} seq_weight[s] * r_s - gamma
+        r_s = beta_g * n_s * (logp[s] - ref_logp[s])            n_s = 1, or 1 / length[s] with length_normalize
+        m_g = sum_{s in g} seq_weight[s] * r_s - gamma_g
         loss_g = group_weight[g] * phi(m_g) - sum_{s in g} nll_weight[s] * n_s * logp[s]
 
-        phi(m) = -(1 - eps) log sigmoid(m) - eps log sigmoid(-m)      "sigmoid", eps = label_smoothing
-               = max(0, 1 - m)                                        "hinge"
-               = ((m - 1/2) / beta)^2                                 "ipo", beta is the paper's tau
+    With eps = label_smoothing, phi(m) =
+
+        "sigmoid"   -(1 - eps) log sigmoid(m) - eps log sigmoid(-m)               DPO, WRPO, SimPO
+        "robust"    (-(1 - eps) log sigmoid(m) + eps log sigmoid(-m)) / (1 - 2 eps)
+        "hinge"     max(0, 1 - m)
+        "ipo"       ((m - 1/2) / beta)^2                                          beta is the paper's tau
+        "exo_pair"  q log(q / (1 - eps)) + (1 - q) log((1 - q) / eps)             q = sigmoid(m)
+        "discopop"  (1 - t) (-log sigmoid(m)) + t exp(-m)                         t = sigmoid(m / discopop_tau)
+        "kto"       1 - sigmoid(m)
+
+    Further names are sums of such terms, of the two sides of a margin or of all groups of the call: "sigmoid_norm",
+    "ipo_norm" (TRL's ipo), "bco_pair", "nca_pair", "sppo_hard", "apo_zero", "apo_down", "aot", "aot_unpaired", "orpo",
+    "sft". Their formulas and sources, and which are as in TRL, are in docs/losses.md.
 
     WRPO is the weights [alpha, 1 - alpha, -1], DPO [1, -1]; several sources or several rejected responses are
     several weights.
@@ -77,10 +94,18 @@ def preference_loss(
         seq_weight: [S] float32, weight of each response in its group's margin.
         group: [S] int64 in [0, G), the example that each response belongs to, in any order; every group has one at
             least. `group.unique(return_inverse=True)[1]` numbers ids that have gaps.
-        beta: scale of the implicit reward, > 0.
-        gamma: target margin, in units of reward. Default: 0.
-        loss_type: "sigmoid", "hinge" or "ipo". Default: "sigmoid".
-        label_smoothing: probability that a preference is flipped, in [0, 0.5). Default: 0.
+        beta: scale of the implicit reward, > 0: a number, or [G] float32, each example's own.
+        gamma: target margin, in units of reward: a number, or [G] float32, each example's own, as in DPO with an
+            offset. Default: 0.
+        loss_type: one of the names above, or several, whose losses are added up. Default: "sigmoid".
+        loss_weights: a number for each loss_type. Default: 1 each.
+        f_divergence_type: what bends the log-ratios u = logp - ref_logp of losses of one margin: "reverse_kl" not at
+            all; "forward_kl" to 1 - exp(-u); "js_divergence" to log 2 + log sigmoid(u); "alpha_divergence" to
+            (exp((a - 1) u) - 1) / (a - 1). The rewards returned are not bent. Default: "reverse_kl".
+        f_alpha_divergence_coef: a. Default: 0.5.
+        label_smoothing: probability that a preference is flipped, in [0, 0.5); for "sigmoid", "robust", and "exo_pair",
+            which needs one (its paper: 0.001). Default: 0.
+        discopop_tau: temperature of the mixture in "discopop", > 0. Default: 0.05, the paper's.
         length: [S] int64, number of counted tokens; needed by length_normalize and by empty="zero". Default: none.
         length_normalize: divide each response's log-ratio by its own length. Default: False.
         nll_weight: number >= 0, or [S] float32 of either sign, weight of each response's negative log-likelihood.
@@ -111,13 +136,16 @@ def preference_loss(
 
     Compiled: `nll_weight`, `normalizer` and `num_groups` may change from call to call; beta and the other numbers are
         constants of the graph, so that each new value compiles again.
-    Numerics: sums and exponentials in float64 in a fixed order, results rounded once to float32.
+    Numerics: sums and exponentials in float64 in a fixed order, results rounded once to float32; where there are
+        several terms, each of them, and under a divergence the bent log-ratios, whose exponents are bounded by 80.
     Memory: a few floats a sequence.
-    Source: WRPO, arXiv:2412.03187; DPO 2305.18290; IPO 2310.12036; SimPO 2405.14734; hinge, SLiC-HF 2305.10425.
+    Source: WRPO, arXiv:2412.03187; DPO 2305.18290; IPO 2310.12036; SimPO 2405.14734; hinge, SLiC-HF 2305.10425;
+        robust 2403.00409; EXO 2402.00856; DiscoPOP 2406.08414; KTO 2402.01306; offset 2402.10571; f-divergences
+        2309.16240; mixtures, MPO 2411.10442.
     """
     contract.check_logp(logp)
     check_backend_name(backend)
-    loss, counted = loss_arguments(
+    loss, mixture, counted = loss_arguments(
         logp,
         logp.dtype,
         ref_logp=ref_logp,
@@ -126,7 +154,11 @@ def preference_loss(
         beta=beta,
         gamma=gamma,
         loss_type=loss_type,
+        loss_weights=loss_weights,
+        f_divergence_type=f_divergence_type,
+        f_alpha_divergence_coef=f_alpha_divergence_coef,
         label_smoothing=label_smoothing,
+        discopop_tau=discopop_tau,
         length=length,
         length_normalize=length_normalize,
         nll_weight=nll_weight,
@@ -134,7 +166,7 @@ def preference_loss(
         num_groups=num_groups,
         empty=empty,
     )
-    return loss_of_sequences(logp, loss, counted, reduction, normalizer, backend)
+    return loss_of_sequences(logp, loss, mixture, counted, reduction, normalizer, backend)
 
 
 def loss_arguments(
@@ -144,10 +176,14 @@ def loss_arguments(
     ref_logp: Tensor | None,
     seq_weight: Tensor,
     group: Tensor,
-    beta: float,
-    gamma: float,
-    loss_type: str,
+    beta: float | Tensor,
+    gamma: float | Tensor,
+    loss_type: str | Sequence[str],
+    loss_weights: Sequence[float] | None,
+    f_divergence_type: str,
+    f_alpha_divergence_coef: float,
     label_smoothing: float,
+    discopop_tau: float,
     length: Tensor | None,
     lengths: Tensor | None = None,
     length_normalize: bool,
@@ -155,8 +191,8 @@ def loss_arguments(
     group_weight: Tensor | None,
     num_groups: int | None,
     empty: str,
-) -> tuple[LossArguments, int | Tensor]:
-    """The checked arguments of the op after `logp`, and the number of groups that count.
+) -> tuple[LossArguments, Mixture | None, int | Tensor]:
+    """The checked arguments of the op after `logp`, the mixture if it is one, and the number of groups that count.
 
     `like` [S] has the shape and the device of the log-probs, `dtype` is theirs; `lengths` [S] are those of `length` on
     the CPU, where the caller knows them.
@@ -164,21 +200,33 @@ def loss_arguments(
     check_bool("length_normalize", length_normalize)
     num_groups = count_groups(group, num_groups)
     nll_weight = spread_nll_weight(nll_weight, like, dtype)
-    sequences = Sequences(ref_logp, seq_weight, group, length, nll_weight, group_weight)
-    loss = LossArguments(sequences, num_groups, Family(beta, gamma, loss_type, label_smoothing, length_normalize))
+    beta, group_beta = _of_all_or_of_each("beta", beta, 1.0, above=0.0)
+    gamma, group_gamma = _of_all_or_of_each("gamma", gamma, 0.0)
+    sequences = Sequences(ref_logp, seq_weight, group, length, nll_weight, group_weight, group_beta, group_gamma)
+    divergence = Divergence(f_divergence_type, f_alpha_divergence_coef)
+    name, mixture = family_or_mixture(loss_type, loss_weights, divergence)
+    family = Family(beta, gamma, name, label_smoothing, discopop_tau, length_normalize)
+    loss = LossArguments(sequences, num_groups, family)
     contract.check(like, loss)
-    return checked_lengths(empty, loss, dtype, length if lengths is None else lengths)
+    if mixture is not None:
+        check_mixture(mixture, loss)
+    loss, counted = checked_lengths(empty, loss, dtype, length if lengths is None else lengths)
+    return loss, mixture, counted
 
 
 def loss_of_sequences(
     logp: Tensor,
     loss: LossArguments,
+    mixture: Mixture | None,
     counted: int | Tensor,
     reduction: str,
     normalizer: float | Tensor | None,
     backend: str | None,
 ) -> PreferenceOutput:
-    values, reward, margin, _ = contract.preference_loss(logp, *loss, backend)
+    if mixture is None:
+        values, reward, margin, _ = contract.preference_loss(logp, *loss, backend)
+    else:
+        values, reward, margin = mixed_loss(logp, loss, mixture, backend)
     return PreferenceOutput(reduce_loss(values, reduction, normalizer, counted), logp.detach(), reward, margin)
 
 
@@ -197,6 +245,22 @@ def count_groups(group: Tensor, num_groups: int | None) -> int:
         if not 0 <= num_groups <= MOST_GROUPS:
             raise ValueError(f"num_groups must be in [0, 2^31], got {num_groups}")
     return num_groups
+
+
+def _of_all_or_of_each(
+    name: str, value: float | Tensor, unused: float, above: float = -math.inf
+) -> tuple[float, Tensor | None]:
+    """A number of all groups, or [G] of each, whose values are read where that does not wait for a device."""
+    if not isinstance(value, Tensor):
+        return value, None
+    check_tensor(name, value)
+    is_right = value.isfinite() & (value > above)
+    if not is_readable(value):
+        return unused, value.where(is_right, torch.nan)
+    if not is_right.all():
+        wrong = value[~is_right].flatten()[0].item()
+        raise ValueError(f"{name} must be finite{' and > 0' if above == 0 else ''} in every group, got {wrong}")
+    return unused, value
 
 
 def spread_nll_weight(nll_weight: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -254,40 +318,3 @@ def check_lengths(lengths: list[int], empty: str) -> None:
             f"sequence {sequence} has no counted token, so its log-prob means nothing; drop its example, give it a "
             "longer max_length, or pass empty='zero' to switch such examples off"
         )
-
-
-def _checked_normalizer(normalizer: Tensor, loss: Tensor) -> Tensor:
-    """[] in a type that leaves the loss its own; the value is read where that does not wait for a device."""
-    check_tensor("normalizer", normalizer)
-    if normalizer.numel() != 1:
-        raise ValueError(f"normalizer must be a number or a 0-d tensor, got {list(normalizer.shape)}")
-    if normalizer.device.type != "cpu":
-        check_device("normalizer", normalizer, "the loss", loss.device)
-    check_constant("normalizer", normalizer)
-    normalizer = normalizer.reshape(())
-    if is_readable(normalizer):
-        check_number("normalizer", normalizer.item(), above=0.0)
-        return normalizer
-    return normalizer.to(loss.dtype).where((normalizer > 0) & normalizer.isfinite(), torch.nan)
-
-
-def reduce_loss(loss: Tensor, reduction: str, normalizer: float | Tensor | None, counted: int | Tensor) -> Tensor:
-    """[G], or their sum [], -> the scalar that `reduction` and `normalizer` name."""
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if normalizer is not None:
-        if reduction != "mean":
-            raise ValueError(f"normalizer belongs to reduction='mean', got reduction={reduction!r}")
-        if isinstance(normalizer, Tensor):
-            normalizer = _checked_normalizer(normalizer, loss)
-        else:
-            check_number("normalizer", normalizer, above=0.0)
-            normalizer = float(normalizer)
-    if reduction == "none":
-        return loss
-    total = loss.sum() if loss.dim() else loss
-    if reduction == "sum":
-        return total
-    if normalizer is None:
-        normalizer = counted if isinstance(counted, Tensor) else max(counted, 1)
-    return total / (normalizer.to(total.dtype) if isinstance(normalizer, Tensor) else normalizer)

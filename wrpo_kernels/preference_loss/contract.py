@@ -39,8 +39,10 @@ def check(like: Tensor, loss: LossArguments) -> None:
         raise ValueError(f"num_groups must be >= 1 for {like.shape[0]} sequences, got 0")
     if sequences.length is not None:
         _check_counts("length", sequences.length, like)
-    if sequences.group_weight is not None:
-        _check_constants("group_weight", sequences.group_weight, "[G]", num_groups, like)
+    of_groups = {"group_weight": sequences.group_weight, "beta": sequences.group_beta, "gamma": sequences.group_gamma}
+    for name, value in of_groups.items():
+        if value is not None:
+            _check_constants(name, value, "[G]", num_groups, like)
     check_family(family)
     if family.length_normalize and sequences.length is None:
         raise ValueError("length_normalize=True needs length, the number of counted tokens of each sequence [S]")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from wrpo_kernels.checks import check_number
 
-LOSS_TYPES = ("sigmoid", "hinge", "ipo")
+KERNELS = ("sigmoid", "hinge", "ipo", "exo_pair", "discopop", "kto")  # losses of a margin, as csrc/ numbers them
+LOSS_TYPES = (*KERNELS, "robust")
+SMOOTHED = ("sigmoid", "robust", "exo_pair", "sigmoid_norm", "aot", "aot_unpaired")
 
 
 class Sequences(NamedTuple):
@@ -20,16 +23,22 @@ class Sequences(NamedTuple):
     length: Tensor | None  # [S] int64, counted rows
     nll_weight: Tensor | None  # [S]
     group_weight: Tensor | None  # [G]
+    group_beta: Tensor | None = None  # [G]
+    group_gamma: Tensor | None = None  # [G]
 
     def weighing(self, seq_weight: Tensor, nll_weight: Tensor | None, group_weight: Tensor | None) -> Sequences:
         """The same with other weights; `_replace` is what the compiler of torch 2.8 does not follow."""
-        return Sequences(self.ref_logp, seq_weight, self.group, self.length, nll_weight, group_weight)
+        weights = (nll_weight, group_weight)
+        return Sequences(
+            self.ref_logp, seq_weight, self.group, self.length, *weights, self.group_beta, self.group_gamma
+        )
 
     def at(self, positions: Tensor, groups: Tensor, group: Tensor) -> Sequences:
         """Those at `positions`, which make up whole `groups`; `group` are the numbers of theirs among these."""
-        weight = None if self.group_weight is None else self.group_weight[groups]
-        chosen = [None if x is None else x[positions] for x in self._replace(group_weight=None)]
-        return Sequences(*chosen)._replace(group=group, group_weight=weight)
+        *of_sequences, weight, beta, gamma = self
+        chosen = [None if x is None else x[positions] for x in of_sequences]
+        of_groups = [None if x is None else x[groups] for x in (weight, beta, gamma)]
+        return Sequences(*chosen, *of_groups)._replace(group=group)
 
     def margin_share(self, family: Family) -> Tensor:
         """w_s n_s [S]: without a likelihood term, d loss / d logp of a group's sequences is a multiple of it."""
@@ -53,13 +62,29 @@ class Family(NamedTuple):
     gamma: float
     loss_type: str
     label_smoothing: float
+    discopop_tau: float
     length_normalize: bool
+
+    @property
+    def kernel(self) -> int:
+        """The number of the kernels' loss: "robust" is "sigmoid" of another shape."""
+        return KERNELS.index("sigmoid" if self.loss_type == "robust" else self.loss_type)
+
+    @property
+    def shape(self) -> float:
+        """The one number that bends the loss.
+
+        "robust": ((1 - eps) softplus(-m) - eps softplus(m)) / (1 - 2 eps) = softplus(-m) - eps / (1 - 2 eps) m.
+        """
+        if self.loss_type == "discopop":
+            return self.discopop_tau
+        eps = self.label_smoothing
+        return -eps / (1 - 2 * eps) if self.loss_type == "robust" else eps
 
     @property
     def scalars(self) -> tuple[float, float, int, float, bool]:
         """As the compiled kernels take them."""
-        kind = LOSS_TYPES.index(self.loss_type)
-        return self.beta, self.gamma, kind, self.label_smoothing, self.length_normalize
+        return self.beta, self.gamma, self.kernel, self.shape, self.length_normalize
 
 
 class LossArguments(NamedTuple):
@@ -75,10 +100,15 @@ def check_family(family: Family) -> None:
     check_number("gamma", family.gamma)
     if family.loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type must be one of {list(LOSS_TYPES)}, got {family.loss_type!r}")
-    check_number("label_smoothing", family.label_smoothing, least=0.0)
-    if family.label_smoothing >= 0.5:
-        raise ValueError(f"label_smoothing must be in [0, 0.5), got {family.label_smoothing}")
-    if family.label_smoothing and family.loss_type != "sigmoid":
-        raise ValueError(
-            f"label_smoothing belongs to loss_type 'sigmoid', got {family.label_smoothing} with {family.loss_type!r}"
-        )
+    check_smoothing(family.label_smoothing, (family.loss_type,))
+    check_number("discopop_tau", family.discopop_tau, above=0.0)
+
+
+def check_smoothing(eps: float, loss_types: Sequence[str]) -> None:
+    check_number("label_smoothing", eps, least=0.0)
+    if eps >= 0.5:
+        raise ValueError(f"label_smoothing must be in [0, 0.5), got {eps}")
+    if eps and not any(name in SMOOTHED for name in loss_types):
+        raise ValueError(f"label_smoothing belongs to {', '.join(SMOOTHED)}, got {eps} with {', '.join(loss_types)!r}")
+    if "exo_pair" in loss_types and not eps:
+        raise ValueError("label_smoothing must be > 0 for loss_type 'exo_pair', got 0; its paper takes 0.001")

@@ -12,31 +12,41 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wrpo_kernels.dispatch.triton_math import logistic, softplus
-from wrpo_kernels.preference_loss.family import LOSS_TYPES, LossArguments
+from wrpo_kernels.dispatch.triton_math import log1p, logistic, softplus
+from wrpo_kernels.preference_loss.family import KERNELS, LossArguments
 
 BLOCK = 256  # sequences at a time
-SIGMOID, HINGE, IPO = (tl.constexpr(LOSS_TYPES.index(name)) for name in ("sigmoid", "hinge", "ipo"))
-
-
-@triton.jit
-def _phi(m, beta, eps, LOSS: tl.constexpr):
-    """The loss of a margin and its derivative."""
-    if LOSS == HINGE:
-        return tl.where(m >= 1.0, 0.0, 1.0 - m), tl.where(m < 1.0, -1.0, tl.where(m >= 1.0, 0.0, m))
-    elif LOSS == IPO:
-        distance = (m - 0.5) / beta
-        return distance * distance, 2.0 * distance / beta
-    else:
-        # eps * softplus(m) = eps * (m + softplus(-m)); without smoothing an infinite margin must not meet the 0
-        smoothing = tl.where(eps == 0.0, 0.0, eps * m)
-        return softplus(-m) + smoothing, eps - logistic(-m)
+HINGE, IPO, EXO_PAIR, DISCOPOP, KTO = (tl.constexpr(KERNELS.index(name)) for name in KERNELS[1:])
 
 
 @triton.jit
 def _weighted(weight, value):
     """Their product; a weight of 0 leaves no trace, even of a value that is not finite."""
     return tl.where(weight != 0.0, weight * value, 0.0)
+
+
+@triton.jit
+def _phi(m, beta, shape, LOSS: tl.constexpr):
+    """The loss of a margin and its derivative, as in csrc/margin_loss.h."""
+    if LOSS == HINGE:
+        return tl.where(m >= 1.0, 0.0, 1.0 - m), tl.where(m < 1.0, -1.0, tl.where(m >= 1.0, 0.0, m))
+    elif LOSS == IPO:
+        distance = (m - 0.5) / beta
+        return distance * distance, 2.0 * distance / beta
+    elif LOSS == EXO_PAIR:
+        q, rest, of_right, of_wrong = logistic(m), logistic(-m), log1p(-shape), tl.log(shape)
+        value = _weighted(q, -softplus(-m) - of_right) + _weighted(rest, -softplus(m) - of_wrong)
+        return value, _weighted(q * rest, m - of_right + of_wrong)
+    elif LOSS == DISCOPOP:
+        t, rest, log_loss = logistic(m / shape), logistic(-m / shape), softplus(-m)
+        power = tl.where(m < 0.0, _weighted(1.0 / shape - 1.0, m), -m)  # t exp(-m) in one exponential
+        exp_loss = tl.exp(power - log1p(tl.exp(tl.where(m < 0.0, m, -m) / shape)))
+        slope = exp_loss * (rest / shape - 1.0) - rest * logistic(-m) - _weighted(t * rest / shape, log_loss)
+        return _weighted(rest, log_loss) + exp_loss, slope
+    elif LOSS == KTO:
+        return logistic(-m), -logistic(m) * logistic(-m)
+    else:  # shape 0 must not meet an infinite margin
+        return softplus(-m) + _weighted(shape, m), shape - logistic(-m)
 
 
 @triton.jit
@@ -72,6 +82,8 @@ def _preference_loss_fwd(
     length,  # [S] int64
     nll_weight,  # [S] float32
     group_weight,  # [G] float32
+    group_beta,  # [G] float32
+    group_gamma,  # [G] float32
     loss,  # [G] float32
     reward,  # [S] float32
     margin,  # [G] float32
@@ -82,20 +94,27 @@ def _preference_loss_fwd(
     beta_low,
     gamma_high,
     gamma_low,
-    eps_high,
-    eps_low,
+    shape_high,
+    shape_low,
     LOSS: tl.constexpr,
     HAS_REF: tl.constexpr,
     BY_LENGTH: tl.constexpr,
     HAS_NLL: tl.constexpr,
     HAS_GROUP_WEIGHT: tl.constexpr,
+    HAS_GROUP_BETA: tl.constexpr,
+    HAS_GROUP_GAMMA: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # Triton passes a Python float as float32: two of them hold 48 of a double's 53 bits.
     beta = tl.cast(beta_high, tl.float64) + tl.cast(beta_low, tl.float64)
     gamma = tl.cast(gamma_high, tl.float64) + tl.cast(gamma_low, tl.float64)
-    eps = tl.cast(eps_high, tl.float64) + tl.cast(eps_low, tl.float64)
+    shape = tl.cast(shape_high, tl.float64) + tl.cast(shape_low, tl.float64)
     g = tl.program_id(0)
+    is_group = g < G
+    if HAS_GROUP_BETA:
+        beta = tl.load(group_beta + g, mask=is_group, other=1.0).to(tl.float64)
+    if HAS_GROUP_GAMMA:
+        gamma = tl.load(group_gamma + g, mask=is_group, other=0.0).to(tl.float64)
     one = tl.full([], 1.0, tl.float64)
     m, nll_sum, count = -gamma, one - one, one - one
     for first in range(0, S, BLOCK):
@@ -107,8 +126,7 @@ def _preference_loss_fwd(
             nll = tl.load(nll_weight + s, mask=mine, other=0.0).to(tl.float64) * n
             nll_sum += tl.sum(_weighted(nll, lp), 0)
     m = tl.where(count > 0.0, m, float("nan"))
-    value, slope = _phi(m, beta, eps, LOSS)
-    is_group = g < G
+    value, slope = _phi(m, beta, shape, LOSS)
     if HAS_GROUP_WEIGHT:
         a = tl.load(group_weight + g, mask=is_group, other=0.0).to(tl.float64)
         value, slope = _weighted(a, value), _weighted(a, slope)
@@ -196,12 +214,14 @@ def forward(logp: Tensor, loss: LossArguments) -> tuple[Tensor, Tensor, Tensor, 
             num_groups,
             *_halves(family.beta),
             *_halves(family.gamma),
-            *_halves(family.label_smoothing),
-            LOSS=LOSS_TYPES.index(family.loss_type),
+            *_halves(family.shape),
+            LOSS=family.kernel,
             HAS_REF=sequences.ref_logp is not None,
             BY_LENGTH=family.length_normalize,
             HAS_NLL=sequences.nll_weight is not None,
             HAS_GROUP_WEIGHT=sequences.group_weight is not None,
+            HAS_GROUP_BETA=sequences.group_beta is not None,
+            HAS_GROUP_GAMMA=sequences.group_gamma is not None,
             BLOCK=BLOCK,
             num_warps=4,
             enable_fp_fusion=True,

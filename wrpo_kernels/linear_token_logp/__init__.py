@@ -89,6 +89,7 @@ def linear_token_logp(
     Memory: `budget_bytes`, of which 4 (D + r) values a row are for what is multiplied by the head, held until the
         backward if the head or an adapter is trained; beside it a float32 dW when a 16-bit head's rows do not fit the
         budget at once and would take more memory so, and a converted weight when its type is not that of `hidden`.
+        "triton_exp" takes 3 % of the logits' memory more.
     Cost: 2NDV flops forward alone, 4NDV with a frozen head, 6NDV with a trained one, plus 2DV for each row whose
         logits did not fit the budget; N counts only the rows that are not ignored. An adapter adds 2NrV for its
         share of the logits and for each of its gradients; on a frozen head deltas are then kept as for a trained one.

@@ -196,7 +196,7 @@ def _exp_product_fwd(
         n = row + tl.arange(0, BLOCK_N)
         offset = tl.load(score + n, mask=n < N, other=0.0) + OFFSET
         label = tl.load(target + n, mask=n < N, other=-1).to(tl.int32)
-        # One tile in BLOCK_V / BLOCK_N holds a label, one the end of the vocabulary; the others are added as they are.
+        # Of a stack of tiles few hold a label, one the end of the vocabulary; the others are taken as they are.
         if (tl.max((label // BLOCK_V == tile_v).to(tl.int32), 0) > 0) | (column + BLOCK_V > V):
             v = column + tl.arange(0, BLOCK_V)
             z = tl.where((v < V)[None, :] & (v[None, :] != label[:, None]), z, float("-inf"))
@@ -221,7 +221,7 @@ def _exp_product_fwd(
                 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "ignore_index"])
+@triton.jit(do_not_specialize=["N", "tiles", "ignore_index"])
 def _exp_finish_fwd(
     sums,  # [tiles of V, N] float32
     score,  # [N] float32

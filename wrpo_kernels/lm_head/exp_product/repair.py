@@ -69,7 +69,7 @@ def _exp_repair_sums_fwd(
             tl.store(totals + place, tl.sum(tl.exp2(z - top[:, None]), 1), mask=wrong)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "tiles"])
 def _exp_repair_merge_fwd(
     tops,  # [tiles of V, N] float32
     totals,  # [tiles of V, N] float32

@@ -28,8 +28,10 @@ __all__ = [
 ]
 
 
-DPO_LOSSES = ("sigmoid", "hinge", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down")
-DPO_LOSSES += ("discopop",)
+DPO_LOSSES = (
+    *("sigmoid", "hinge", "exo_pair", "nca_pair", "robust"),
+    *("bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop"),
+)
 
 
 class _Pairs(nn.Module):

@@ -272,6 +272,23 @@ def test_the_judge_is_shown_prompt_and_answer_and_nothing_is_filled_in_twice(sco
     assert body["temperature"] == 0
 
 
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [
+        (
+            "{question} {response} {Answer}",
+            "template holds {question}, which is sent as it is: filled in are {prompt},",
+        ),
+        ('{prompt} {response} {"score": N} \\boxed{n} {} { x }', None),
+    ],
+)
+def test_a_place_that_nothing_is_filled_into_is_said(template, named, score, judge, capsys):
+    with serving(lambda body, attempt: completion("5")) as server:
+        assert score([row("a", "x")], *judge(base_url=server.url, template=template)) == 0
+    log = capsys.readouterr().err
+    assert named in log if named else "which is sent as it is" not in log
+
+
 UNREADABLE = ["I would rather not.", "Score: eleven", "Score: 11", "Score: -1", "10 reasons", "Score: 4/5", "7 or 8"]
 
 

@@ -13,7 +13,7 @@ from tiny_models import tiny_model, tiny_rows
 from tiny_runs import SETTINGS, training_lines, wrpo_trainer
 from tiny_tokenizer import tiny_tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from wrpo import SFTConfig, SFTTrainer, WRPOConfig, cli
@@ -136,21 +136,40 @@ def test_a_frozen_model_can_be_evaluated(tmp_path):
     ("flags", "words"),
     [
         (["--report_to", "wandb"], "report_to ['wandb']: RuntimeError: WandbCallback requires wandb to be installed"),
-        (["--report_to", "nonsense"], "nonsense is not supported"),
+        (["--report_to", "nonsense"], "report_to: expected one of all, none, "),
         (["--optim", "adamw_8bit"], "optim 'adamw_8bit', optim_args None: "),
         (["--optim", "galore_adamw", "--optim_target_modules", "q_proj"], "galore"),
         (["--optim", "schedule_free_adamw"], "schedulefree"),
         (["--deepspeed", "nothing.json"], "deepspeed 'nothing.json': "),
         (["--use_liger_kernel", "true"], "liger"),
+        (["--torch_compile_mode", "fastest"], "torch_compile_mode: expected one of default, "),
+        (["--torch_compile_backend", "nothing"], "torch_compile_backend: expected one of "),
+        (
+            ["--accelerator_config", "nothing"],
+            "accelerator_config: expected a mapping or a JSON file of one, got 'nothing'",
+        ),
+        (
+            ["--load_best_model_at_end", "true"],
+            "load_best_model_at_end needs evaluations and checkpoints, got eval_str",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_setting_whose_package_is_not_there_is_refused(name, flags, words, folder, capsys):
+def test_a_setting_whose_package_or_word_is_not_there_is_refused(name, flags, words, folder, capsys):
     capsys.readouterr()
     assert command(name, folder, *flags) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(f"wrpo {name}: ")
     assert words in last
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
+    def absent(_trainer, *_args, **_options):
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(Trainer, "init_hf_repo", absent)
+    with pytest.raises(ValueError, match=r"^push_to_hub: ConnectionError: Name or service not known$"):
+        wrpo_trainer(tmp_path, push_to_hub=True)
 
 
 # -- optimizer and schedule -------------------------------------------------------------------------------------------

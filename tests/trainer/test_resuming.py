@@ -52,6 +52,17 @@ def test_a_run_that_goes_on_as_it_began_says_nothing(checkpoint, said, tmp_path)
     assert said() == []
 
 
+def test_a_second_run_of_one_trainer_keeps_its_own_settings_and_the_model_of_the_first(tmp_path):
+    trainer = run(tmp_path, max_steps=1)
+    records = []
+    for beta in (0.5, 0.7):
+        trainer.args.beta = beta
+        trainer.train()
+        records.append(json.loads((tmp_path / "checkpoint-1" / FILE).read_text()))
+    assert [record["beta"] for record in records] == [0.5, 0.7]
+    assert records[0] | {"beta": 0.7} == records[1]
+
+
 def test_a_run_that_is_at_its_end_says_so(checkpoint, said, tmp_path):
     run(tmp_path, max_steps=1).train(resume_from_checkpoint=checkpoint)
     assert said() == ["Nothing is left to train: the checkpoint is at step 1 of 1"]

@@ -17,6 +17,7 @@ at a temperature of 0.5 at least.
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from .candidates import Candidate, prompt_text
 from .scoring import Rewards, named_with
 from .verdict import verdict
 
+logger = logging.getLogger("wrpo")
+
 TEMPLATE = """\
 Rate how good the answer below is: correct, helpful, and in the form that was asked for.
 {lowest} is useless, {highest} is perfect.
@@ -47,6 +50,9 @@ Rate how good the answer below is: correct, helpful, and in the form that was as
 
 [End of the answer]
 Give one short reason. Then end with a line "Score: N", N from {lowest} to {highest}."""
+PLACES = {"prompt", "response", "lowest", "highest"}
+_FILLED = "{prompt}, {response}, {lowest} and {highest}"
+_PLACE = re.compile(r"(?<![\w\\}]){([a-z_]+)}")  # not the argument of a macro
 OTHER_TEMPERATURE = 0.5  # at 0 the same words would come again
 
 
@@ -99,6 +105,9 @@ class Judge:
 
     def __init__(self, source: JudgeSource):
         self._source = source
+        if strange := sorted({*_PLACE.findall(source.template)} - PLACES):
+            names = ", ".join(f"{{{name}}}" for name in strange)
+            logger.warning("The judge's template holds %s, which is sent as it is: filled in are %s", names, _FILLED)
         self._sampling = source.sampling(Sampling(max_tokens=1024))
         scale = (source.lowest, source.highest, self._sampling.temperature)
         self.name = named_with(f"judge:{source.model}", source.template, repr(source.pattern), *map(repr, scale))

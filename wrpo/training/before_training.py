@@ -81,6 +81,7 @@ def check_before_training(trainer: Any) -> None:
         refuse_flex_on_cpu(trainer.model, trainer.args.device)
         refuse_optimizer(trainer)
         refuse_unknown_metric(trainer)
+        refuse_no_best_model(trainer.args)
         refuse_unsaveable(trainer)
 
 
@@ -154,6 +155,27 @@ def refuse_optim_args_of_no_use(args: Any, options: dict[str, Any]) -> None:
         others.optim_args = ",".join(other for other in parts if other != part) or None
         if Trainer.get_optimizer_cls_and_kwargs(others)[1] == options:
             raise ValueError(f"{part.strip()!r} would change nothing")
+
+
+def refuse_no_best_model(args: Any) -> None:
+    if args.load_best_model_at_end and "no" in (args.eval_strategy, args.save_strategy):
+        raise ValueError(
+            "load_best_model_at_end needs evaluations and checkpoints, got eval_strategy "
+            f"{args.eval_strategy.value!r} and save_strategy {args.save_strategy.value!r}: it would save the last"
+        )
+
+
+@contextmanager
+def hub_named(args: Any) -> Iterator[None]:
+    """What prevents a repository on the hub, in whatever way the hub's client says it, as ValueError."""
+    try:
+        yield
+    except (ValueError, TypeError):
+        raise
+    except Exception as error:
+        if not args.push_to_hub:
+            raise
+        raise ValueError(f"push_to_hub: {in_one_line(error, LONGEST)}") from error
 
 
 def refuse_unknown_metric(trainer: Any) -> None:

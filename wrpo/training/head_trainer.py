@@ -26,7 +26,7 @@ from wrpo.head.wrapping import is_partitioned, takes_weights_of_first_process
 from wrpo.user_error import UserError
 from wrpo_kernels.environment import default_backend, default_budget
 
-from .before_training import check_arguments, check_before_training, packages_named
+from .before_training import check_arguments, check_before_training, hub_named, packages_named
 from .config import FusedHeadConfig
 from .curves import TrainingCurves
 from .generation import prepare_generation
@@ -67,7 +67,7 @@ class HeadTrainer(ResumingTrainer, SavingTrainer, LengthGroupingTrainer, LayoutT
         model = open_model(model, peft_config)
         if model is not None:
             keep_padding_inside(tokenizer, model)
-        with packages_named(f"report_to {args.report_to}"):
+        with packages_named(f"report_to {args.report_to}"), hub_named(args):
             super().__init__(
                 model=model,
                 args=args,

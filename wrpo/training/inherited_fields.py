@@ -11,8 +11,10 @@ from importlib.util import find_spec
 from multiprocessing import get_all_start_methods
 from typing import Any
 
+import torch
 from transformers import SchedulerType
 from transformers.debug_utils import DebugOption
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import trainer_log_levels
 
 from wrpo.settings import check_choice, check_range
@@ -82,8 +84,7 @@ def check_inherited(args: Any) -> None:
     for name in _there(args, CHOICES):
         if isinstance(value := getattr(args, name), str):
             check_choice(name, value, CHOICES[name])
-    for word in args.debug.split() if isinstance(args.debug, str) else ():
-        check_choice("debug", word, [option.value for option in DebugOption])
+    check_words(args)
     for name in _there(args, FIXED):
         only, reason = FIXED[name]
         if getattr(args, name) not in (only, None):
@@ -92,6 +93,24 @@ def check_inherited(args: Any) -> None:
     for words, holds in _contradictions(args).items():
         if holds:
             raise ValueError(words)
+
+
+def check_words(args: Any) -> None:
+    """Raises ValueError where text is none of the words that a field knows, which only a later import or step says."""
+    for word in args.debug.split() if isinstance(args.debug, str) else ():
+        check_choice("debug", word, [option.value for option in DebugOption])
+    reports = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
+    for word in reports:
+        check_choice("report_to", word, ["all", "none", *INTEGRATION_TO_CALLBACK])
+    if args.torch_compile_mode is not None:
+        from torch._inductor import list_mode_options  # a second of imports
+
+        check_choice("torch_compile_mode", args.torch_compile_mode, [*list_mode_options()])
+    if args.torch_compile_backend is not None:
+        check_choice("torch_compile_backend", args.torch_compile_backend, torch.compiler.list_backends(()))
+    config = args.accelerator_config
+    if isinstance(config, str) and not config.lstrip().startswith("{") and not os.path.isfile(config):
+        raise ValueError(f"accelerator_config: expected a mapping or a JSON file of one, got {config!r}")
 
 
 def refuse_cut_sequences(args: Any) -> None:

@@ -10,6 +10,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from wrpo.reference.fingerprint import start_fingerprint
 from wrpo.user_error import UserError
 
 from .run_record import compare, read_record, record_of, write_record
@@ -18,7 +19,8 @@ from .run_record import compare, read_record, record_of, write_record
 class ResumingTrainer(Trainer):
     """A Trainer that keeps what its run is made of with each checkpoint, and goes on from the same alone."""
 
-    run_record: dict[str, Any] | None = None  # of the model before training, however often `train` is called
+    began_with: dict[str, Any] | None = None  # the model before training, however often `train` is called
+    run_record: dict[str, Any] | None = None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
         """As the Trainer's; without an argument the setting `resume_from_checkpoint` counts.
@@ -29,7 +31,8 @@ class ResumingTrainer(Trainer):
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         checkpoint = find_checkpoint(self.args, wanted)
         if checkpoint or self.args.save_strategy != "no":
-            self.run_record = self.run_record or record_of(self)
+            self.began_with = self.began_with or start_fingerprint(self.model, self.processing_class)
+            self.run_record = record_of(self)
         if checkpoint:  # the first process decides for all
             kept, record = broadcast_object_list([read_record(Path(checkpoint)), self.run_record])
             compare(kept, record, checkpoint)

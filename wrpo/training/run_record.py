@@ -19,7 +19,6 @@ from typing import Any
 from transformers import Trainer
 
 from wrpo.data.fingerprint import data_fingerprint
-from wrpo.reference.fingerprint import start_fingerprint
 from wrpo.user_error import UserError
 
 logger = logging.getLogger("wrpo.training")
@@ -43,7 +42,7 @@ LONGEST = 60  # characters of a value in a message
 
 
 def record_of(trainer: Any) -> dict[str, Any]:
-    """Of a trainer before its training. Every process must call it."""
+    """Of a trainer that knows what it `began_with`."""
     args = trainer.args
     fields = {field.name: field.metadata.get("group") for field in dataclasses.fields(args)}
     names = [name for name, group in fields.items() if group in OF_THE_LOSS and name not in OTHERWISE]
@@ -51,17 +50,18 @@ def record_of(trainer: Any) -> dict[str, Any]:
     record = {
         "settings": type(args).__name__,
         "optimizer": _optimizer_of(trainer),
-        **start_fingerprint(trainer.model, trainer.processing_class),
+        **trainer.began_with,
         "data": data_fingerprint(trainer.train_dataset),
         **trainer.reference_facts(),
         **settings,
     }
-    return json.loads(json.dumps(record, default=_as_json, sort_keys=True))
+    return json.loads(json.dumps(record, default=_as_json, skipkeys=True))
 
 
 def _optimizer_of(trainer: Any) -> str:
-    kind: Any = type(trainer.optimizer) if trainer.optimizer is not None else None
-    if kind is None:
+    own = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # in accelerate's wrapper after a first run
+    kind: Any = type(own)
+    if own is None:
         chosen = trainer.optimizer_cls_and_kwargs or Trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
         kind = chosen[0]
     return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', kind)}"

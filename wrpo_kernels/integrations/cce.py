@@ -26,6 +26,10 @@ def linear_cross_entropy(
     shift: bool | int = False,
     return_lse: bool = False,
     filter_eps: float | str | None = "auto",
+    accum_e_fp32: bool = False,
+    accum_c_fp32: bool = False,
+    filter_e_grad: bool = True,
+    filter_c_grad: bool = True,
     impl: Any = None,
     vocab_parallel_options: Any = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -37,8 +41,9 @@ def linear_cross_entropy(
         targets: [...] int64 | int32. From here on by keyword: releases differ in the order.
         bias, ignore_index, softcap, reduction: as wrpo_kernels.linear_cross_entropy.
         shift: e[..., t] predicts targets[..., t + shift]; with reduction "none" the result is [..., T - shift].
-        filter_eps: taken and not needed: gradients are exact here. (linear_token_logp's `grad_filter` leaves out
-            tokens within a bound.)
+        filter_eps, filter_e_grad, filter_c_grad: taken and not needed: gradients are exact here. (linear_token_logp's
+            `grad_filter` leaves out tokens within a bound.)
+        accum_e_fp32, accum_c_fp32: taken and not needed: sums are float32 always.
         impl: taken and not needed; the kernel follows the device.
         return_lse: also return the log-sum-exp of each position, of the shape that reduction "none" has, 0 where
             ignored, with its gradient: for a z-loss of your own.

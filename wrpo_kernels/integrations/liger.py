@@ -14,12 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from wrpo_kernels.cross_entropy import linear_cross_entropy
-from wrpo_kernels.dispatch.transfer import to_device
 from wrpo_kernels.integrations.autocast import as_linear_takes_it
-from wrpo_kernels.layout import HOST, role_by_role
-from wrpo_kernels.linear_preference_loss import linear_preference_loss
 from wrpo_kernels.linear_token_logp import linear_token_logp
 from wrpo_kernels.linear_token_statistics import linear_token_statistics
+from wrpo_kernels.pairwise import linear_dpo_loss
 
 __all__ = [
     "LigerFusedLinearCPOLoss",
@@ -28,6 +26,12 @@ __all__ = [
     "LigerFusedLinearORPOLoss",
     "LigerFusedLinearSimPOLoss",
 ]
+
+
+DPO_LOSSES = (
+    *("sigmoid", "hinge", "exo_pair", "nca_pair", "robust"),
+    *("bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop"),
+)
 
 
 class _Pairs(nn.Module):
@@ -53,7 +57,7 @@ class _Pairs(nn.Module):
         hidden, pairs = as_linear_takes_it(hidden), target.shape[0] // 2
         length = (target != self.ignore_index).sum(1)
         tokens = length[:pairs].sum().clamp(min=1)
-        out = linear_preference_loss(
+        out = linear_dpo_loss(
             hidden,
             weight,
             target,
@@ -62,8 +66,7 @@ class _Pairs(nn.Module):
             ignore_index=self.ignore_index,
             beta=self.beta,
             length_normalize=self.average_log_prob,
-            nll_weight=self._of_chosen_tokens(length, pairs, tokens) if self.compute_nll_loss else 0.0,
-            **role_by_role(to_device([1.0, -1.0], torch.float64, target.device), pairs, HOST),
+            nll_weight=self._of_chosen_tokens(length[:pairs], tokens) if self.compute_nll_loss else 0.0,
             **self.loss,
         )
         nll = -out.logp[:pairs].sum() / tokens if self.compute_nll_loss else out.logp.new_zeros(())
@@ -71,11 +74,10 @@ class _Pairs(nn.Module):
         means = mean_logits(hidden, weight, bias)
         return out.loss, (*logp.split(pairs), *means, nll, *out.reward.split(pairs))
 
-    def _of_chosen_tokens(self, length: Tensor, pairs: int, tokens: Tensor) -> Tensor:
-        """[2B] weights which make of the likelihood term, a mean over pairs, alpha times the mean over tokens."""
+    def _of_chosen_tokens(self, length: Tensor, tokens: Tensor) -> Tensor:
+        """[B] weights which make of the likelihood term, a mean over pairs, alpha times the mean over tokens."""
         share = (length if self.average_log_prob else torch.ones_like(length)) / tokens
-        share[pairs:] = 0.0
-        return self.alpha * pairs * share
+        return self.alpha * len(length) * share
 
 
 @torch.no_grad()
@@ -109,13 +111,14 @@ class LigerFusedLinearDPOLoss(_Pairs):
         label_smoothing: float = 0.0,
         discopop_tau: float = 0.05,
     ) -> None:
-        if loss_type not in ("sigmoid", "hinge"):
-            raise NotImplementedError(f"loss_type {loss_type!r} of Liger's DPO is not supported; sigmoid and hinge are")
-        if label_smoothing:
+        if loss_type not in DPO_LOSSES:
+            raise NotImplementedError(f"loss_type must be one of {list(DPO_LOSSES)}, got {loss_type!r}")
+        if label_smoothing and loss_type not in ("exo_pair", "robust"):
             raise NotImplementedError(
-                f"Liger's {loss_type} loss has no label_smoothing; wrpo_kernels.linear_dpo_loss has, cDPO's"
+                f"Liger's {loss_type} loss has no label_smoothing; wrpo_kernels.linear_dpo_loss has cDPO's"
             )
-        super().__init__(ignore_index, beta, alpha, compute_nll_loss, average_log_prob, loss_type=loss_type)
+        loss = {"loss_type": loss_type, "label_smoothing": label_smoothing, "discopop_tau": discopop_tau}
+        super().__init__(ignore_index, beta, alpha, compute_nll_loss, average_log_prob, **loss)
         self.use_ref_model = use_ref_model
 
     def forward(

@@ -75,7 +75,7 @@ class Head:
             self.kernel.logp_of_hidden(hidden, self.weight, rows.target, self.ignore_index, self.transform, logp)
 
     def logp_into(self, logp: Tensor, rows: Rows, first: int, last: int, buffer: Tensor) -> None:
-        """Log-probs of rows [first, last) into `logp` [n]; the buffer [>= n, V] is left with the logits."""
+        """Log-probs of rows [first, last) into `logp` [n]; the buffer [>= n, V] is scratch."""
         if self._powers is not None:
             self._powers.logp_of_hidden(*self._operands(rows, first, last), logp)
         else:

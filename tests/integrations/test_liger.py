@@ -191,7 +191,6 @@ def test_the_cross_entropy_returns_what_liger_returns_beside_it(reduction):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("LigerFusedLinearDPOLoss", {"loss_type": "aot"}, "loss_type.*'aot'"),
         ("LigerFusedLinearDPOLoss", {"label_smoothing": 0.1}, "label_smoothing"),
         (
             "LigerFusedLinearCrossEntropyLoss",
@@ -208,6 +207,19 @@ def test_the_cross_entropy_returns_what_liger_returns_beside_it(reduction):
 def test_what_cannot_be_had_is_refused_when_the_module_is_made(kind, options, message):
     with pytest.raises(NotImplementedError, match=message):
         getattr(liger, kind)(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": "aot"}, "loss_type.*'aot'"),
+        ({"loss_type": "exo_pair"}, "label_smoothing must be > 0.*exo_pair"),
+        ({"loss_type": "robust", "label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\).*0.5"),
+    ],
+)
+def test_a_wrong_option_of_dpo_is_named_when_the_module_is_made(options, message):
+    with pytest.raises(ValueError, match=message):
+        liger.LigerFusedLinearDPOLoss(**options)
 
 
 def test_a_reference_that_is_missing_is_named():

@@ -112,7 +112,11 @@ class LigerFusedLinearDPOLoss(_Pairs):
         discopop_tau: float = 0.05,
     ) -> None:
         if loss_type not in DPO_LOSSES:
-            raise NotImplementedError(f"loss_type must be one of {list(DPO_LOSSES)}, got {loss_type!r}")
+            raise ValueError(f"loss_type must be one of {list(DPO_LOSSES)}, got {loss_type!r}")
+        if loss_type == "exo_pair" and not label_smoothing > 0:
+            raise ValueError(f"label_smoothing must be > 0 with loss_type 'exo_pair', got {label_smoothing}")
+        if loss_type == "robust" and not 0 <= label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must be in [0, 0.5) with loss_type 'robust', got {label_smoothing}")
         if label_smoothing and loss_type not in ("exo_pair", "robust"):
             raise NotImplementedError(
                 f"Liger's {loss_type} loss has no label_smoothing; wrpo_kernels.linear_dpo_loss has cDPO's"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -15,7 +17,7 @@ from tiny_runs import SETTINGS, training_lines, wrpo_trainer
 
 from wrpo import DPOConfig, SFTConfig, SFTTrainer, WRPOTrainer
 from wrpo.data.fingerprint import data_fingerprint
-from wrpo.training.run_record import FILE
+from wrpo.training.run_record import FILE, compare
 from wrpo.user_error import UserError
 
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 1, "warmup_steps": 0}
@@ -99,6 +101,27 @@ def test_what_a_row_weighs_and_the_order_of_rows_are_of_the_data():
     table = datasets.Dataset.from_list(rows)
     assert data_fingerprint(table.select([0, 1, 2, 3])) == data_fingerprint(table)
     assert data_fingerprint(table.select([3, 2, 1, 0])) == data_fingerprint(datasets.Dataset.from_list(rows[::-1]))
+
+
+def test_a_list_and_a_dataset_of_the_same_rows_are_the_same_data(monkeypatch):
+    monkeypatch.setattr("wrpo.data.fingerprint.ROWS_AT_A_TIME", 3)
+    monkeypatch.setattr("wrpo.data.lengths.ROWS_AT_A_TIME", 3)
+    rows = tiny_rows(8)
+    for row in rows[::3]:
+        row["reward"] = [1, 0.5, None][: len(row["role"])]
+    expected = data_fingerprint(rows)
+    assert data_fingerprint(datasets.Dataset.from_list([{"reward": None, **row} for row in rows])) == expected
+    tensors = {"prompt_ids": torch.tensor, "response_ids": lambda responses: [np.array(ids) for ids in responses]}
+    arrays = [row | {name: make(row[name]) for name, make in tensors.items()} for row in rows]
+    assert data_fingerprint(arrays) == expected
+    rows[1]["response_ids"] = [[*ids, 3] for ids in rows[1]["response_ids"]]
+    assert data_fingerprint(rows) != expected
+
+
+def test_a_field_that_only_one_of_the_records_has_is_said_and_equal_values_are_not(said):
+    kept = {"adapter.r": 8, "config.rope_scaling": {"a": 1, "b": 2}, "gamma": math.nan, "gone": None, "beta": 1}
+    compare(kept, {"gamma": math.nan, "config.rope_scaling": {"b": 2, "a": 1}, "beta": 2, "new": [3]}, "here")
+    assert said() == ["here goes on otherwise than it began: adapter.r: 8 -> null, beta: 1 -> 2, new: null -> [3]"]
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def compare(kept: dict[str, Any] | None, record: dict[str, Any], checkpoint: str
 
     Args:
         kept: what was read beside the checkpoint.
-        record: of the run that goes on from it.
+        record: of the run that goes on from it. A field that one of the two lacks is null there.
 
     Raises:
         UserError: the checkpoint's state is of another kind of run, or of another model.
@@ -102,9 +102,10 @@ def compare(kept: dict[str, Any] | None, record: dict[str, Any], checkpoint: str
             "%s has no %s: whether the settings of its run are those of this one is not known", checkpoint, FILE
         )
         return
-    other = {name: (kept[name], now) for name, now in record.items() if name in kept and kept[name] != now}
+    both = {name: (_text(kept.get(name)), _text(record.get(name))) for name in {**kept, **record}}
+    other = {name: texts for name, texts in both.items() if texts[0] != texts[1]}
     for name, todo in OF_THE_STATE.items():
-        if name in other:
+        if name in other and name in kept:
             then, now = map(_short, other[name])
             raise UserError(
                 f"resume_from_checkpoint: {checkpoint} is of another run: {name} {then} then, {now} now. {todo}. "
@@ -115,6 +116,10 @@ def compare(kept: dict[str, Any] | None, record: dict[str, Any], checkpoint: str
         logger.warning("%s goes on otherwise than it began: %s", checkpoint, changes)
 
 
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _text(value: Any) -> str:
+    """Equal for equal values, NaN too, and for a field that is absent or null."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+def _short(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."

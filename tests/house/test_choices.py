@@ -15,6 +15,7 @@ from wrpo.sampling.sources import KINDS
 from wrpo.scoring.judge import JudgeSource
 from wrpo.settings import DataSettings, SettingsError, choices_of
 from wrpo.settings.parser import Parser
+from wrpo.training.loss_names import LossName
 
 DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
 COMMANDS = runpy.run_path(str(DOCS / "generate.py"))["COMMANDS"]
@@ -52,6 +53,10 @@ def test_a_value_that_is_none_of_the_choices_is_refused_in_python_too(cls, field
     choices = ", ".join(choices_of(hints[field.name]))
     with pytest.raises(ValueError, match=f"^{field.name}: expected one of {choices}, got 'sideways'"):
         cls(**values)
+
+
+def test_a_setting_that_is_a_choice_or_a_list_of_them_has_each_once():
+    assert choices_of(get_type_hints(WRPOConfig)["loss_type"]) == get_args(LossName)
 
 
 def test_help_and_the_page_of_settings_list_the_choices(capsys):

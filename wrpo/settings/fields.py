@@ -108,8 +108,8 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
 
 
 def choices_of(hint: Any) -> tuple[Any, ...]:
-    """Those of a `Literal`, of a list of one, and of either or None; none where any text will do."""
+    """Those of a `Literal`, of a list of one, and of either or None, each once; none where any text will do."""
     parts = get_args(hint)
     if get_origin(hint) is Literal or str in parts:
         return () if str in parts else parts
-    return tuple(choice for part in parts for choice in choices_of(part))
+    return tuple(dict.fromkeys(choice for part in parts for choice in choices_of(part)))

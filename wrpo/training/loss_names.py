@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+import math
+from typing import Any, Literal, TypeAlias
 
 LossName = Literal[
     "sigmoid", "hinge", "ipo", "simpo", "dpo", "robust", "exo_pair", "discopop", "kto", "sigmoid_norm", "ipo_norm",
@@ -57,8 +58,8 @@ def check_losses(
     contradictions = {
         "loss_type must name a loss, got an empty list": not names,
         f"loss_type {recipes[:1]} is a whole recipe and stands alone, got {names}": len(names) > 1 and bool(recipes),
-        f"loss_weights must be {number} numbers, one for each of {losses_of(loss_type)}, got {weights}": (
-            weights is not None and len(weights) != number
+        f"loss_weights must be {number} finite numbers >= 0, one for each of {losses_of(loss_type)}, got {weights}": (
+            weights is not None and not _are_factors(weights, number)
         ),
         f"gamma belongs to a margin, which loss_type {loss_type!r} has none of; set it to 0": (
             gamma != 0 and all(name in WITHOUT_MARGIN for name in names)
@@ -77,3 +78,13 @@ def check_losses(
     for words, holds in contradictions.items():
         if holds:
             raise ValueError(words)
+
+
+def _are_factors(weights: Any, number: int) -> bool:
+    """A negative one would train towards the rejected answers. NaN fails the comparison. True is an int."""
+    if not isinstance(weights, (list, tuple)) or len(weights) != number:
+        return False
+    return all(
+        isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 <= weight < math.inf
+        for weight in weights
+    )

@@ -88,7 +88,7 @@ class WRPOConfig(FusedHeadConfig):
         group="loss",
     )
     loss_weights: list[float] | None = knob(
-        None, "A factor for each loss of loss_type; for cpo and orpo two. Default: 1 each.", group="loss"
+        None, "A factor >= 0 for each loss of loss_type; for cpo and orpo two. Default: 1 each.", group="loss"
     )
     loss_label_smoothing: float = knob(
         0.0,

@@ -55,6 +55,22 @@ def test_a_resumed_run_goes_on_with_the_reference_as_it_was(tmp_path):
     assert all(torch.equal(value, reference[name]) for name, value in whole.reference.model.state_dict().items())
 
 
+def test_a_checkpoint_of_a_run_that_dies_before_its_callbacks_has_the_reference(tmp_path):
+    class Dies(TrainerCallback):
+        def on_save(self, *_, **__):
+            raise KeyboardInterrupt
+
+    settings = MOVES | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    trainer = wrpo_trainer(tmp_path / "died", **settings)
+    trainer.callback_handler.callbacks.insert(0, Dies())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    resumed = wrpo_trainer(tmp_path / "resumed", **settings)
+    resumed._load_from_checkpoint(str(tmp_path / "died" / "checkpoint-2"))
+    expected = trainer.reference.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.reference.model.state_dict().items())
+
+
 def test_a_checkpoint_whose_reference_stood_still_is_refused(tmp_path):
     still = wrpo_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
     still.train()

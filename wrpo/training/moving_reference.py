@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from wrpo.user_error import UserError
 
@@ -22,7 +21,7 @@ FILE = "moved_reference.safetensors"
 
 
 class MovingReference(TrainerCallback):
-    """Moves the frozen copy, and keeps it in every checkpoint, where a resumed run finds it.
+    """Moves the frozen copy; the trainer keeps it in every checkpoint, where a resumed run finds it.
 
     Args:
         reference: the frozen copy, a model like the policy.
@@ -41,10 +40,9 @@ class MovingReference(TrainerCallback):
         for name, parameter in self.reference.named_parameters():
             parameter.lerp_(policy[name].to(parameter), self.share)
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            save_model(self.reference, str(folder / FILE))
+    def save(self, checkpoint: str) -> None:
+        Path(checkpoint).mkdir(parents=True, exist_ok=True)
+        save_model(self.reference, str(Path(checkpoint) / FILE))
 
     def load(self, checkpoint: str) -> None:
         """Raises UserError for a checkpoint of a run whose reference stood still."""

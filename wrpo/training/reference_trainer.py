@@ -161,6 +161,11 @@ class ReferenceTrainer(HeadTrainer):
         self.moving = MovingReference(reference, args.ref_model_mixup_alpha, args.ref_model_sync_steps)
         self.add_callback(self.moving)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.moving is not None and _internal_call and self.args.should_save and output_dir:  # a checkpoint
+            self.moving.save(output_dir)  # first: a checkpoint that has weights has the reference too
+        super().save_model(output_dir, _internal_call=_internal_call)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.moving is not None:

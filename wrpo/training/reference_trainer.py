@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,20 +199,27 @@ class ReferenceTrainer(HeadTrainer):
             settings["wrapper"] = str(wrapper)
         if args.ld_alpha is not None:
             settings["ld_alpha"] = str(args.ld_alpha)
-        fingerprint = model_fingerprint(model, self.processing_class, settings)
-        folder = Path(args.reference_cache_dir or Path(args.output_dir) / "reference")
-
-        def logp_of(policy: nn.Module, rows: list[dict]) -> Tensor:
-            batch = self._prepare_input(check_batch(self.data_collator(rows), self.of_batch))
-            with nullcontext() if waits else self.accelerator.autocast():
-                return sequence_logp(policy, batch, **self.reference_options())
-
         reference = Precomputed(
-            logp_of,
+            partial(self.logp_of_rows, waits=waits),
             batch_size=args.per_device_eval_batch_size,
             progress=not args.disable_tqdm,
             has_trained=lambda: self.state.global_step > 0,
         )
+        self.give_places(reference, model_fingerprint(model, self.processing_class, settings), waits)
+        if not waits and not reference.is_complete():
+            refuse_partitioned(model, "precompute")
+            reference.fill(model)
+        return reference
+
+    def logp_of_rows(self, model: nn.Module, rows: list[dict], *, waits: bool) -> Tensor:
+        """[S], in the arithmetic of training: of the wrapped policy's own, or of autocast around another model."""
+        batch = self._prepare_input(check_batch(self.data_collator(rows), self.of_batch))
+        with nullcontext() if waits else self.accelerator.autocast():
+            return sequence_logp(model, batch, **self.reference_options())
+
+    def give_places(self, reference: Precomputed, fingerprint: dict[str, str], waits: bool) -> None:
+        """In the table, to each data set that does not bring its own log-probs."""
+        folder = Path(self.args.reference_cache_dir or Path(self.args.output_dir) / "reference")
         lacking = [name for name, data in self.filled_datasets().items() if not brings_reference(data)]
         of_first = waits and takes_weights_of_first_process(self.accelerator)
         done = {
@@ -227,7 +235,3 @@ class ReferenceTrainer(HeadTrainer):
             self.eval_dataset = dict(zip(self.eval_dataset, done.values(), strict=True))
         else:
             (self.eval_dataset,) = done.values()
-        if not waits and not reference.is_complete():
-            refuse_partitioned(model, "precompute")
-            reference.fill(model)
-        return reference

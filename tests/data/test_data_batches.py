@@ -178,7 +178,8 @@ def test_a_response_without_a_token_to_count_is_refused_unless_it_counts_zero(ch
 def test_an_sft_batch_holds_the_source_answer_of_largest_share_or_the_targets():
     tie = TWO | {"share": [0.5, 0.5, 1.0, 1.0]}
     batch = SFTCollator(pad_token_id=0)([ONE, TWO, tie, PAIR])
-    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "lengths"}
+    assert batch["lengths"] == [[2], [3], [1], [1]]
     assert batch["input_ids"].tolist() == [
         [1, 2, 3, 4, 5],
         [1, 2, 4, 5, 6],  # weight 0.75

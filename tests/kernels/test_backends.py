@@ -36,11 +36,15 @@ def calls(dtype: torch.dtype = torch.float32) -> dict[str, Callable[..., torch.T
     logp = torch.randn(6, dtype=wide, requires_grad=True)
     pairs, lengths = logp.chunk(2), torch.full((6,), 4).chunk(2)
     general = GENERAL | {"seq_weight": GENERAL["seq_weight"].to(wide)}
+    kto = {"is_desirable": torch.tensor([True, False] * 3), "kl": 0.5}
     needed: dict[str, tuple[tuple, dict]] = {
         "token_logp": ((logits, labels), {}),
         "linear_token_logp": ((hidden, weight, labels), {}),
         "linear_cross_entropy": ((hidden, weight, labels), {}),
         "linear_token_statistics": ((hidden, weight, labels), {}),
+        "linear_nll_loss": ((hidden, weight, labels), {}),
+        "kto_loss": ((logp, torch.zeros(6, dtype=wide)), kto),
+        "linear_kto_loss": ((hidden, weight, labels, torch.zeros(6, dtype=wide)), kto),
         "preference_loss": ((logp,), general),
         "linear_preference_loss": ((hidden, weight, labels), general),
         "wrpo_loss": ((logp,), {"alpha": 0.3}),

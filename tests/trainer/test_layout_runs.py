@@ -121,6 +121,12 @@ def test_a_reference_that_takes_no_mask_decides_for_both(tmp_path):
         wrpo_trainer(tmp_path, ref_model=attending_model("mamba"), layout="packed")
 
 
+def test_a_reference_with_another_attention_finds_the_form_that_both_take(tmp_path):
+    eager = attending_model("llama", attn_implementation="eager")
+    trainer = wrpo_trainer(tmp_path, attending_model("llama"), ref_model=eager)
+    assert trainer.layout_choice.layout == trainer.data_collator.layout == Layout("shared", "mask")
+
+
 def test_without_the_check_of_the_head_a_name_is_believed_and_auto_is_padded(tmp_path):
     reason = wrpo_trainer(tmp_path, check_head=False).layout_choice.reason
     assert reason == "another layout would save work, but check_head is off; name it, and it is believed"

@@ -170,10 +170,19 @@ def test_a_model_whose_layers_drop_what_they_do_not_know_goes_by_a_mask():
     model = attending_model("llama")
     for layer in model.model.layers:
         inner = layer.self_attn.forward
-        layer.self_attn.forward = lambda *args, pieces=None, inner=inner, **given: inner(*args, **given)
+        layer.self_attn.forward = lambda *args, segments=None, inner=inner, **given: inner(*args, **given)
     install_fused_head(model)
     options = {"rows": rows_of("long prompts"), "collator": PreferenceCollator(0), "batch_size": 2}
     assert choose_layout("auto", model, **options).layout.attention == "mask"
+    assert choose_layout("shared", model, **options).layout == Layout("shared", "mask")
+    with pytest.raises(ValueError, match="LlamaForCausalLM does not tell its attention where the sequences of a row"):
+        logps(model, collated(rows_of("long prompts"), Layout("shared", "bounds")))
+
+
+def test_without_a_probe_rows_go_by_a_mask():
+    model = attending_model("llama")
+    install_fused_head(model)
+    options = {"rows": rows_of("long prompts"), "collator": PreferenceCollator(0), "batch_size": 2, "probe": False}
     assert choose_layout("shared", model, **options).layout == Layout("shared", "mask")
 
 

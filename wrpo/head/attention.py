@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .segment_attention import Piece, Sees, known_by_attention, pieces_of
+from .segment_attention import Piece, Sees, Segments, known_by_attention, pieces_of
 
 # In a batch, and in no model's forward.
 OF_PLACES = ("segment", "branch", "segment_bounds", "query_bounds", "key_bounds", "key_rows")
@@ -74,7 +74,8 @@ def with_attention(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     known_by_attention(name)
     if name == "sdpa":
         # One that holds for the whole row, which no model changes, and that the pieces replace.
-        return plain | {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "pieces": pieces(model, inputs)}
+        whole = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+        return plain | {"attention_mask": whole, "segments": Segments(pieces(model, inputs))}
     return plain | _bounds(inputs)
 
 
@@ -97,7 +98,8 @@ def _bounds(inputs: dict[str, Any]) -> dict[str, Any]:
         "cu_seq_lens_k": inputs.get("key_bounds", segments),
         "max_length_q": most,  # of a segment: a bound that no device is waited for
         "max_length_k": most,
-    } | ({"key_rows": inputs["key_rows"]} if "key_rows" in inputs else {})
+        "segments": Segments(key_rows=inputs.get("key_rows")),
+    }
 
 
 def pieces(model: nn.Module, inputs: dict[str, Any]) -> dict[str, list[Piece]]:

@@ -109,7 +109,8 @@ def run_in_head(model: nn.Module, head_fn: HeadFn, **inputs: Any) -> Any:
 
     Raises:
         RuntimeError: the model's forward did not call `head_fn`: it has no fused head.
-        ValueError: `adapter_names` among the inputs, and an adapter on the head.
+        ValueError: `adapter_names` among the inputs, and an adapter on the head; or rows with several sequences by
+            bounds, of which the model does not tell its attention.
     """
     returned: list[Any] = []
     if inputs.get("adapter_names") is not None:
@@ -216,7 +217,10 @@ def _accept_head_fn(model: nn.Module) -> None:
             return plain(*args, **kwargs)
         hidden_rows = kwargs.pop("hidden_rows", None)
         with _loss_in_place_of_logits(self, head_fn, hidden_rows) as call:
-            plain(*args, use_cache=False, **with_attention(self, kwargs))
+            given = with_attention(self, kwargs)
+            plain(*args, use_cache=False, **given)
+            if "segments" in given:
+                given["segments"].check_arrived(type(self).__name__)
         if call.result is None:
             raise RuntimeError(f"{type(self).__name__} did not run its output head; its logits come from elsewhere")
         return call.result

@@ -3,8 +3,9 @@
     sdpa    segment by segment: the prompt causally, then its responses over the segment under a mask of their own
     flash   bounds, and with them `key_rows`: the keys and values of a prompt once more before each of its responses
 
-Both come as arguments of attention that a model's forward hands on (`known_by_attention` teaches them to transformers);
-without them attention is what it was.
+Both come as `segments`, an argument that a model's forward hands on to its attention (`known_by_attention` teaches it
+to transformers); without it attention is what it was. A model that drops it would let every token see every other, so
+who runs the model asks afterwards whether it arrived.
 """
 
 from __future__ import annotations
@@ -26,6 +27,28 @@ class Piece(NamedTuple):
     queries: slice
     keys: slice
     mask: Tensor | None
+
+
+class Segments:
+    """What attention is told of one row.
+
+    Attributes:
+        pieces: by type of layer, what the row is computed in; layers that are given `sliding_window` have a window.
+            None: by the bounds that flash-attention is given.
+        key_rows: [M] int64, the places of the keys and values that the bounds of keys count. None: all, in order.
+        arrived: whether any attention was told.
+    """
+
+    def __init__(self, pieces: dict[str, list[Piece]] | None = None, key_rows: Tensor | None = None) -> None:
+        self.pieces, self.key_rows, self.arrived = pieces, key_rows, False
+
+    def check_arrived(self, model: str) -> None:
+        """Raises ValueError: the model dropped this on the way to its attention."""
+        if not self.arrived:
+            raise ValueError(
+                f"{model} does not tell its attention where the sequences of a row begin, so each sees the others: "
+                'use a layout by "mask" (Layout(name, "mask")), or layout padded'
+            )
 
 
 def pieces_of(branch: Tensor, bounds: list[int], sees: Sees, *, is_near: bool) -> list[Piece]:
@@ -55,18 +78,14 @@ def _mask(sees: Sees, queries: slice, keys: slice) -> Tensor:
 
 
 def known_by_attention(name: str) -> None:
-    """Teach the attention of this name `pieces` and `key_rows`, once in a process."""
+    """Teach the attention of this name `segments`, once in a process."""
     inner = ALL_ATTENTION_FUNCTIONS[name]
     if not getattr(inner, "takes_segments", False):
         ALL_ATTENTION_FUNCTIONS.register(name, with_segments(inner))
 
 
 def with_segments(inner: Callable) -> Callable:
-    """The attention of transformers `inner` with two more arguments.
-
-    pieces: by type of layer, what the row is computed in; layers that are given `sliding_window` have a window.
-    key_rows: [M] int64, the places of the keys and values that the bounds of keys count.
-    """
+    """The attention of transformers `inner`, which also takes `Segments`."""
 
     def attention(
         module: Any,
@@ -74,18 +93,20 @@ def with_segments(inner: Callable) -> Callable:
         key: Tensor,
         value: Tensor,
         attention_mask: Any,
-        pieces: dict[str, list[Piece]] | None = None,
-        key_rows: Tensor | None = None,
+        segments: Segments | None = None,
         **options: Any,
     ) -> tuple[Tensor, Any]:
-        if key_rows is not None:
-            key, value = (states.index_select(2, key_rows) for states in (key, value))
-        if pieces is None:
+        if segments is None:
+            return inner(module, query, key, value, attention_mask, **options)
+        segments.arrived = True
+        if segments.key_rows is not None:
+            key, value = (states.index_select(2, segments.key_rows) for states in (key, value))
+        if segments.pieces is None:
             return inner(module, query, key, value, attention_mask, **options)
         kind = "sliding_attention" if options.get("sliding_window") else "full_attention"
         outputs = [
             inner(module, query[:, :, queries], key[:, :, keys], value[:, :, keys], mask, **options)[0]
-            for queries, keys, mask in pieces[kind]
+            for queries, keys, mask in segments.pieces[kind]
         ]
         return torch.cat(outputs, dim=1), None
 

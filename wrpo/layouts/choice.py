@@ -80,6 +80,7 @@ def choose_layout(
         return _without(wanted, "there are no rows to look at")
     try:
         forms = attention_forms(find_causal_lm(model))
+        forms = forms if probe else forms[-1:]  # a mask is what most models take; who takes bounds is seen by asking
     except ValueError as error:
         return _without(wanted, str(error))
 

@@ -9,8 +9,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from wrpo.data.collation import PreferenceCollator, SFTCollator, with_layout
-from wrpo.data.layout import PADDED
-from wrpo.head.fused_head import install_fused_head
+from wrpo.data.layout import PADDED, Layout
+from wrpo.head.attention import attention_forms
+from wrpo.head.fused_head import find_causal_lm, install_fused_head
 from wrpo.head.wrapping import is_partitioned
 from wrpo.layouts import Choice, choose_layout
 from wrpo.layouts.choice import probed
@@ -85,12 +86,28 @@ class LayoutTrainer(Trainer):
         if layout == PADDED or not self.args.check_head or not can_run:
             return
         install_fused_head(model)
-        collator, autocast = self.data_collator, self.accelerator.autocast
-        reason = self.of_main_process(lambda: disagreement(model, probed(rows), collator, layout, autocast))
-        if reason is not None and self.args.layout != "auto":
-            raise ValueError(f"layout {layout.name!r}: reference: {reason}. Use layout padded, or auto")
-        if reason is not None:
+        layout, reason = self.of_main_process(lambda: self.layout_for_both(model, layout, probed(rows)))
+        if layout is not None:
+            self.use_layout(Choice(layout, self.layout_choice.reason))
+        elif self.args.layout != "auto":
+            raise ValueError(f"layout {self.args.layout!r}: reference: {reason}. Use layout padded, or auto")
+        else:
             self.use_layout(Choice(PADDED, f"reference: {reason}"))
+
+    def layout_for_both(self, model: nn.Module, layout: Layout, rows: list[dict]) -> tuple[Layout | None, str]:
+        """The policy's layout if the other model agrees, else that by the next form of attention that both take; and
+        why it is none."""
+        options = self.data_collator, self.accelerator.autocast
+        reason = disagreement(model, rows, options[0], layout, options[1])
+        if reason is None:
+            return layout, ""
+        for form in forms_of(self.model):
+            other = Layout(layout.name, form)
+            if form != layout.attention and form in forms_of(model):
+                asked = (disagreement(one, rows, options[0], other, options[1]) for one in (self.model, model))
+                if all(answer is None for answer in asked):
+                    return other, ""
+        return None, reason
 
     def can_be_asked(self, model: nn.Module) -> bool:
         """Not before it is wrapped where that brings its weights together (ZeRO-3) or onto the device (FSDP)."""
@@ -112,6 +129,14 @@ class LayoutTrainer(Trainer):
         if words is not None:
             raise own_error or ValueError(words)
         return result
+
+
+def forms_of(model: nn.Module) -> tuple[str, ...]:
+    """As `attention_forms`; none where the attention is not known."""
+    try:
+        return attention_forms(find_causal_lm(model))
+    except ValueError:
+        return ()
 
 
 class LayoutOnceWrapped(TrainerCallback):

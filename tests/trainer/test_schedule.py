@@ -94,6 +94,7 @@ def test_a_bad_value_raises_and_names_the_field(field, value, tmp_path):
         ({"loss_weights": ["1"]}, r"loss_weights .*got \['1'\]"),
         ({"loss_weights": 0.5}, "loss_weights .*got 0.5"),
         ({"loss_type": "bco_pair", "f_divergence_type": "forward_kl"}, "'forward_kl' belongs to .*'bco_pair'"),
+        ({"f_divergence_type": "forward_kl", "reference": "none"}, "'forward_kl' bends .* reference 'none'"),
         ({"loss_type": "orpo", "reference": "precompute"}, "reference must be none"),
         ({"alpha_schedule": "adaptive", "alpha_warmup_ratio": 0.5}, "alpha_warmup_ratio .* alpha_schedule 'adaptive'"),
         (

@@ -19,6 +19,7 @@ from wrpo_kernels.checks import (
 from wrpo_kernels.likelihood import linear_nll_loss
 from wrpo_kernels.linear_token_logp import linear_token_logp
 from wrpo_kernels.linear_token_statistics import linear_token_statistics
+from wrpo_kernels.lm_head.head import no_autocast
 from wrpo_kernels.lm_head.labels import shifted_labels
 from wrpo_kernels.logit_transform import LogitTransform
 
@@ -123,7 +124,8 @@ def linear_cross_entropy(
         rows = counts.reshape(-1).nonzero()[:, 0]
         some = (hidden.reshape(-1, hidden.shape[-1])[rows], labels.reshape(-1)[rows], logp.reshape(-1)[rows])
         transform = LogitTransform(bias, logit_scale, 0.0, temperature)
-        more = _of_all_tokens(*some, weight, transform, class_weight, label_smoothing, z_loss)
+        with no_autocast(hidden):
+            more = _of_all_tokens(*some, weight, transform, class_weight, label_smoothing, z_loss)
         loss = loss + torch.zeros_like(loss).view(-1).index_copy(0, rows, more).view(loss.shape)
     if reduction == "none":
         return loss

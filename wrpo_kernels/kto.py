@@ -107,7 +107,7 @@ def linear_kto_loss(
     Args:
         hidden: [S, T, D] float32 | bfloat16 | float16, or packed [N, D] with `cu_seqlens`.
         weight: [V, D] head.
-        labels: [S, T] int64 (or [N]); `ignore_index` marks prompt and padding, which never reach the head.
+        labels: [S, T] int64 | int32 (or [N]); `ignore_index` marks prompt and padding, which never reach the head.
         ref_logp: [S] float32, summed reference log-prob of each response, nats; None is reference-free. Default: None.
         is_desirable, kl, beta, desirable_weight, undesirable_weight: as kto_loss.
         reduction, normalizer, empty, bias, adapter, logit_scale, softcap, temperature, ignore_index, shift,

@@ -199,6 +199,11 @@ def test_the_cross_entropy_returns_what_liger_returns_beside_it(reduction):
         ),
         (
             "LigerFusedLinearCrossEntropyLoss",
+            {"ce_weight": torch.ones(V), "label_smoothing": 0.1, "softcap": 5.0},
+            "ce_weight together with label_smoothing and softcap",
+        ),
+        (
+            "LigerFusedLinearCrossEntropyLoss",
             {"use_token_scaling": True, "label_smoothing": 0.1},
             "use_token_scaling with",
         ),
@@ -226,3 +231,35 @@ def test_a_reference_that_is_missing_is_named():
     (weight, hidden, _), rest = problem("")
     with pytest.raises(ValueError, match="ref_input and ref_weight"):
         liger.LigerFusedLinearDPOLoss()(weight, hidden, rest["target"])
+
+
+def test_odds_of_a_sure_rejected_response_are_finite_with_their_gradient():
+    hidden, weight = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]), torch.tensor([[0.5, 200.0], [0.0, 0.0], [0.0, 0.0]])
+    given = [x.requires_grad_() for x in (weight, hidden)]
+    loss, logged = liger.LigerFusedLinearORPOLoss()(*given, torch.tensor([[0], [0]]))
+    assert loss.isfinite() and all(x.isfinite().all() for x in logged)
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(loss, given))
+
+
+def test_an_ignored_position_is_never_right_whatever_marks_it():
+    (weight, hidden, bias), rest = problem("")
+    hidden, target = hidden.detach().flatten(0, 1), rest["target"].flatten()
+    module, found = liger.LigerFusedLinearCrossEntropyLoss, []
+    for mark in (-100, -1):
+        labels = target.where(target != -100, mark)
+        found.append(module(ignore_index=mark, return_token_accuracy=True)(weight, hidden, labels, bias).token_accuracy)
+    assert torch.equal(*found) and found[0] < 1
+
+
+def test_the_mean_logits_are_float32_under_autocast():
+    (weight, hidden, bias), _ = problem("")
+    expected = liger.mean_logits(hidden.bfloat16(), weight, bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert liger.mean_logits(hidden.bfloat16(), weight, bias) == expected
+
+
+def test_float64_stays_itself_under_autocast_as_in_a_linear_layer():
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.float64, torch.float32):
+            x = torch.ones(2, 2, dtype=dtype)
+            assert liger.as_linear_takes_it(x).dtype == F.linear(x, x).dtype

@@ -202,6 +202,69 @@ def test_a_group_of_weight_zero_leaves_no_trace_in_any_loss(name, backend, devic
     assert not grad[options["group"] == 1].any() and grad.isfinite().all()
 
 
+@pytest.mark.parametrize("name", FORMULAS)
+def test_a_group_weight_is_a_factor_of_every_loss(name, backend, device):
+    logp, options = problem(device)
+    options |= {"loss_type": [name], "loss_weights": [1.0], "reduction": "none"}
+    weight = torch.tensor([2.0, 0.5, 1.0, 4.0], device=device)
+    one = preference_loss(logp, **options, backend=backend).loss
+    torch.testing.assert_close(
+        preference_loss(logp, **options, group_weight=weight, backend=backend).loss, weight * one
+    )
+
+
+def test_unpaired_transport_sorts_the_rewards_each_of_its_own_beta(backend, device):
+    logp, options = problem(device)
+    beta = torch.tensor([0.02, 3.0, 0.4, 0.1], device=device)
+    exact, x = logp.double().requires_grad_(), logp.clone().requires_grad_()
+    sides = Sides(exact, options["ref_logp"].double())
+    c, r = sides.of(beta.double()[options["group"]] * (sides.logp - sides.ref_logp))
+    truth = softplus(r.sort().values[c.argsort().argsort()] - c).sum()
+    loss = preference_loss(
+        x, **options | {"beta": beta, "loss_type": "aot_unpaired", "reduction": "sum"}, backend=backend
+    ).loss
+    torch.testing.assert_close(loss.double(), truth)
+    (grad,), (true,) = torch.autograd.grad(loss, x), torch.autograd.grad(truth, exact)
+    torch.testing.assert_close(grad.double(), true, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sure", [0, 1])
+def test_odds_of_a_sure_response_are_finite_with_their_gradient(sure, backend, device):
+    """Also where rounding has made of its log-prob a little more than 0."""
+    for value in (0.0, 1e-9):
+        logp = torch.tensor([-0.7, -0.7], device=device).index_fill_(0, torch.tensor(sure, device=device), value)
+        pair = {"seq_weight": torch.tensor([1.0, -1.0]), "group": torch.tensor([0, 0]), "length": torch.tensor([1, 1])}
+        pair = {name: tensor.to(device) for name, tensor in pair.items()}
+        x = logp.requires_grad_()
+        loss = preference_loss(x, **pair, beta=0.1, loss_type="orpo", backend=backend).loss
+        (grad,) = torch.autograd.grad(loss, x)
+        assert loss.isfinite() and loss >= 0 and grad.isfinite().all()
+        assert grad[0] < 0 < grad[1]
+
+
+@pytest.mark.parametrize("nats", [20.0, 200.0])
+def test_a_sure_rejected_token_is_still_unlearnt_from_hidden_states(nats):
+    hidden, head = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]), torch.tensor([[0.5, nats], [0.0, 0.0], [0.0, 0.0]])
+    given = [x.requires_grad_() for x in (hidden, head)]
+    pair = {"seq_weight": torch.tensor([1.0, -1.0]), "group": torch.tensor([0, 0])}
+    out = linear_preference_loss(*given, torch.tensor([[0], [0]]), **pair, beta=0.1, loss_type="orpo")
+    grads = torch.autograd.grad(out.loss, given)
+    assert out.loss.isfinite() and all(grad.isfinite().all() for grad in grads)
+    assert (out.logp[1] == 0) if nats == 200 else (grads[0][1, 0, 1] > 0)
+
+
+def test_an_empty_response_leaves_no_trace_in_the_odds(backend, device):
+    logp, options = problem(device)
+    length = options["length"].clone()
+    length[4], logp[4] = 0, 0.0
+    x = logp.requires_grad_()
+    loss = preference_loss(
+        x, **options | {"length": length, "loss_type": "orpo", "empty": "zero"}, backend=backend
+    ).loss
+    (grad,) = torch.autograd.grad(loss, x)
+    assert loss.isfinite() and grad.isfinite().all() and not grad[options["group"] == 1].any()
+
+
 @pytest.mark.parametrize("name", ["bco_pair", "sft", "aot"])
 def test_from_hidden_states_it_is_the_loss_of_their_log_probs(name):
     hidden = torch.randn(12, 9, 6, requires_grad=True)
@@ -244,6 +307,7 @@ REFUSED = {
         {"loss_type": ["sigmoid", "bco_pair"], "f_divergence_type": "forward_kl"},
         "forward_kl.*one margin.*bco_pair",
     ),
+    "a divergence from nothing": ({"f_divergence_type": "forward_kl", "ref_logp": None}, "forward_kl.*needs ref_logp"),
 }
 
 
@@ -253,3 +317,9 @@ def test_a_loss_that_means_nothing_is_refused(name):
     logp, options = problem(torch.device("cpu"))
     with pytest.raises(ValueError, match=f"(?s){message}"):
         preference_loss(logp, **options | changes)
+
+
+def test_one_number_as_the_weights_of_losses_is_named():
+    logp, options = problem(torch.device("cpu"))
+    with pytest.raises(TypeError, match=r"loss_weights must be a list of numbers.*got 2\.0"):
+        preference_loss(logp, **options, loss_weights=2.0)

@@ -107,6 +107,19 @@ def test_of_sixteen_bits_only_the_logits_are_rounded(options):
     ).all()  # half of the label's, half of the others'
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_autocast_leaves_the_products_of_all_tokens_alone(weighted):
+    *given, labels = head(torch.float32)
+    class_weight = torch.linspace(0.1, 1.0, V) if weighted else None
+    options = {"bias": given[2], "class_weight": class_weight, "label_smoothing": 0.1, "z_loss": 0.01}
+    expected = linear_cross_entropy(*given[:2], labels, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = linear_cross_entropy(*given[:2], labels, **options)
+    oracle.assert_same_bits("loss", got, expected)
+    for grad, true in zip(*(torch.autograd.grad(x, given) for x in (got, expected)), strict=True):
+        oracle.assert_same_bits("gradient", grad, true)
+
+
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.01}], ids=str)
 def test_a_batch_without_labels_is_nan_in_the_mean_as_in_torch_and_zero_in_the_sum(options):
     hidden, weight, _, labels = head()

@@ -89,6 +89,7 @@ def test_a_bad_value_raises_and_names_the_field(field, value, tmp_path):
         ({"loss_type": "bco_pair", "gamma": 0.5}, "gamma belongs to a margin, .*'bco_pair'"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, r"loss_weights must be 2 numbers.*got \[1.0\]"),
         ({"loss_type": "bco_pair", "f_divergence_type": "forward_kl"}, "'forward_kl' belongs to .*'bco_pair'"),
+        ({"f_divergence_type": "forward_kl", "reference": "none"}, "'forward_kl' bends .* reference 'none'"),
         ({"loss_type": "orpo", "reference": "precompute"}, "reference must be none"),
         ({"alpha_schedule": "adaptive", "alpha_warmup_ratio": 0.5}, "alpha_warmup_ratio .* alpha_schedule 'adaptive'"),
         (

@@ -70,6 +70,9 @@ def check_losses(
         f"f_divergence_type {divergence!r} belongs to losses of one margin, got loss_type {unbent[:1]}": (
             divergence != "reverse_kl" and bool(unbent)
         ),
+        f"f_divergence_type {divergence!r} bends the log-ratio to a reference, got reference 'none'": (
+            divergence != "reverse_kl" and reference == "none"
+        ),
         f"reference must be none (or auto) for loss_type {loss_type!r}, got {reference!r}": (
             loss_type in REFERENCE_FREE and reference not in ("auto", "none")
         ),

@@ -17,7 +17,9 @@ from wrpo_kernels.cross_entropy import linear_cross_entropy
 from wrpo_kernels.integrations.autocast import as_linear_takes_it
 from wrpo_kernels.linear_token_logp import linear_token_logp
 from wrpo_kernels.linear_token_statistics import linear_token_statistics
+from wrpo_kernels.lm_head.head import no_autocast
 from wrpo_kernels.pairwise import linear_dpo_loss
+from wrpo_kernels.preference_loss.catalogue import log_odds
 
 __all__ = [
     "LigerFusedLinearCPOLoss",
@@ -52,11 +54,18 @@ class _Pairs(nn.Module):
         self.loss = loss
 
     def of_pairs(
-        self, weight: Tensor, hidden: Tensor, target: Tensor, bias: Tensor | None, ref_logp: Tensor | None = None
+        self,
+        weight: Tensor,
+        hidden: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
+        ref_logp: Tensor | None = None,
+        nll_elsewhere: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         hidden, pairs = as_linear_takes_it(hidden), target.shape[0] // 2
         length = (target != self.ignore_index).sum(1)
         tokens = length[:pairs].sum().clamp(min=1)
+        has_nll = self.compute_nll_loss and not nll_elsewhere
         out = linear_dpo_loss(
             hidden,
             weight,
@@ -66,10 +75,10 @@ class _Pairs(nn.Module):
             ignore_index=self.ignore_index,
             beta=self.beta,
             length_normalize=self.average_log_prob,
-            nll_weight=self._of_chosen_tokens(length[:pairs], tokens) if self.compute_nll_loss else 0.0,
+            nll_weight=self._of_chosen_tokens(length[:pairs], tokens) if has_nll else 0.0,
             **self.loss,
         )
-        nll = -out.logp[:pairs].sum() / tokens if self.compute_nll_loss else out.logp.new_zeros(())
+        nll = -out.logp[:pairs].sum() / tokens if has_nll else out.logp.new_zeros(())
         logp = out.logp / length if self.average_log_prob else out.logp
         means = mean_logits(hidden, weight, bias)
         return out.loss, (*logp.split(pairs), *means, nll, *out.reward.split(pairs))
@@ -86,9 +95,10 @@ def mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Te
 
     By linearity it is the product of two means, in float32.
     """
-    direction = weight.mean(0, dtype=torch.float32)
-    offset = 0.0 if bias is None else bias.mean(dtype=torch.float32)
-    return tuple(half.mean((0, 1), dtype=torch.float32) @ direction + offset for half in hidden.chunk(2))
+    with no_autocast(hidden):
+        direction = weight.mean(0, dtype=torch.float32)
+        offset = 0.0 if bias is None else bias.mean(dtype=torch.float32)
+        return tuple(half.mean((0, 1), dtype=torch.float32) @ direction + offset for half in hidden.chunk(2))
 
 
 class LigerFusedLinearDPOLoss(_Pairs):
@@ -191,13 +201,14 @@ class LigerFusedLinearSimPOLoss(_Pairs):
         return self.of_pairs(lin_weight, _input, target, bias)
 
 
-class LigerFusedLinearORPOLoss(nn.Module):
+class LigerFusedLinearORPOLoss(_Pairs):
     """liger_kernel.chunked_loss.LigerFusedLinearORPOLoss.
 
         o(y) = log P - log(1 - P), log P the mean log-prob of y's tokens
         loss = mean NLL of all tokens of the chosen - beta mean_b log sigmoid(o(chosen b) - o(rejected b))
 
-    Returns as the pairs' losses, and mean log sigmoid and mean log odds ratio besides. Source: arXiv:2403.07691.
+    Returns as the pairs' losses, and mean log sigmoid and mean log odds ratio besides. With `nll_target` the NLL is of
+    these labels, one more product of the head. Source: arXiv:2403.07691.
     """
 
     def __init__(
@@ -208,8 +219,7 @@ class LigerFusedLinearORPOLoss(nn.Module):
         compiled: bool = True,
         chunk_size: int = 1,
     ) -> None:
-        super().__init__()
-        self.ignore_index, self.beta, self.compute_nll_loss = ignore_index, beta, compute_nll_loss
+        super().__init__(ignore_index, beta, 1.0, compute_nll_loss, True, loss_type="orpo")
 
     def forward(
         self,
@@ -219,23 +229,16 @@ class LigerFusedLinearORPOLoss(nn.Module):
         bias: Tensor | None = None,
         nll_target: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        hidden, pairs = as_linear_takes_it(_input), target.shape[0] // 2
-        options = {"bias": bias, "ignore_index": self.ignore_index}
-        length = (target != self.ignore_index).sum(1)
-        token_logp = linear_token_logp(hidden, lin_weight, target, **options)
-        logp = token_logp.sum(1) / length
-        chosen, rejected = logp.split(pairs)
-        log_odds = (chosen - rejected) - (torch.log(-torch.expm1(chosen)) - torch.log(-torch.expm1(rejected)))
-        log_share = nn.functional.logsigmoid(log_odds)
-        nll = logp.new_zeros(())
-        if self.compute_nll_loss and nll_target is None:
-            nll = -token_logp[:pairs].sum() / length[:pairs].sum()
-        elif self.compute_nll_loss:
-            nll = linear_cross_entropy(hidden[:pairs], lin_weight, nll_target[:pairs], **options)
-        means = mean_logits(hidden, lin_weight, bias)
-        logged = (chosen, rejected, *means, nll, self.beta * chosen, self.beta * rejected)
-        more = (log_share.mean(), log_odds.mean())
-        return nll - self.beta * log_share.mean(), tuple(x.detach() for x in (*logged, *more))
+        own = nll_target if self.compute_nll_loss else None
+        loss, logged = self.of_pairs(lin_weight, _input, target, bias, nll_elsewhere=own is not None)
+        chosen, rejected, *means, nll, chosen_reward, rejected_reward = logged
+        if own is not None:
+            half = as_linear_takes_it(_input)[: len(chosen)], lin_weight, own[: len(chosen)]
+            nll = linear_cross_entropy(*half, bias=bias, ignore_index=self.ignore_index)
+            loss = loss + nll
+        odds = (log_odds(chosen.double()) - log_odds(rejected.double())).to(chosen.dtype)
+        more = (nn.functional.logsigmoid(odds).mean(), odds.mean())
+        return loss, (chosen, rejected, *means, nll.detach(), chosen_reward, rejected_reward, *more)
 
 
 class CrossEntropyOutput(NamedTuple):
@@ -268,6 +271,9 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         super().__init__()
         refused = {
             "ce_weight together with lse_square_scale": ce_weight is not None and lse_square_scale,
+            "ce_weight together with label_smoothing and softcap": ce_weight is not None
+            and label_smoothing
+            and softcap,
             "use_token_scaling with ce_weight, label_smoothing or lse_square_scale": use_token_scaling
             and (ce_weight is not None or label_smoothing or lse_square_scale),
         }
@@ -299,7 +305,7 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
     @torch.no_grad()
     def _beside(self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> list[Tensor | None]:
         found = linear_token_statistics(hidden, weight, target, outputs=("lse", "top1"), bias=bias, **self.head)
-        is_right = (found.top1 == target).float()
+        is_right = ((found.top1 == target) & (target != self.head["ignore_index"])).float()
         accuracy = is_right if self.reduction == "none" else is_right.sum() / self._number(target)
         values = (self._reduced(self.lse_square_scale * found.lse**2, target), accuracy, found.top1)
         return [value if wanted else None for value, wanted in zip(values, self.returned, strict=True)]

@@ -101,17 +101,19 @@ def preference_loss(
         loss_weights: a number for each loss_type. Default: 1 each.
         f_divergence_type: what bends the log-ratios u = logp - ref_logp of losses of one margin: "reverse_kl" not at
             all; "forward_kl" to 1 - exp(-u); "js_divergence" to log 2 + log sigmoid(u); "alpha_divergence" to
-            (exp((a - 1) u) - 1) / (a - 1). The rewards returned are not bent. Default: "reverse_kl".
+            (exp((a - 1) u) - 1) / (a - 1). All but the first need ref_logp. The rewards returned are not bent.
+            Default: "reverse_kl".
         f_alpha_divergence_coef: a. Default: 0.5.
-        label_smoothing: probability that a preference is flipped, in [0, 0.5); for "sigmoid", "robust", and "exo_pair",
-            which needs one (its paper: 0.001). Default: 0.
+        label_smoothing: probability that a preference is flipped, in [0, 0.5); for "sigmoid", "sigmoid_norm", "robust",
+            "aot", "aot_unpaired", and "exo_pair", which needs one (its paper: 0.001). Default: 0.
         discopop_tau: temperature of the mixture in "discopop", > 0. Default: 0.05, the paper's.
-        length: [S] int64, number of counted tokens; needed by length_normalize and by empty="zero". Default: none.
+        length: [S] int64, number of counted tokens; needed by length_normalize, by empty="zero", and by "orpo", "sft",
+            "sigmoid_norm" and "ipo_norm". Default: none.
         length_normalize: divide each response's log-ratio by its own length. Default: False.
         nll_weight: number >= 0, or [S] float32 of either sign, weight of each response's negative log-likelihood.
             Default: 0.
-        group_weight: [G] float32, weight of each example's margin loss; 0 switches it off whatever the margin, and
-            leaves the example's NLL to `nll_weight`. Default: 1.
+        group_weight: [G] float32, factor of each example's loss, of every loss_type; 0 switches it off whatever the
+            margin, in "aot" also its rank and in "sft" its tokens, and leaves its NLL to `nll_weight`. Default: 1.
         num_groups: G; None reads it from `group`, which waits for the device on an accelerator, and which
             torch.compile cannot do in one graph. Default: None.
         reduction: "mean" over groups, "sum", or "none" for [G]. Default: "mean".

@@ -24,7 +24,7 @@ and the slopes; nothing here has a derivative of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +60,7 @@ TERMS: dict[str, tuple[Term, ...]] = {name: (Term(name),) for name in LOSS_TYPES
 CATALOGUE = (*TERMS, "sft")
 BY_LENGTH = ("sigmoid_norm", "ipo_norm", "sft", "orpo")
 OF_DIVERGENCES = (*LOSS_TYPES, "sigmoid_norm", "ipo_norm", "sft")
+SURE = -(2.0**-24)  # log of the largest float32 below 1
 
 
 class Mixture(NamedTuple):
@@ -78,6 +79,8 @@ def family_or_mixture(
     for name in names or ("",):
         if name not in CATALOGUE:
             raise ValueError(f"loss_type must be one of {list(CATALOGUE)}, or a list of them, got {loss_type!r}")
+    if loss_weights is not None and not isinstance(loss_weights, Iterable):
+        raise TypeError(f"loss_weights must be a list of numbers, one a loss_type, got {loss_weights!r}")
     weights = (1.0,) * len(names) if loss_weights is None else tuple(loss_weights)
     if len(weights) != len(names):
         raise ValueError(f"loss_weights must be {len(names)} numbers, one a loss_type, got {len(weights)}")
@@ -98,6 +101,9 @@ def check_mixture(mixture: Mixture, loss: LossArguments) -> None:
     has_gamma = loss.family.gamma != 0 or loss.sequences.group_gamma is not None
     if has_gamma and not any(_has_margin(name) for name in mixture.loss_types):
         raise ValueError(f"gamma belongs to a margin, which loss_type {', '.join(mixture.loss_types)!r} has none of")
+    if mixture.divergence.bends and loss.sequences.ref_logp is None:
+        kind = mixture.divergence.kind
+        raise ValueError(f"f_divergence_type {kind!r} bends the log-ratio to a reference: it needs ref_logp, got None")
     by_length = [name for name in mixture.loss_types if name in BY_LENGTH]
     if by_length and loss.sequences.length is None:
         raise ValueError(f"loss_type {by_length[0]!r} needs length, the number of counted tokens of each sequence [S]")
@@ -151,31 +157,40 @@ def _operands(name: str, logp: Tensor, loss: LossArguments, divergence: Divergen
     elif name == "aot_unpaired":
         sequences = _with_sorted_rejected(logp.detach(), sequences, num_groups, family)
     elif name == "orpo":
-        logp, sequences = _log_odds(logp, sequences.length), _weighted_by_beta(sequences, num_groups, family)
+        mean = (logp.double() / sequences.length.clamp(min=1)).where(sequences.length > 0, -1.0)  # of none: any
+        logp, sequences = log_odds(mean).to(logp.dtype), _weighted_by_beta(sequences, num_groups, family)
         family = Family(1.0, 0.0, "sigmoid", 0.0, family.discopop_tau, False)
     elif divergence.bends:
-        logp = score(logp if sequences.ref_logp is None else logp - sequences.ref_logp, divergence)
+        logp = score(logp - sequences.ref_logp, divergence)
         sequences = _changed(sequences, ref_logp=None)
     return logp, LossArguments(sequences, num_groups, family)
 
 
 def _token_mean(logp: Tensor, loss: LossArguments) -> Tensor:
-    """[G], whose mean over the groups of weight not 0 is the negative log-likelihood a token of what is preferred."""
+    """[G], whose mean over the groups of weight not 0 is the negative log-likelihood a token of what is preferred.
+
+    As in every loss, the weight of a group multiplies its value.
+    """
     sequences, num_groups, _ = loss
-    share = sequences.seq_weight.double().clamp(min=0.0)  # [S]
+    share = factor = sequences.seq_weight.double().clamp(min=0.0)  # [S]
     counted: int | Tensor = num_groups
     if sequences.group_weight is not None:
-        share = share * sequences.group_weight[sequences.group.clamp(0, num_groups - 1)]
+        weight = sequences.group_weight[sequences.group.clamp(0, num_groups - 1)]
+        share, factor = share.where(weight != 0, 0.0), share * weight
         counted = (sequences.group_weight != 0).sum()
     tokens = (share * sequences.length).sum().clamp(min=torch.finfo(torch.float32).tiny)
-    nll = weighted(-share * counted / tokens, logp.double())
+    nll = weighted(-factor * counted / tokens, logp.double())
     return _by_group(nll, sequences.group, num_groups).to(logp.dtype)
 
 
-def _log_odds(logp: Tensor, length: Tensor) -> Tensor:
-    """log p - log(1 - p) of the mean probability a token, p = exp(logp / length); of no token anything finite."""
-    mean = (logp.double() / length).where(length > 0, -1.0)
-    return (mean - torch.log(-torch.expm1(mean))).to(logp.dtype)
+def log_odds(mean: Tensor) -> Tensor:
+    """log p - log(1 - p) of mean log-probs a token, float64, p = exp(mean).
+
+    Of p above the largest float32 below 1 value and slope are those of that number, 16.6 and 1.7e7: finite also of
+    log-probs that were rounded to 0, and not a slope of 0, which would end the learning of what is nearly sure.
+    """
+    mean = mean - (mean.detach() - SURE).clamp(min=0.0)
+    return mean - torch.log(-torch.expm1(mean))
 
 
 def _weighted_by_beta(sequences: Sequences, num_groups: int, family: Family) -> Sequences:
@@ -202,13 +217,16 @@ def _with_sorted_rejected(logp: Tensor, sequences: Sequences, num_groups: int, f
     """The rejected responses of a group moved to the one whose R+ has the rank of their R-."""
     weight, group = sequences.seq_weight, sequences.group
     policy, reference = _per_sequence(logp, sequences, family)
-    ratio = policy - reference
+    is_group, own = (group >= 0) & (group < num_groups), group.clamp(0, num_groups - 1)
+    beta = None if sequences.group_beta is None else sequences.group_beta.double()
+    ratio = policy - reference if beta is None else beta[own] * (policy - reference)
     chosen = _by_group(weighted(weight.clamp(min=0), ratio), group, num_groups)
     rejected = _by_group(weighted((-weight).clamp(min=0), ratio), group, num_groups)
     partner = _partner(rejected, chosen, sequences)  # of the rejected side of each group
-    is_group = (group >= 0) & (group < num_groups)
-    moved = partner[group.clamp(0, num_groups - 1)].where(is_group, group)
-    return _changed(sequences, group=torch.where(weight < 0, moved, group))
+    moved = torch.where((weight < 0) & is_group, partner[own], group)
+    if beta is not None:  # a reward keeps its beta where the op takes that of another group
+        weight = (weight * beta[own] / beta[moved.clamp(0, num_groups - 1)]).to(weight.dtype)
+    return _changed(sequences, group=moved, seq_weight=weight)
 
 
 def _per_sequence(logp: Tensor, sequences: Sequences, family: Family) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,8 @@
 namespace wrpo::cuda {
 namespace {
 
-__global__ void __launch_bounds__(kGroupThreads) preference_loss_kernel(const __grid_constant__ PreferenceLoss a) {
+// One block is enough a multiprocessor: told so, no generation keeps anything on the stack for more of them.
+__global__ void __launch_bounds__(kGroupThreads, 1) preference_loss_kernel(const __grid_constant__ PreferenceLoss a) {
   __shared__ Tile tile;
   preference_loss_body(CudaBlock<kGroupThreads>{}, blockIdx.x, a, tile);
 }

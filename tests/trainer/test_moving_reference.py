@@ -74,8 +74,12 @@ def test_a_checkpoint_of_a_run_that_dies_before_its_callbacks_has_the_reference(
 def test_a_checkpoint_whose_reference_stood_still_is_refused(tmp_path):
     still = wrpo_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
     still.train()
+    checkpoint = tmp_path / "checkpoint-1"
+    with pytest.raises(UserError, match="sync_ref_model false then, true now"):
+        train_from(wrpo_trainer(tmp_path / "b", **MOVES, max_steps=2), str(checkpoint))
+    (checkpoint / "wrpo_run.json").unlink()
     with pytest.raises(UserError, match=r"has no moved_reference\.safetensors; it is of a run without sync_ref_model"):
-        train_from(wrpo_trainer(tmp_path / "b", **MOVES, max_steps=2), str(tmp_path / "checkpoint-1"))
+        train_from(wrpo_trainer(tmp_path / "c", **MOVES, max_steps=2), str(checkpoint))
 
 
 @pytest.mark.parametrize("settings", [{"reference": "precompute"}, {"reference": "none"}, {"loss_type": "simpo"}])

@@ -36,7 +36,10 @@ OF_THE_STATE = {
     "trained": "Train the same parameters: all of them, or an adapter of the same size on the same modules",
     "model": "Go on with the model, in the torch_dtype, that the run began with: its reference and frozen weights are "
     "not in the checkpoint",
+    "sync_ref_model": "Leave it as it was: a reference that has moved is in the checkpoint",
 }
+# Kept in the optimizer's state, which wins over the settings of the run that goes on.
+OF_THE_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 TO_DO_INSTEAD = "Or start a new run from the model in the checkpoint"
 LONGEST = 60  # characters of a value in a message
 
@@ -88,7 +91,8 @@ def read_record(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def compare(kept: dict[str, Any] | None, record: dict[str, Any], checkpoint: str) -> None:
-    """Says in one line of the log what differs, each by its name: then -> now.
+    """Says in one line of the log what differs, each by its name: then -> now; and in one what does not, though it was
+    set, for the optimizer's state has it.
 
     Args:
         kept: what was read beside the checkpoint.
@@ -111,9 +115,12 @@ def compare(kept: dict[str, Any] | None, record: dict[str, Any], checkpoint: str
                 f"resume_from_checkpoint: {checkpoint} is of another run: {name} {then} then, {now} now. {todo}. "
                 f"{TO_DO_INSTEAD}"
             )
-    if other:
-        changes = ", ".join(f"{name}: {_short(then)} -> {_short(now)}" for name, (then, now) in other.items())
-        logger.warning("%s goes on otherwise than it began: %s", checkpoint, changes)
+    stay = [f"{name} {other[name][0]}, not {other[name][1]}" for name in OF_THE_OPTIMIZER if name in other]
+    if stay:
+        logger.warning("%s goes on with what its optimizer's state holds: %s", checkpoint, ", ".join(stay))
+    changes = [f"{n}: {_short(a)} -> {_short(b)}" for n, (a, b) in other.items() if n not in OF_THE_OPTIMIZER]
+    if changes:
+        logger.warning("%s goes on otherwise than it began: %s", checkpoint, ", ".join(changes))
 
 
 def _text(value: Any) -> str:

@@ -214,6 +214,11 @@ def test_what_cannot_be_had_is_refused_when_the_module_is_made(kind, options, me
         getattr(liger, kind)(**options)
 
 
+def test_an_unknown_reduction_is_named_when_the_module_is_made():
+    with pytest.raises(ValueError, match=r"reduction must be one of .*got 'nope'"):
+        liger.LigerFusedLinearCrossEntropyLoss(reduction="nope", use_token_scaling=True)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

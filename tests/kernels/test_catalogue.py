@@ -323,3 +323,10 @@ def test_one_number_as_the_weights_of_losses_is_named():
     logp, options = problem(torch.device("cpu"))
     with pytest.raises(TypeError, match=r"loss_weights must be a list of numbers.*got 2\.0"):
         preference_loss(logp, **options, loss_weights=2.0)
+
+
+@pytest.mark.parametrize("loss_type", [{"sigmoid", "hinge"}, {"sigmoid": 1.0}, None])
+def test_losses_without_an_order_are_refused(loss_type):
+    logp, options = problem(torch.device("cpu"))
+    with pytest.raises(TypeError, match="loss_type must be a name or a list of names, got"):
+        preference_loss(logp, **options | {"loss_type": loss_type})

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from wrpo_kernels.cross_entropy import linear_cross_entropy
+from wrpo_kernels.cross_entropy import REDUCTIONS, linear_cross_entropy
 from wrpo_kernels.integrations.autocast import as_linear_takes_it
 from wrpo_kernels.linear_token_logp import linear_token_logp
 from wrpo_kernels.linear_token_statistics import linear_token_statistics
@@ -280,6 +280,8 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         for name, value in refused.items():
             if value:
                 raise NotImplementedError(f"{name} of Liger's fused linear cross entropy is not supported")
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction must be one of {list(REDUCTIONS)}, got {reduction!r}")
         self.reduction, self.use_token_scaling, self.lse_square_scale = reduction, use_token_scaling, lse_square_scale
         self.returned = (return_z_loss, return_token_accuracy, return_predicted_tokens)
         self.head: dict[str, Any] = {"ignore_index": ignore_index, "softcap": softcap}

@@ -75,6 +75,8 @@ def family_or_mixture(
     loss_type: str | Sequence[str], loss_weights: Sequence[float] | None, divergence: Divergence
 ) -> tuple[str, Mixture | None]:
     """The loss of the family, which the kernels have; or "sigmoid" in its place, and a mixture."""
+    if not isinstance(loss_type, (str, list, tuple)):  # a set has no order for weights to follow
+        raise TypeError(f"loss_type must be a name or a list of names, got {type(loss_type).__name__}")
     names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
     for name in names or ("",):
         if name not in CATALOGUE:

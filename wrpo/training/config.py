@@ -8,12 +8,11 @@ every other field of it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from wrpo.settings import check_choices, check_range, knob
+from wrpo.settings import LAYOUT, LayoutName, check_choices, check_range, knob
 
 from .inherited_fields import check_inherited, settle_inherited
 
@@ -71,15 +70,7 @@ class FusedHeadConfig(TrainingArguments):
     max_prompt_length: int | None = knob(
         1800, "Most tokens in the prompt; none: no limit. Default: 1800 (paper).", group="data"
     )
-    layout: Literal["auto", "padded", "packed", "shared"] = knob(
-        "auto",
-        "Where the tokens of a batch stand. padded: each response behind its own copy of the prompt, padded to the "
-        "longest; packed: the same, several to a row, without padding; shared: the prompt once for all its responses. "
-        "The numbers are the same up to rounding; a dropout is drawn once for a shared prompt. auto: the one with the "
-        "fewest operations, if it saves a tenth of them and the model gives the same log-probs on a few rows; said at "
-        "the start. See docs/layouts.md. Default: auto.",
-        group="speed",
-    )
+    layout: LayoutName = knob("auto", f"{LAYOUT} A dropout is drawn once for a shared prompt.", group="speed")
     budget_bytes: int | None = knob(
         None,
         "Bytes that the logits which exist at a time may take. Default: that of the kernels, 512 MiB, on an "

@@ -46,6 +46,7 @@ def linear_cross_entropy(
     num_rows: int | None = None,
     budget_bytes: int | None = None,
     grad_filter: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Cross entropy of labels under a language-model head, without storing the logits.
@@ -67,7 +68,7 @@ def linear_cross_entropy(
         label_smoothing: eps in [0, 1], the share of each label that all tokens have in equal parts. Default: 0.
         z_loss: weight of the squared log-sum-exp, >= 0, which keeps the logits near 0. Default: 0.
         bias, adapter, logit_scale, softcap, temperature, ignore_index, shift, num_rows, budget_bytes, grad_filter,
-            backend: as linear_token_logp.
+            logits_dtype, backend: as linear_token_logp.
 
     Returns:
         [] float32, nats; [...] of `labels` for "none". Differentiable in `hidden`, `weight`, `bias` and `adapter`.
@@ -79,6 +80,8 @@ def linear_cross_entropy(
 
     Compiled: label_smoothing and z_loss break the graph, for they look for the labels that count.
     Numerics: as linear_token_logp. lse is the label's logit, of 16-bit hidden states a float32 product, less its logp.
+        label_smoothing with class_weight under a softcap or an adapter means logits of `hidden`'s type, whatever
+        `logits_dtype` says.
     Memory: as linear_token_logp. label_smoothing and z_loss also hold the hidden states and the rows of the weight of
         the labels that count in float32, 8 N D bytes; label_smoothing with class_weight a float32 weight.
     Cost: of labels [S, T] reduced, without class_weight, label_smoothing and z_loss, as linear_nll_loss: no row is
@@ -102,6 +105,7 @@ def linear_cross_entropy(
         "shift": shift,
         "num_rows": num_rows,
         "budget_bytes": budget_bytes,
+        "logits_dtype": logits_dtype,
         "backend": backend,
     }
     if reduction != "none" and labels.dim() == 2 and class_weight is None and not smoothed:

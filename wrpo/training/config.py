@@ -8,7 +8,9 @@ every other field of it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -82,6 +84,13 @@ class FusedHeadConfig(TrainingArguments):
         "Kernel by name; it runs or raises. Default: the best that runs here, see `python -m wrpo_kernels`.",
         group="speed",
     )
+    logits_dtype: Literal["float32"] | None = knob(
+        None,
+        "float32: logits of a 16-bit head are not rounded before their softmax. Log-probs then err by about 1e-4 nats "
+        "instead of 1e-2 and more; a logit takes 6 bytes of the budget instead of 2, and a step more time. See "
+        "docs/own_loop.md. Default: none, the type of the hidden states.",
+        group="speed",
+    )
     check_head: bool = knob(
         True,
         "Before training, compare the fused head with the model's own logits on a few tokens; raise if they disagree. "
@@ -110,7 +119,8 @@ class FusedHeadConfig(TrainingArguments):
 
     def head_options(self) -> dict:
         """How the kernels are to run: keyword arguments of every `linear_...` op."""
-        return {"budget_bytes": self.budget_bytes, "backend": self.kernel_backend}
+        logits_dtype = None if self.logits_dtype is None else torch.float32
+        return {"budget_bytes": self.budget_bytes, "logits_dtype": logits_dtype, "backend": self.kernel_backend}
 
 
 @dataclass

@@ -76,7 +76,7 @@ def check_range(
     Raises:
         ValueError: with the field, what was expected and what came.
     """
-    hints = types_of_fields(type(settings))
+    hints = types_of_fields(settings.__class__)
     for name in names:
         value, types = getattr(settings, name), get_args(hints[name]) or (hints[name],)
         if value is None and NoneType in types:
@@ -100,7 +100,7 @@ def check_choices(settings: Any) -> None:
     """Raises ValueError where a field whose type is a `Literal`, or a value in a list of them, is not one of its
     choices, nor None where it may be.
     """
-    for name, hint in types_of_fields(type(settings)).items():
+    for name, hint in types_of_fields(settings.__class__).items():
         value, parts = getattr(settings, name), (hint, *get_args(hint))
         if (choices := choices_of(hint)) and not (value is None and NoneType in parts):
             is_list = isinstance(value, list) and any(get_origin(part) is list for part in parts)

@@ -5,14 +5,14 @@ namespace wrpo::cuda {
 namespace {
 
 template <class S>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     token_statistics_kernel(const __grid_constant__ Rows a, unsigned wanted, float* values, int64_t* top1) {
   __shared__ Statistics partial[kRowThreads / 32];
   token_statistics_body<S>(CudaBlock<kRowThreads>{}, blockIdx.x, a, wanted, values, top1, partial);
 }
 
 template <class S>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     token_statistics_grad_kernel(const __grid_constant__ Rows a, const float* values, const float* coef) {
   __shared__ Sum partial[kRowThreads / 32];
   token_statistics_grad_body<S>(CudaBlock<kRowThreads>{}, blockIdx.x, a, values, coef, partial);

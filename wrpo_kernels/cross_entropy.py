@@ -145,12 +145,8 @@ def _check_options(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if class_weight is not None:
-        check_tensor("class_weight", class_weight)
-        check_float("class_weight", class_weight)
         check_tensor("weight", weight)
-        check_shape("class_weight", class_weight, "[V]", weight.shape[0])
-        check_device("class_weight", class_weight, "labels", labels.device)
-        check_constant("class_weight", class_weight)
+        check_class_weight("class_weight", class_weight, weight.shape[0], labels.device)
     check_number("label_smoothing", label_smoothing, least=0.0)
     if label_smoothing > 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
@@ -159,6 +155,14 @@ def _check_options(
         raise ValueError("label_smoothing with class_weight needs logits linear in hidden: no softcap and no adapter")
     if grad_filter is not None and (label_smoothing or z_loss) and not is_linear:
         raise ValueError("grad_filter cannot be had with label_smoothing or z_loss under a softcap or an adapter")
+
+
+def check_class_weight(name: str, value: Tensor, vocabulary: int, device: torch.device) -> None:
+    check_tensor(name, value)
+    check_float(name, value)
+    check_shape(name, value, "[V]", vocabulary)
+    check_device(name, value, "the labels", device)
+    check_constant(name, value)
 
 
 def _of_all_tokens(

@@ -86,23 +86,28 @@ def checked_tensors(
     adapter: tuple[Tensor, Tensor] | None,
     target_name: str = "target",
 ) -> HeadTensors:
-    check_tensors(hidden, weight, target, target_name)
+    check_tensors(hidden, weight, target, ("hidden", "weight", target_name))
     return HeadTensors(hidden, weight, target, bias, *checked_adapter(adapter, hidden, weight))
 
 
-def check_tensors(hidden: Tensor, weight: Tensor, target: Tensor, target_name: str = "target") -> None:
-    for name, value in (("hidden", hidden), ("weight", weight)):
+def check_tensors(
+    hidden: Tensor, weight: Tensor, target: Tensor, names: tuple[str, str, str] = ("hidden", "weight", "target")
+) -> None:
+    """`names` are those that the caller has for the three."""
+    of_hidden, of_weight, of_target = names
+    for name, value in ((of_hidden, hidden), (of_weight, weight)):
         check_tensor(name, value)
         check_float(name, value)
     if weight.dim() != 2 or 0 in weight.shape:
-        raise ValueError(f"weight must be [V, D] with V >= 1 and D >= 1, got {list(weight.shape)}")
+        raise ValueError(f"{of_weight} must be [V, D] with V >= 1 and D >= 1, got {list(weight.shape)}")
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"hidden must be [..., D={weight.shape[1]}] as weight [V, D], got {list(hidden.shape)}")
-    check_device("weight", weight, "hidden", hidden.device)
-    check_tensor(target_name, target)
-    check_int64(target_name, target)
-    check_shape(target_name, target, "hidden's leading shape", *hidden.shape[:-1])
-    check_device(target_name, target, "hidden", hidden.device)
+        expected = f"[..., D={weight.shape[1]}] as {of_weight} [V, D]"
+        raise ValueError(f"{of_hidden} must be {expected}, got {list(hidden.shape)}")
+    check_device(of_weight, weight, of_hidden, hidden.device)
+    check_tensor(of_target, target)
+    check_int64(of_target, target)
+    check_shape(of_target, target, f"{of_hidden}'s leading shape", *hidden.shape[:-1])
+    check_device(of_target, target, of_hidden, hidden.device)
 
 
 def check_head(tensors: HeadTensors, options: HeadOptions) -> None:

@@ -87,8 +87,9 @@ def loss_backend(name: str | None) -> str | None:
 def _chunks(tensors: HeadTensors, options: HeadOptions) -> tuple[int, int]:
     """Rows that fit the budget, and chunks in which the gradients are added up: two stand for any number."""
     sizes = (options.budget_bytes, tensors.hidden, tensors.weight, tensors.up)
-    number, at_once = most_rows(options.num_rows, tensors.target), rows_at_once(*sizes, options.asked.weight)
-    return (max(number, 1), 1) if number <= at_once else (rows_within(*sizes), 2)
+    number, logit_bytes = most_rows(options.num_rows, tensors.target), options.logit_bytes(tensors.hidden)
+    at_once = rows_at_once(*sizes, options.asked.weight, logit_bytes)
+    return (max(number, 1), 1) if number <= at_once else (rows_within(*sizes, logit_bytes), 2)
 
 
 def _fake(

@@ -21,7 +21,7 @@ from wrpo_kernels.dispatch.backends import Backend
 from wrpo_kernels.dispatch.transfer import to_device
 from wrpo_kernels.linear_preference_loss.passes import facts_of, plan_passes, rows_of_a_total
 from wrpo_kernels.linear_token_logp.passes import chunks
-from wrpo_kernels.lm_head.budget import even_chunk, logits_buffer, row_tile
+from wrpo_kernels.lm_head.budget import even_chunk, row_tile
 from wrpo_kernels.lm_head.gradients import Gradients
 from wrpo_kernels.lm_head.head import Head
 from wrpo_kernels.lm_head.rows import Rows, slice_rows
@@ -140,7 +140,7 @@ def run(
 ) -> tuple[Result, Tensor | None]:
     """Adds the gradients of the summed loss over `divisor` to `gradients`; returns the values, and what is left to
     multiply all gradients by, or None. on_host [2, S]: lengths and groups, where the host knows them."""
-    buffer = logits_buffer(head.weight, min(fit, len(rows)), len(head.weight))
+    buffer = head.buffer(min(fit, len(rows)))
     passes = GroupPass(head, divisor, buffer, gradients, kernel)
     if len(rows) <= fit:
         return passes.whole(rows, loss), None

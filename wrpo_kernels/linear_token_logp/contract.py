@@ -21,12 +21,11 @@ from wrpo_kernels.token_logp.contract import check_like_logp, logp_dtype
 def plan_of(tensors: HeadTensors, options: HeadOptions) -> Plan:
     """A backward needs the deltas, but for dh alone, which is made beside the log-probs and only scaled there."""
     sizes = (options.budget_bytes, tensors.hidden, tensors.weight, tensors.up)
-    fit, at_once, tile = (
-        rows_within(*sizes),
-        rows_at_once(*sizes, options.asked.weight),
-        row_tile(tensors.hidden.device),
-    )
-    return plan_rows(most_rows(options.num_rows, tensors.target), fit, at_once, options.asked.of_head, tile)
+    logit_bytes, tile = options.logit_bytes(tensors.hidden), row_tile(tensors.hidden.device)
+    fit, at_once = rows_within(*sizes, logit_bytes), rows_at_once(*sizes, options.asked.weight, logit_bytes)
+    deltas_fit = rows_within(*sizes) if options.has_float32_logits else None
+    number = most_rows(options.num_rows, tensors.target)
+    return plan_rows(number, fit, at_once, options.asked.of_head, tile, deltas_fit)
 
 
 def rows_of(tensors: HeadTensors, options: HeadOptions) -> Rows:

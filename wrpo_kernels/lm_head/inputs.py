@@ -68,7 +68,13 @@ class HeadOptions(NamedTuple):
     budget_bytes: int
     gradients: tuple[bool, ...]  # `Asked`, of which the dispatcher makes a list
     grad_filter: float  # 0 is none
+    has_float32_logits: bool  # of 16-bit operands
     backend: str | None
+
+    def logit_bytes(self, hidden: Tensor) -> int:
+        """Of a logit; its delta, in the type of `hidden`, takes its place or stands beside it."""
+        narrow = hidden.dtype.itemsize
+        return 4 + narrow * any(self.gradients) if self.has_float32_logits else narrow
 
     @property
     def asked(self) -> Asked:
@@ -120,6 +126,8 @@ def check_head(tensors: HeadTensors, options: HeadOptions) -> None:
         raise ValueError(f"num_rows must be in [0, {target.numel()}], or -1 for uncounted, got {options.num_rows}")
     if options.budget_bytes <= 0:
         raise ValueError(f"budget_bytes must be > 0, got {options.budget_bytes}")
+    if options.has_float32_logits and hidden.dtype.itemsize > 2:
+        raise ValueError(f"has_float32_logits is for hidden states of 16 bits, got {hidden.dtype}")
     if len(options.gradients) != len(Asked._fields):
         raise ValueError(f"gradients must be {len(Asked._fields)} of True or False, got {len(options.gradients)}")
 
@@ -133,6 +141,7 @@ def checked_options(
     num_rows: int,
     budget_bytes: int | None,
     grad_filter: float | None,
+    logits_dtype: torch.dtype | None,
     backend: str | None,
 ) -> HeadOptions:
     """`num_rows` labels count, or UNCOUNTED; the others are as the user gives them."""
@@ -149,8 +158,23 @@ def checked_options(
         check_budget(budget_bytes, hidden.device),
         gradients_asked(tensors),
         check_grad_filter(grad_filter),
+        has_float32_logits(logits_dtype, hidden.dtype),
         backend,
     )
+
+
+def has_float32_logits(logits_dtype: torch.dtype | None, operands: torch.dtype) -> bool:
+    """Whether `logits_dtype` asks for wider logits than the operands' own.
+
+    Raises:
+        ValueError: another type.
+    """
+    if logits_dtype in (None, operands):
+        return False
+    if logits_dtype != torch.float32 or operands.itemsize > 2:
+        wider = " or torch.float32" if operands.itemsize == 2 else ""
+        raise ValueError(f"logits_dtype must be None, {operands} as hidden{wider}, got {logits_dtype!r}")
+    return True
 
 
 def gradients_asked(tensors: HeadTensors) -> Asked:

@@ -24,7 +24,8 @@ class CrossEntropyOutput(NamedTuple):
 class LigerFusedLinearCrossEntropyLoss(nn.Module):
     """liger_kernel.transformers.LigerFusedLinearCrossEntropyLoss, of _input [N, D] and target [N].
 
-    What the `return_` options ask for costs one more product of the head, without a gradient.
+    What the `return_` options ask for costs one more product of the head, without a gradient; `ce_weight` together with
+    `lse_square_scale` one more with its gradient.
     """
 
     def __init__(
@@ -42,17 +43,11 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         return_predicted_tokens: bool = False,
     ) -> None:
         super().__init__()
-        refused = {
-            "ce_weight together with lse_square_scale": ce_weight is not None and lse_square_scale,
-            "ce_weight together with label_smoothing and softcap": ce_weight is not None
-            and label_smoothing
-            and softcap,
-            "use_token_scaling with ce_weight, label_smoothing or lse_square_scale": use_token_scaling
-            and (ce_weight is not None or label_smoothing or lse_square_scale),
-        }
-        for name, value in refused.items():
-            if value:
-                raise NotImplementedError(f"{name} of Liger's fused linear cross entropy is not supported")
+        if use_token_scaling and (ce_weight is not None or label_smoothing or lse_square_scale):
+            raise NotImplementedError(
+                "use_token_scaling with ce_weight, label_smoothing or lse_square_scale of Liger's fused linear cross "
+                "entropy is not supported"
+            )
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction must be one of {list(REDUCTIONS)}, got {reduction!r}")
         check_number("lse_square_scale", lse_square_scale, least=0.0)
@@ -73,10 +68,13 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
             bias=bias,
             class_weight=self.ce_weight,
             label_smoothing=self.label_smoothing,
-            z_loss=self.lse_square_scale,
+            z_loss=self.lse_square_scale if self.ce_weight is None else 0.0,
             reduction="none" if self.use_token_scaling else self.reduction,
             **self.head,
         )
+        if self.ce_weight is not None and self.lse_square_scale:
+            found = linear_token_statistics(*given, outputs=("lse",), bias=bias, **self.head)
+            loss = loss + self._reduced(self.lse_square_scale * found.lse**2, target)  # its mean is over tokens
         if self.use_token_scaling:
             loss = self._reduced(loss * torch.exp(-loss.detach()), target)  # by the probability of its label
         return CrossEntropyOutput(loss, *self._beside(*given, bias)) if any(self.returned) else loss

@@ -148,14 +148,14 @@ def test_statistics_have_nearer_gradients_too():
         assert rms(ours - exact) < 0.5 * rms(rounded - exact)
 
 
-@pytest.mark.parametrize("op", ["linear_token_logp", "linear_token_statistics"])
-def test_the_ops_have_right_schemas_fakes_and_derivatives(op):
+@pytest.mark.parametrize(("op", "wanted"), [("linear_token_logp", ()), ("linear_token_statistics", (True,) * 4)])
+def test_the_ops_have_right_schemas_fakes_and_derivatives(op, wanted):
     """Some deltas or logits are kept: their types depend on the option."""
     head, labels = head_of(torch.bfloat16, torch.device("cpu")), labels_of(torch.device("cpu"))
     hidden, weight, bias = (head[name].requires_grad_() for name in ("hidden", "weight", "bias"))
     tensors = checked_tensors(hidden, weight, labels, bias, None)
     options = checked_options(tensors, 1.0, None, 1.0, -100, UNCOUNTED, SOME, None, torch.float32, "reference")
-    torch.library.opcheck(getattr(torch.ops.wrpo, op).default, (*tensors, *options))
+    torch.library.opcheck(getattr(torch.ops.wrpo, op).default, (*tensors, *options, *wanted))
 
 
 def test_compiled_in_one_graph_they_have_the_bits_of_eager_calls():

@@ -236,7 +236,7 @@ def true_logits(tensors: dict[str, Any], options: dict[str, Any]) -> tuple[Bound
     """[N, V], the labels [N] and which of them count."""
     hidden, weight = tensors["hidden"].detach(), tensors["weight"].detach()
     target = tensors["target"].reshape(-1)
-    raw = logits(hidden.reshape(-1, hidden.shape[-1]), weight, flat_adapter(options))
+    raw = logits(hidden.reshape(-1, hidden.shape[-1]), weight, flat_adapter(options), options["logits_dtype"])
     return raw, target, target != options["ignore_index"]
 
 

@@ -30,7 +30,7 @@ from wrpo_kernels.lm_head.rows import UNCOUNTED
 
 S, T, D, V, R = 6, 2, 64, 257, 4
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-SOME = budget_of(9, V, D, torch.bfloat16)  # rows that are kept, and rows that are made again
+SOME = budget_of(5, V, D, torch.bfloat16)  # rows that are kept, and rows that are made again
 budgets = pytest.mark.parametrize("budget", [None, SOME], ids=["all rows fit", "some fit"])
 float32_logits = partial(linear_token_logp, logits_dtype=torch.float32)
 
@@ -44,7 +44,8 @@ def head_of(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
 
 def labels_of(device: torch.device) -> Tensor:
     labels = torch.randint(0, V, (S, T))
-    labels[1, 0] = labels[4, 1] = -100
+    labels[0, 0] = -100
+    labels[2:, 1] = -100  # 7 rows count: a backend may be interpreted
     return labels.to(device)
 
 

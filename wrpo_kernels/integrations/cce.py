@@ -55,6 +55,9 @@ def linear_cross_entropy(
     Raises:
         NotImplementedError: `vocab_parallel_options`.
         ValueError, TypeError, RuntimeError: as wrpo_kernels.linear_cross_entropy.
+
+    Numerics: logits of 16-bit operands are rounded to their type, which cut-cross-entropy's kernels do not do:
+        `logits_dtype` of wrpo_kernels.linear_cross_entropy leaves it out.
     """
     if vocab_parallel_options is not None:
         raise NotImplementedError("vocab_parallel_options: a head split over devices is not supported here")

@@ -96,7 +96,7 @@ def check_bool(name: str, value: bool) -> None:
 
 
 def check_int(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, numbers.Integral)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}{_as_number(name, value)}")
     if not -(1 << 63) <= value < 1 << 63:  # comparisons alone: to a compiler the number may be a symbol
         raise ValueError(f"{name} must fit int64, got {_shown(value)}")

@@ -127,7 +127,8 @@ def linear_cross_entropy(
         mean, of_all = found.mean_logits, 1.0 if class_weight is None else class_weight.to(loss.dtype).mean()
         if label_smoothing and class_weight is not None:
             transform = LogitTransform(bias, logit_scale, softcap or 0.0, temperature)
-            mean = weighted_mean_logits(hidden, weight, adapter, transform, class_weight, counts, budget_bytes)
+            given = (hidden, weight, adapter, transform, logits_dtype)
+            mean = weighted_mean_logits(*given, class_weight, counts, budget_bytes)
         loss = loss + label_smoothing * (of_all * found.lse - mean) + z_loss * found.lse**2
     elif smoothed:
         rows = counts.reshape(-1).nonzero()[:, 0]

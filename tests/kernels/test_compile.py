@@ -199,6 +199,23 @@ def test_a_number_that_changes_at_every_step_does_not_compile_again(name):
     assert counter.frame_count <= 2
 
 
+# Log-probs under options that are constants of a graph: of logits, and from hidden states.
+WITH_OPTIONS = {
+    "token_logp": lambda labels, **options: token_logp((HIDDEN @ WEIGHT.T).view(-1, V), labels.view(-1), **options),
+    "linear_token_logp": lambda labels, **options: linear_token_logp(HIDDEN, WEIGHT, labels, **options),
+}
+
+
+@pytest.mark.parametrize("name", WITH_OPTIONS)
+def test_an_option_that_changes_compiles_again_and_counts(name):
+    torch._dynamo.reset()
+    compiled = torch.compile(WITH_OPTIONS[name], fullgraph=True, backend="aot_eager")
+    for mark, temperature in ((-100, 1.0), (-1, 0.5), (0, 2.0)):
+        labels = counted_rows(30)
+        given = {"labels": labels.where(labels != -100, mark), "ignore_index": mark, "temperature": temperature}
+        torch.testing.assert_close(compiled(**given), WITH_OPTIONS[name](**given))
+
+
 def test_one_graph_needs_the_number_of_groups():
     torch._dynamo.reset()
 

@@ -113,6 +113,16 @@ def test_of_sixteen_bits_only_the_logits_are_rounded(options):
     ).all()  # half of the label's, half of the others'
 
 
+def test_logits_in_float32_are_those_of_the_weighted_mean_too():
+    hidden, weight, bias, labels = head(torch.bfloat16)
+    options = {"label_smoothing": 0.9, "class_weight": torch.linspace(0.1, 1.0, V).double(), "reduction": "none"}
+    given = [x.detach().double() for x in (hidden, weight, bias)]
+    exact = truth(*given, labels, Transform(softcap=3.0), **options)
+    for logits_dtype, error in ((torch.float32, 1e-6), (None, 1e-2)):
+        got = linear_cross_entropy(hidden, weight, labels, bias=bias, softcap=3.0, logits_dtype=logits_dtype, **options)
+        assert (got - exact).abs().max() <= error * exact.abs().max()
+
+
 @pytest.mark.parametrize(("weighted", "softcap"), [(False, None), (True, None), (True, 3.0)])
 def test_autocast_leaves_the_products_of_all_tokens_alone(weighted, softcap):
     *given, labels = head(torch.float32)

@@ -20,6 +20,7 @@ def weighted_mean_logits(
     weight: Tensor,
     adapter: tuple[Tensor, Tensor] | None,
     transform: LogitTransform,
+    logits_dtype: torch.dtype | None,
     class_weight: Tensor,
     counts: Tensor,
     budget_bytes: int | None,
@@ -34,7 +35,7 @@ def weighted_mean_logits(
 
     def of_rows(some: Tensor) -> Tensor:
         with no_autocast(hidden):
-            x = hidden.reshape(-1, hidden.shape[-1])[some]
+            x = hidden.reshape(-1, hidden.shape[-1])[some].to(logits_dtype or hidden.dtype)
             scores = x @ weight.to(x.dtype).t()
             if adapter is not None:
                 low, up = adapter

@@ -21,7 +21,7 @@ from wrpo_kernels.dispatch.triton_backend import TritonBackend
 from wrpo_kernels.linear_preference_loss import one_pass
 from wrpo_kernels.linear_token_logp.contract import rows_of
 from wrpo_kernels.lm_head import scaling
-from wrpo_kernels.lm_head.budget import rows_at_once, rows_within
+from wrpo_kernels.lm_head.budget import rows_at_once, rows_in_passing, rows_within
 from wrpo_kernels.lm_head.exp_product.form import ExpProduct
 from wrpo_kernels.lm_head.gradients import Gradients, total_dtype
 from wrpo_kernels.lm_head.head import Head, LabelsByPosition, no_autocast
@@ -48,12 +48,13 @@ def _linear_preference_loss(
     sequences = preference.in_dtype(logp_dtype(tensors.hidden.dtype), sequences)
     divisor = max(num_groups, 1) if averages else 1
     fit, chunks = _chunks(tensors, options)
+    passing = rows_in_passing(options.budget_bytes, tensors.hidden, tensors.weight, tensors.up, options.asked.weight)
     with no_autocast(tensors.hidden), LabelsByPosition("labels", tensors, options.ignore_index):
         head, rows = Head(tensors, options), rows_of(tensors, options)
         gradients = Gradients(tensors.hidden, head, options.asked, chunks, options.grad_filter)
         kernel = choose("preference_loss", loss_backend(options.backend), preference.CANDIDATES, sequences.seq_weight)
         loss = LossArguments(sequences, num_groups, family)
-        result, factor = one_pass.run(head, rows, loss, on_host, divisor, fit, gradients, kernel, has_margin)
+        result, factor = one_pass.run(head, rows, loss, on_host, divisor, fit, passing, gradients, kernel, has_margin)
         if factor is None and chunks > 1:
             factor = torch.ones_like(result.total)
         return result.total, result.logp, result.reward, result.margin, factor, *gradients.totals()

@@ -17,6 +17,12 @@ SHARE_OF_ACCELERATOR = 32  # one part in so many of its memory
 LARGEST_BUDGET = (1 << 63) - 1  # what the ops' int64 holds
 ROW_TILE = 128  # of the products of an accelerator
 ALIGNED = 64  # elements: 128 bytes of 16-bit logits
+# A CPU's malloc keeps blocks of up to 32 MiB for the next call and takes larger ones from the kernel page by page, each
+# time anew: forward alone, V = 8192, D = 256, took 1.4 (float32) and 1.6 (bfloat16) times as long with 512 MiB as with
+# 16. But a product of few rows reads the weight for little: 170 of V = 49152 took 1.24 times as long as 660 (AMX
+# machine, CPU time of one thread, 2026-11-30, see docs/log.md).
+KEPT_BY_MALLOC = 32 << 20
+FEWEST_ROWS = 512
 
 
 class Plan(NamedTuple):
@@ -32,6 +38,19 @@ def rows_within(budget_bytes: int, hidden: Tensor, weight: Tensor, up: Tensor | 
     The low-rank part of an adapter is handled as the hidden state is: [4 r].
     """
     return max(1, budget_bytes // _row_bytes(hidden, weight, up))
+
+
+def rows_in_passing(
+    budget_bytes: int, hidden: Tensor, weight: Tensor, up: Tensor | None = None, trains_weight: bool = False
+) -> int:
+    """Rows of a chunk of whose logits nothing is kept: as many as fit, on a CPU no more than pay.
+
+    There too all that fit where each chunk is rounded and added to the float32 gradient of a 16-bit weight.
+    """
+    fit = rows_within(budget_bytes, hidden, weight, up)
+    if hidden.device.type != "cpu" or (trains_weight and hidden.dtype.itemsize == 2):
+        return fit
+    return min(fit, max(FEWEST_ROWS, KEPT_BY_MALLOC // (weight.shape[0] * hidden.dtype.itemsize)))
 
 
 def rows_at_once(budget_bytes: int, hidden: Tensor, weight: Tensor, up: Tensor | None, trains_weight: bool) -> int:

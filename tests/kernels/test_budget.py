@@ -14,6 +14,7 @@ from wrpo_kernels.lm_head.budget import (
     plan_rows,
     row_tile,
     rows_at_once,
+    rows_before_pieces,
     rows_in_passing,
     rows_within,
 )
@@ -62,8 +63,9 @@ def test_on_a_cpu_logits_that_pass_take_what_malloc_keeps(vocabulary, kind, rows
     assert rows_in_passing(16 << 20, hidden, weight) == rows_within(16 << 20, hidden, weight) < rows
     large = torch.empty(1, 1, dtype=kind).expand(262144, 64)
     assert rows_in_passing(4 << 30, hidden, large) == 512
-    trained = rows_in_passing(4 << 30, hidden, large, trains_weight=True)
-    assert trained == (rows_within(4 << 30, hidden, large) if kind == torch.bfloat16 else 512)
+    wide = torch.empty(1, 1, dtype=kind).expand(262144, 2048)
+    trained = rows_before_pieces(4 << 30, wide[:1], wide, None, trains_weight=True)
+    assert trained == (rows_within(4 << 30, wide[:1], wide) if kind == torch.bfloat16 else 512)
     on_accelerator = head(vocabulary, 64)
     assert rows_in_passing(512 << 20, *on_accelerator) == rows_within(512 << 20, *on_accelerator)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from wrpo_kernels.dispatch.backends import Backend
 from wrpo_kernels.dispatch.transfer import to_device
-from wrpo_kernels.linear_preference_loss.passes import facts_of, plan_passes, rows_of_a_total
+from wrpo_kernels.linear_preference_loss.passes import facts_of, plan_passes, room_of, rows_of_a_total
 from wrpo_kernels.linear_token_logp.passes import chunks
 from wrpo_kernels.lm_head.budget import even_chunk, logits_buffer, row_tile
 from wrpo_kernels.lm_head.gradients import Gradients
@@ -35,6 +35,15 @@ class Result(NamedTuple):
     logp: Tensor  # [S]
     reward: Tensor  # [S]
     margin: Tensor  # [G]
+
+
+class Limits(NamedTuple):
+    """Numbers of rows: of a call that goes at once, of what passes together where it need not, and what the budget
+    holds."""
+
+    at_once: int
+    together: int
+    fit: int
 
 
 class GroupPass:
@@ -138,30 +147,26 @@ def run(
     loss: LossArguments,
     on_host: Tensor | None,
     divisor: int,
-    fit: int,
-    passing: int,
+    limits: Limits,
     gradients: Gradients,
     kernel: Backend,
     has_margin: bool = True,
 ) -> tuple[Result, Tensor | None]:
     """Adds the gradients of the summed loss over `divisor` to `gradients`; returns the values, and what is left to
-    multiply all gradients by, or None.
-
-    fit, passing: rows whose logits the budget holds, and rows that go through at a time where nothing of them is kept.
-    on_host [2, S]: lengths and groups, where the host knows them.
-    """
+    multiply all gradients by, or None. on_host [2, S]: lengths and groups, where the host knows them."""
     passes, device = GroupPass(head, divisor, gradients, kernel), head.weight.device
-    if len(rows) <= fit:
+    if len(rows) <= limits.at_once:
         passes.make_room(len(rows))
         return passes.whole(rows, loss), None
     if not has_margin:
-        passes.make_room(passing)
+        passes.make_room(min(limits.together, len(rows)))
         return passes.known(rows, loss), None
     sequences, num_groups, family = loss
     facts = facts_of(sequences, on_host)
     check_group_numbers(facts.group, num_groups)
-    plan = plan_passes(facts, num_groups, fit, rows_of_a_total(device) if gradients.dw is not None else 0)
-    passes.make_room(passing if all(walk in ("known", "scaled") for _, walk in plan) else fit)
+    extra_rows = rows_of_a_total(device) if gradients.dw is not None else 0
+    plan = plan_passes(facts, num_groups, limits.together, limits.fit, extra_rows)
+    passes.make_room(max(room_of(some, facts, limits.together, limits.fit) for some in plan))
     if len(plan) == 1:  # all rows as they stand
         return passes.walk(plan[0].walk, rows, loss, is_alone=True), passes.pending
     logp = torch.zeros(len(sequences.seq_weight), dtype=head.logp_dtype, device=device)

@@ -40,17 +40,28 @@ def rows_within(budget_bytes: int, hidden: Tensor, weight: Tensor, up: Tensor | 
     return max(1, budget_bytes // _row_bytes(hidden, weight, up))
 
 
-def rows_in_passing(
-    budget_bytes: int, hidden: Tensor, weight: Tensor, up: Tensor | None = None, trains_weight: bool = False
-) -> int:
-    """Rows of a chunk of whose logits nothing is kept: as many as fit, on a CPU no more than pay.
-
-    There too all that fit where each chunk is rounded and added to the float32 gradient of a 16-bit weight.
-    """
+def rows_in_passing(budget_bytes: int, hidden: Tensor, weight: Tensor, up: Tensor | None = None) -> int:
+    """Rows of a chunk of whose logits nothing is kept: as many as fit, on a CPU no more than pay."""
     fit = rows_within(budget_bytes, hidden, weight, up)
-    if hidden.device.type != "cpu" or (trains_weight and hidden.dtype.itemsize == 2):
+    if hidden.device.type != "cpu":
         return fit
     return min(fit, max(FEWEST_ROWS, KEPT_BY_MALLOC // (weight.shape[0] * hidden.dtype.itemsize)))
+
+
+def rows_before_pieces(
+    budget_bytes: int, hidden: Tensor, weight: Tensor, up: Tensor | None, trains_weight: bool
+) -> int:
+    """Rows that loss and gradients take in one chunk where they could also go in several that leave nothing.
+
+    On a CPU no more than pay; of a trained 16-bit head, for which several chunks want a float32 dW, also as many as
+    cost less than that: 2NV <= 8VD bytes, for the dW takes 4VD of new memory and the adding about as long again.
+    """
+    if hidden.device.type != "cpu":
+        return rows_at_once(budget_bytes, hidden, weight, up, trains_weight)
+    passing = rows_in_passing(budget_bytes, hidden, weight, up)
+    if not trains_weight or hidden.dtype.itemsize > 2:
+        return passing
+    return max(passing, min(4 * weight.shape[1], rows_within(budget_bytes, hidden, weight, up)))
 
 
 def rows_at_once(budget_bytes: int, hidden: Tensor, weight: Tensor, up: Tensor | None, trains_weight: bool) -> int:

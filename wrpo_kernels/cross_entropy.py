@@ -21,6 +21,7 @@ from wrpo_kernels.linear_token_logp import linear_token_logp
 from wrpo_kernels.linear_token_statistics import linear_token_statistics
 from wrpo_kernels.lm_head.head import no_autocast
 from wrpo_kernels.lm_head.labels import shifted_labels
+from wrpo_kernels.lm_head.weighted_logits import weighted_mean_logits
 from wrpo_kernels.logit_transform import LogitTransform
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -45,6 +46,7 @@ def linear_cross_entropy(
     num_rows: int | None = None,
     budget_bytes: int | None = None,
     grad_filter: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Cross entropy of labels under a language-model head, without storing the logits.
@@ -63,11 +65,10 @@ def linear_cross_entropy(
         reduction: "mean" over the labels that count, by class_weight where there is one, and NaN where none counts, as
             in torch; "sum"; "none", 0 where ignored. Default: "mean".
         class_weight: [V] weight of each token as a label, a constant. Default: 1 each.
-        label_smoothing: eps in [0, 1], the share of each label that all tokens have in equal parts; together with
-            class_weight not under a softcap or an adapter. Default: 0.
+        label_smoothing: eps in [0, 1], the share of each label that all tokens have in equal parts. Default: 0.
         z_loss: weight of the squared log-sum-exp, >= 0, which keeps the logits near 0. Default: 0.
         bias, adapter, logit_scale, softcap, temperature, ignore_index, shift, num_rows, budget_bytes, grad_filter,
-            backend: as linear_token_logp.
+            logits_dtype, backend: as linear_token_logp.
 
     Returns:
         [] float32, nats; [...] of `labels` for "none". Differentiable in `hidden`, `weight`, `bias` and `adapter`.
@@ -79,12 +80,15 @@ def linear_cross_entropy(
 
     Compiled: label_smoothing and z_loss break the graph, for they look for the labels that count.
     Numerics: as linear_token_logp. lse is the label's logit, of 16-bit hidden states a float32 product, less its logp.
+        label_smoothing with class_weight under a softcap or an adapter means logits of `hidden`'s type, whatever
+        `logits_dtype` says.
     Memory: as linear_token_logp. label_smoothing and z_loss also hold the hidden states and the rows of the weight of
         the labels that count in float32, 8 N D bytes; label_smoothing with class_weight a float32 weight.
     Cost: of labels [S, T] reduced, without class_weight, label_smoothing and z_loss, as linear_nll_loss: no row is
         computed twice. Else as linear_token_logp; label_smoothing and z_loss add products of vectors, 6ND and 3VD
         flops. Under a softcap or an adapter the two are made by linear_token_statistics, with its numerics, memory and
-        cost.
+        cost; label_smoothing with class_weight there makes all logits once more in plain torch, and again in the
+        backward.
     Source: label smoothing, arXiv:1512.00567; z-loss, arXiv:2204.02311.
     """
     labels = int64_labels("labels", labels)
@@ -101,6 +105,7 @@ def linear_cross_entropy(
         "shift": shift,
         "num_rows": num_rows,
         "budget_bytes": budget_bytes,
+        "logits_dtype": logits_dtype,
         "backend": backend,
     }
     if reduction != "none" and labels.dim() == 2 and class_weight is None and not smoothed:
@@ -119,7 +124,11 @@ def linear_cross_entropy(
         share = share * class_weight.to(logp.dtype)[labels.where(counts, 0)]
     loss = -logp * share if not label_smoothing else -logp * share * (1 - label_smoothing)
     if smoothed and not is_linear:
-        loss = loss + label_smoothing * (found.lse - found.mean_logits) + z_loss * found.lse**2
+        mean, of_all = found.mean_logits, 1.0 if class_weight is None else class_weight.to(loss.dtype).mean()
+        if label_smoothing and class_weight is not None:
+            transform = LogitTransform(bias, logit_scale, softcap or 0.0, temperature)
+            mean = weighted_mean_logits(hidden, weight, adapter, transform, class_weight, counts, budget_bytes)
+        loss = loss + label_smoothing * (of_all * found.lse - mean) + z_loss * found.lse**2
     elif smoothed:
         rows = counts.reshape(-1).nonzero()[:, 0]
         some = (hidden.reshape(-1, hidden.shape[-1])[rows], labels.reshape(-1)[rows], logp.reshape(-1)[rows])
@@ -145,20 +154,22 @@ def _check_options(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if class_weight is not None:
-        check_tensor("class_weight", class_weight)
-        check_float("class_weight", class_weight)
         check_tensor("weight", weight)
-        check_shape("class_weight", class_weight, "[V]", weight.shape[0])
-        check_device("class_weight", class_weight, "labels", labels.device)
-        check_constant("class_weight", class_weight)
+        check_class_weight("class_weight", class_weight, weight.shape[0], labels.device)
     check_number("label_smoothing", label_smoothing, least=0.0)
     if label_smoothing > 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     check_number("z_loss", z_loss, least=0.0)
-    if label_smoothing and class_weight is not None and not is_linear:
-        raise ValueError("label_smoothing with class_weight needs logits linear in hidden: no softcap and no adapter")
     if grad_filter is not None and (label_smoothing or z_loss) and not is_linear:
         raise ValueError("grad_filter cannot be had with label_smoothing or z_loss under a softcap or an adapter")
+
+
+def check_class_weight(name: str, value: Tensor, vocabulary: int, device: torch.device) -> None:
+    check_tensor(name, value)
+    check_float(name, value)
+    check_shape(name, value, "[V]", vocabulary)
+    check_device(name, value, "the labels", device)
+    check_constant(name, value)
 
 
 def _of_all_tokens(

@@ -97,6 +97,7 @@ def linear_kto_loss(
     num_rows: int | None = None,
     budget_bytes: int | None = None,
     grad_filter: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> PreferenceOutput:
     """`kto_loss` from hidden states in one pass; the logits are never stored.
@@ -111,7 +112,7 @@ def linear_kto_loss(
         ref_logp: [S] float32, summed reference log-prob of each response, nats; None is reference-free. Default: None.
         is_desirable, kl, beta, desirable_weight, undesirable_weight: as kto_loss.
         reduction, normalizer, empty, bias, adapter, logit_scale, softcap, temperature, ignore_index, shift,
-            cu_seqlens, lengths, num_rows, budget_bytes, grad_filter, backend: as linear_preference_loss.
+            cu_seqlens, lengths, num_rows, budget_bytes, grad_filter, logits_dtype, backend: as linear_preference_loss.
 
     Returns:
         PreferenceOutput(loss, logp [S], reward [S], margin [S]); only `loss` carries a gradient, to `hidden`, `weight`,
@@ -149,6 +150,7 @@ def linear_kto_loss(
         num_rows=num_rows,
         budget_bytes=budget_bytes,
         grad_filter=grad_filter,
+        logits_dtype=logits_dtype,
         backend=backend,
     )
 

@@ -60,6 +60,7 @@ def linear_nll_loss(
     num_rows: int | None = None,
     budget_bytes: int | None = None,
     grad_filter: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> LikelihoodOutput:
     """Negative log-likelihood of responses from hidden states, the loss of supervised fine-tuning; the logits are never
@@ -78,7 +79,7 @@ def linear_nll_loss(
         seq_weight: [S] float32, what each response weighs; 0 leaves one out. Default: 1.
         normalizer: number or 0-d tensor > 0. Default: the number of labels that count, for a mean over tokens.
         bias, adapter, logit_scale, softcap, temperature, ignore_index, shift, cu_seqlens, lengths, num_rows,
-            budget_bytes, grad_filter, backend: as linear_preference_loss.
+            budget_bytes, grad_filter, logits_dtype, backend: as linear_preference_loss.
 
     Returns:
         LikelihoodOutput(loss, logp [S]), float32; only `loss` carries a gradient, to `hidden`, `weight`, `bias` and
@@ -110,7 +111,7 @@ def linear_nll_loss(
     weights = torch.ones_like(length, dtype=dtype) if seq_weight is None else _checked(seq_weight, length).to(dtype)
     transform = (logit_scale, softcap, temperature)
     rows = counts.rows()
-    options = checked_options(tensors, *transform, ignore_index, rows, budget_bytes, grad_filter, backend)
+    options = checked_options(tensors, *transform, ignore_index, rows, budget_bytes, grad_filter, logits_dtype, backend)
     if takes_one_pass(tensors, options):
         total, logp = counts.nan_where_wrong(likelihood_in_one_pass(tensors, options, length, group, weights))
     else:

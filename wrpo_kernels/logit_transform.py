@@ -28,14 +28,18 @@ class LogitTransform(NamedTuple):
         return self.logit_scale / self.temperature
 
 
+def check_bias(name: str, bias: Tensor | None, like: Tensor, vocabulary: int) -> None:
+    if bias is not None:
+        check_tensor(name, bias)
+        check_float(name, bias)
+        check_shape(name, bias, "[V]", vocabulary)
+        check_device(name, bias, "the scores", like.device)
+
+
 def check_transform(
     bias: Tensor | None, logit_scale: float, softcap: float | None, temperature: float, like: Tensor, vocabulary: int
 ) -> None:
-    if bias is not None:
-        check_tensor("bias", bias)
-        check_float("bias", bias)
-        check_shape("bias", bias, "[V]", vocabulary)
-        check_device("bias", bias, "the scores", like.device)
+    check_bias("bias", bias, like, vocabulary)
     check_number("logit_scale", logit_scale)
     if softcap is not None:
         check_number("softcap", softcap, least=0.0)

@@ -136,6 +136,7 @@ def linear_wrpo_loss(
     num_rows: int | None = None,
     budget_bytes: int | None = None,
     grad_filter: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> PreferenceOutput:
     """`wrpo_loss` from hidden states in one pass; the logits are never stored.
@@ -153,7 +154,7 @@ def linear_wrpo_loss(
         gamma, loss_type, loss_weights, f_divergence_type, f_alpha_divergence_coef, label_smoothing, discopop_tau,
             length_normalize, nll_weight, group_weight, reduction, normalizer, empty: as wrpo_loss.
         bias, adapter, logit_scale, softcap, temperature, ignore_index, shift, cu_seqlens, lengths, num_rows,
-            budget_bytes, grad_filter, backend: as linear_preference_loss.
+            budget_bytes, grad_filter, logits_dtype, backend: as linear_preference_loss.
 
     Returns:
         PreferenceOutput(loss, logp [S], reward [S], margin [B]); only `loss` carries a gradient, to `hidden`, `weight`,
@@ -200,6 +201,7 @@ def linear_wrpo_loss(
         num_rows=num_rows,
         budget_bytes=budget_bytes,
         grad_filter=grad_filter,
+        logits_dtype=logits_dtype,
         backend=backend,
     )
 

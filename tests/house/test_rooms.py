@@ -20,7 +20,7 @@ ROOMS = {
     "wrpo": "user_error spelling picture_style settings pretrained rows data head layouts reference training sampling "
     "scoring building evaluation __init__ demo cli __main__",
     "benchmarks": "__init__ suite fusion build compile_seconds gpu ledger first_gpu grad_filter growth "
-    "losses_against_trl run step_profile test_ops whole_steps",
+    "logits_dtype losses_against_trl run step_profile test_ops whole_steps",
 }
 
 

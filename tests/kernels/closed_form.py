@@ -82,14 +82,25 @@ def rows(raw: Bounded, target: Tensor, counts: Tensor, head: dict[str, Any], sto
     )
 
 
-def logits(hidden: Tensor, weight: Tensor, adapter: tuple[Tensor, Tensor] | None) -> Bounded:
-    """h W^T + low up^T [N, V], each product rounded to the type of the hidden states."""
+def logits(
+    hidden: Tensor, weight: Tensor, adapter: tuple[Tensor, Tensor] | None, dtype: torch.dtype | None = None
+) -> Bounded:
+    """h W^T + low up^T [N, V], each product rounded to the type of the hidden states, or to a wider one: of what the
+    first rounds away a second rounding is left."""
     compute = hidden.dtype
-    raw = times(exact(hidden), weight.to(compute).double().T, DOT).rounded(compute)
+    info, kept = torch.finfo(compute), dtype or compute
+
+    def product(left: Tensor, right: Tensor) -> Bounded:
+        found = times(exact(left), right.T, DOT)
+        if kept == compute:
+            return found.rounded(compute)
+        second = info.eps**2 * found.value.abs() + info.tiny * info.eps
+        return Bounded(found.value, found.error + second).rounded(kept)
+
+    raw = product(hidden, weight.to(compute).double())
     if adapter is not None:
-        low, up = (part.to(compute).double() for part in adapter)
-        more = times(exact(low), up.T, DOT).rounded(compute)
-        raw = Bounded(raw.value + more.value, raw.error + more.error).rounded(compute)
+        more = product(*(part.to(compute).double() for part in adapter))
+        raw = Bounded(raw.value + more.value, raw.error + more.error).rounded(kept)
     return Bounded(raw.value, raw.error.amax(1, keepdim=True))
 
 

@@ -102,6 +102,7 @@ def draw_linear(draw: Draw, shape: tuple[int, ...], backends: tuple[str, ...]) -
     options["num_rows"] = draw.pick("num_rows", None, counted)
     everything = max(1, counted * (vocabulary + 4 * (width + 5)) * dtype.itemsize)
     options["budget_bytes"] = draw.pick("budget_bytes", None, 1, draw.whole("-", 1, everything))
+    options["logits_dtype"] = draw.pick("logits_dtype", None, torch.float32 if dtype.itemsize == 2 else dtype)
     return tensors, options
 
 

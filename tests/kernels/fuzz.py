@@ -204,7 +204,7 @@ def true_rows(tensors: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Te
     hidden, weight = tensors["hidden"].detach(), tensors["weight"].detach()
     target = tensors["target"].reshape(-1)
     counts = target != options["ignore_index"]
-    raw = logits(hidden.reshape(-1, hidden.shape[-1]), weight, flat_adapter(options))
+    raw = logits(hidden.reshape(-1, hidden.shape[-1]), weight, flat_adapter(options), options["logits_dtype"])
     return rows(raw, target, counts, options, hidden.dtype), counts
 
 

@@ -81,6 +81,26 @@ def test_pieces_are_whole_tiles_where_they_fit():
     assert plan_rows(1000, 400, 400, False, tile) == (0, 384)
 
 
+@pytest.mark.parametrize("budget", [1 << 20, 64 << 20, 1 << 30])
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("rows", [100, 2000, 50000])
+def test_float32_logits_and_the_deltas_beside_them_share_the_budget(rows, name, budget):
+    """A row that is worked on takes 4 bytes a logit and 2 a delta, one that is kept its delta alone."""
+    hidden, weight = head(*HEADS[name])
+    fit, deltas_fit = rows_within(budget, hidden, weight, None, 6), rows_within(budget, hidden, weight)
+    plan = plan_rows(rows, fit, fit, True, row_tile(META), deltas_fit)
+    vocabulary, width = HEADS[name]
+    deltas = 2 * vocabulary + 8 * width  # and the hidden states
+    taken = deltas * plan.keep + (deltas + 4 * vocabulary) * plan.chunk
+    if rows <= fit:
+        assert plan == (rows, rows)
+    elif fit > 1:
+        assert 0 < plan.keep <= rows and plan.chunk >= 1 and taken <= budget
+        assert plan.keep == rows or deltas * plan.keep > budget / 2
+    else:
+        assert plan == (0, 1)
+
+
 def test_rows_of_logits_are_aligned_on_an_accelerator():
     buffer = logits_buffer(torch.empty(0, dtype=torch.bfloat16, device="meta"), 5, 50257)
     assert buffer.shape == (5, 50257) and buffer.stride() == (50304, 1)

@@ -10,10 +10,12 @@ import cases
 import oracle
 import pytest
 import torch
+import torch.distributed as distributed
 from cases import DTYPES, Case
 from cost import budget_of, measured, product_flops
 from oracle import Transform
 from torch import Tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from wrpo_kernels import linear_token_logp
 
@@ -506,6 +508,21 @@ def test_a_wrong_argument_is_named_in_the_error(name):
     changes, error, message = REFUSED[name]
     with pytest.raises(error, match=f"(?s){message}"):
         linear_token_logp(**{**GOOD, **changes})
+
+
+@pytest.mark.parametrize("name", ["hidden", "weight"])
+def test_a_tensor_that_is_spread_over_processes_is_refused_with_the_way_out(name):
+    """As FSDP2 and tensor parallelism leave a weight outside of the module that they wrap."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = distributed.init_device_mesh("cpu", (1,))
+        spread = distribute_tensor(GOOD[name], mesh, [Shard(0)])
+        with pytest.raises(
+            ValueError, match=rf"{name} must be a whole tensor, got a DTensor; pass {name}\.full_tensor"
+        ):
+            linear_token_logp(**{**GOOD, name: spread})
+    finally:
+        distributed.destroy_process_group()
 
 
 @budgets

@@ -63,7 +63,7 @@ def tensors() -> HeadTensors:
 
 
 def options(asked: Asked, num_rows: int, budget: int = 1 << 20, backend: str = "triton") -> HeadOptions:
-    return HeadOptions(1.0, 0.0, 1.0, -100, num_rows, budget, asked, 0.0, backend)
+    return HeadOptions(1.0, 0.0, 1.0, -100, num_rows, budget, asked, 0.0, False, backend)
 
 
 BUDGETS = {"all rows fit": 1 << 20, "three rows fit": 3 * 2 * (V + 3 * D)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from wrpo.head.attention import model_inputs
 from wrpo.layouts import choose_layout
 from wrpo.layouts.probe import disagreement
 from wrpo.reference.reference import sequence_logp
-from wrpo.reference.source_logp import mean_logp
+from wrpo.reference.source_logp import summed_logp
 from wrpo_kernels import linear_token_logp
 
 NAMES = ("packed", "shared")
@@ -253,17 +255,58 @@ def test_auto_takes_what_saves_operations_and_asks_the_model_only_then(prompt, l
     assert "of the operations" in choice.reason
 
 
-def test_an_evaluation_and_the_log_probs_of_a_source_go_through_shared_rows(tmp_path, monkeypatch, caplog):
-    model, rows = attending_model("llama", dtype=torch.float64), rows_of("all kinds")
-    install_fused_head(model)
-    expected = sequence_logp(model, collated(rows, PADDED))
-    caplog.set_level("INFO", logger="wrpo")
-    got = response_logps(model, rows, None, batch_size=2, title="policy")
-    torch.testing.assert_close(torch.cat(got), expected, rtol=1e-6, atol=0)
-    monkeypatch.setattr("wrpo.reference.source_logp.tokenize_examples", lambda *_, **__: Dataset.from_list(rows))
-    means = mean_logp(None, model, None, cache_file=tmp_path / "sums", batch_size=2, progress=False)
-    lengths = [len(response) for row in rows for response in row["response_ids"]]
-    torch.testing.assert_close(
-        torch.tensor([mean for row in means for mean in row]), expected / torch.tensor(lengths), rtol=1e-6, atol=0
+def evaluated(model: nn.Module, rows: list[dict], layout: str, cache_file: Path) -> torch.Tensor:
+    """As `wrpo eval` goes through the rows."""
+    return torch.cat(response_logps(model, rows, None, batch_size=2, title="policy", layout=layout)).double()
+
+
+def scored(model: nn.Module, rows: list[dict], layout: str, cache_file: Path) -> torch.Tensor:
+    """As `wrpo logp` goes through the rows."""
+    how = {"batch_size": 2, "layout": layout, "progress": False}
+    sums = summed_logp(Dataset.from_list(rows), model, None, cache_file=cache_file, **how)
+    return torch.tensor([logp for row in sums for logp in row], dtype=torch.float64)
+
+
+def run_counting_tokens(logps_of: Callable, model: nn.Module, *given) -> tuple[torch.Tensor, int]:
+    """Log-probs, and the tokens, padding among them, that went through the model on the way."""
+    tokens = []
+    counting = model.model.layers[0].register_forward_pre_hook(
+        lambda _module, args, kwargs: tokens.append((args or (kwargs["hidden_states"],))[0].shape[:2].numel()),
+        with_kwargs=True,
     )
-    assert caplog.text.count("layout: shared") == 2
+    found = logps_of(model, *given)
+    counting.remove()
+    return found, sum(tokens)
+
+
+@pytest.mark.parametrize("logps_of", [evaluated, scored])
+def test_a_pass_over_rows_takes_the_layout_of_its_setting_and_says_it_once(logps_of, tmp_path, monkeypatch, caplog):
+    """Fewer tokens, and the error of padded rows against float64; 9 * 64 ulps as above."""
+    rows = rows_of("long prompts")
+    exact, model = (attending_model("llama", dtype=dtype) for dtype in (torch.float64, torch.float32))
+    exact.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
+    install_fused_head(exact)
+    with InFloat64():
+        truth = logps(exact.eval(), collated(rows, PADDED)).detach()
+    caplog.set_level("INFO", logger="wrpo")
+    monkeypatch.setattr("wrpo.layouts.choice.disagreement", lambda *_: None)  # its tokens are none of the pass
+    padded, most = run_counting_tokens(logps_of, model, rows, "padded", tmp_path / "padded")
+    for layout, chosen in (
+        ("packed", "packed, as asked for"),
+        ("shared", "shared, as asked for"),
+        ("auto", "shared, 0."),
+    ):
+        caplog.clear()
+        got, tokens = run_counting_tokens(logps_of, model, rows, layout, tmp_path / layout)
+        assert caplog.text.count("layout: ") == caplog.text.count(f"layout: {chosen}") == 1
+        assert tokens < most
+        assert (got - truth).abs().max() <= (padded - truth).abs().max() + 9 * 64 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("logps_of", [evaluated, scored])
+def test_a_pass_in_a_layout_that_the_model_cannot_have_is_refused_by_name_alone(logps_of, tmp_path):
+    model, rows = attending_model("mamba"), rows_of("long prompts")
+    with pytest.raises(ValueError, match=r"layout 'shared': shared rows do not go .* Use layout padded, or auto"):
+        logps_of(model, rows, "shared", tmp_path / "shared")
+    auto, padded = (logps_of(model, rows, layout, tmp_path / layout) for layout in ("auto", "padded"))
+    assert torch.equal(auto, padded)

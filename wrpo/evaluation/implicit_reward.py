@@ -23,7 +23,7 @@ from wrpo.data.collation import pad_token
 from wrpo.data.model_limits import refuse_beyond
 from wrpo.data.roles import Role
 from wrpo.head.fused_head import install_fused_head
-from wrpo.layouts import in_best_layout
+from wrpo.layouts import in_layout
 from wrpo.pretrained import free_memory, load_model, load_tokenizer, require_template
 from wrpo.reference.reference import sequence_logp
 from wrpo.settings import ModelSettings
@@ -52,7 +52,14 @@ class Accuracy:
 
 
 def response_logps(
-    model: nn.Module, rows: Sequence[dict], tokenizer: Any, *, batch_size: int, title: str, **options: Any
+    model: nn.Module,
+    rows: Sequence[dict],
+    tokenizer: Any,
+    *,
+    batch_size: int,
+    title: str,
+    layout: str = "auto",
+    **options: Any,
 ) -> list[Tensor]:
     """For each row the log-probs [R] float32 of its responses, in nats.
 
@@ -64,10 +71,15 @@ def response_logps(
         tokenizer: its padding token fills the batches.
         batch_size: rows in a batch, each with all its responses.
         title: of the progress bar.
+        layout: auto, padded, packed or shared, as `wrpo.layouts.choose_layout` takes it. Default: auto.
         **options: budget_bytes and backend of `linear_token_logp`.
+
+    Raises:
+        ValueError: a layout by name that the model cannot have.
     """
     install_fused_head(model)
-    collator = in_best_layout(PreferenceCollator(pad_token(tokenizer, model)), model, rows, batch_size=batch_size)
+    collator = PreferenceCollator(pad_token(tokenizer, model))
+    collator = in_layout(layout, collator, model, rows, batch_size=batch_size)
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda index: -_longest(rows[index]))
     found: dict[int, Tensor] = {}
@@ -89,7 +101,8 @@ def accuracy_of_models(options: TriplesSettings) -> dict[str, Accuracy]:
     """Implicit-reward accuracy of `options.policy` against `options.reference` on `options.triples`.
 
     Raises:
-        UserError: triples or models that cannot be loaded, or two models of different vocabularies.
+        UserError: triples or models that cannot be loaded, two models of different vocabularies, or a layout by name
+            that one of them cannot have.
     """
 
     def settings(name: str) -> ModelSettings:
@@ -120,9 +133,11 @@ def accuracy_of_models(options: TriplesSettings) -> dict[str, Accuracy]:
         model = load_model(settings(name), f"--{title}").to(device)
         try:
             refuse_beyond(rows, model, tokenizer, place=f"triples under --{title} {name!r}")
+            found = response_logps(
+                model, rows, tokenizer, batch_size=options.batch_size, title=title, layout=options.layout
+            )
         except ValueError as error:
             raise UserError(str(error)) from error
-        found = response_logps(model, rows, tokenizer, batch_size=options.batch_size, title=title)
         del model
         free_memory()  # before the other model is loaded
         return found

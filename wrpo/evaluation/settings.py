@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from wrpo.settings import REQUIRED, check_choices, check_range, knob
+from wrpo.settings import LAYOUT, REQUIRED, LayoutName, check_choices, check_range, knob
 
 
 @dataclass
@@ -72,6 +72,7 @@ class TriplesSettings:
     chat_template_file: str | None = knob(
         None, "Jinja file used instead of the tokenizer's chat template.", group="triples"
     )
+    layout: LayoutName = knob("auto", f"{LAYOUT} Each model has its own.", group="triples")
     skip_bad_rows: bool = knob(False, "Leave bad triples out and count them.", group="triples")
     batch_size: int = knob(4, "Triples, or answers for reward_model, at a time.", group="model")
     torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .choice import Choice, choose_layout, in_best_layout
+from .choice import Choice, choose_layout, in_layout
 
-__all__ = ["Choice", "choose_layout", "in_best_layout"]
+__all__ = ["Choice", "choose_layout", "in_layout"]

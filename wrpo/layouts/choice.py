@@ -115,9 +115,12 @@ def least_work(share: dict[Layout, float], refusal: Callable[[Layout], str | Non
     return Choice(PADDED, reasons[0] if reasons else f"no layout saves much ({least:.2f} of the operations)")
 
 
-def in_best_layout(collator: Any, model: nn.Module, rows: Any, *, batch_size: int) -> Any:
-    """The collator with the layout that auto takes, for a pass over rows sorted by length."""
-    choice = choose_layout("auto", model, rows, collator, batch_size=batch_size, sorted_by_length=True)
+def in_layout(wanted: str, collator: Any, model: nn.Module, rows: Any, *, batch_size: int) -> Any:
+    """The collator with the layout that the setting means for a pass over rows sorted by length; said once.
+
+    Args and Raises as `choose_layout`.
+    """
+    choice = choose_layout(wanted, model, rows, collator, batch_size=batch_size, sorted_by_length=True)
     logger.info("layout: %s", choice)
     return with_layout(collator, choice.layout)
 

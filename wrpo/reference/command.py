@@ -26,7 +26,16 @@ from wrpo.data import load_examples
 from wrpo.data.example import in_order_of_row
 from wrpo.rows.json_lines import write_json_lines
 from wrpo.rows.reading import read_rows
-from wrpo.settings import REQUIRED, ModelSettings, check_choices, check_range, knob, parse_settings
+from wrpo.settings import (
+    LAYOUT,
+    REQUIRED,
+    LayoutName,
+    ModelSettings,
+    check_choices,
+    check_range,
+    knob,
+    parse_settings,
+)
 from wrpo.settings.model import check_template
 from wrpo.user_error import UserError
 
@@ -63,6 +72,7 @@ class LogpSettings:
         "auto", "Type of the weights in memory; auto: as saved.", group="model"
     )
     batch_size: int = knob(8, "Rows in a batch.", group="speed")
+    layout: LayoutName = knob("auto", f"{LAYOUT} Each model has its own.", group="speed")
     max_length: int | None = knob(
         None,
         "Most tokens in prompt + response. Default: no limit; with reference 2048, as in training.",
@@ -121,6 +131,7 @@ def column(settings: LogpSettings, triples: datasets.Dataset) -> tuple[str, Any]
             output.with_name(f"{output.name}.models"),
             torch_dtype=settings.torch_dtype,
             batch_size=settings.batch_size,
+            layout=settings.layout,
             max_length=settings.max_length,
         )
         return "source_logp", scored["source_logp"]
@@ -137,6 +148,7 @@ def column(settings: LogpSettings, triples: datasets.Dataset) -> tuple[str, Any]
         max_length=settings.max_length,
         max_prompt_length=settings.max_prompt_length,
         batch_size=settings.batch_size,
+        layout=settings.layout,
     )
 
 

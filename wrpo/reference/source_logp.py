@@ -24,7 +24,7 @@ from wrpo.data.batch import on_device
 from wrpo.data.collation import pad_token
 from wrpo.data.model_limits import refuse_beyond
 from wrpo.head.fused_head import install_fused_head
-from wrpo.layouts import in_best_layout
+from wrpo.layouts import in_layout
 from wrpo.pretrained import free_memory, load_model, load_tokenizer
 from wrpo.settings import ModelSettings, SettingsError
 from wrpo.user_error import UserError
@@ -43,6 +43,7 @@ def mean_logp(
     *,
     cache_file: Path,
     batch_size: int = 8,
+    layout: str = "auto",
     max_length: int | None = None,
     progress: bool = True,
 ) -> list[list[float]]:
@@ -54,16 +55,25 @@ def mean_logp(
         tokenizer: the model's own.
         cache_file: where the sums are kept, with a fingerprint of rows, model and tokenizer (`wrpo.reference.cache`).
         batch_size: rows in a batch. Default: 8.
+        layout: auto, padded, packed or shared, as `wrpo.layouts.choose_layout` takes it. Default: auto.
         max_length: most tokens in prompt + one response; a response that is cut is scored as far as it goes. Default:
             None, no limit.
         progress: show a progress bar. Default: True.
 
     Raises:
         DataError: a row that the model's chat template refuses.  ValueError: a token id or a position that the model
-            does not have, or a log-prob that is not finite.
+            does not have, a layout by name that it cannot have, or a log-prob that is not finite.
     """
     tokens = tokenize_examples(triples, tokenizer, max_length=max_length, max_prompt_length=None)
-    sums = summed_logp(tokens, model, tokenizer, cache_file=cache_file, batch_size=batch_size, progress=progress)
+    sums = summed_logp(
+        tokens,
+        model,
+        tokenizer,
+        cache_file=cache_file,
+        batch_size=batch_size,
+        layout=layout,
+        progress=progress,
+    )
     rows = zip(sums, tokens["response_ids"], strict=True)
     return [[logp / len(ids) for logp, ids in zip(logps, responses, strict=True)] for logps, responses in rows]
 
@@ -75,6 +85,7 @@ def summed_logp(
     *,
     cache_file: Path,
     batch_size: int = 8,
+    layout: str = "auto",
     progress: bool = True,
 ) -> list[list[float]]:
     """For each row, each response's summed log-prob under one model, in nats.
@@ -89,15 +100,16 @@ def summed_logp(
     accelerator = Accelerator()
     model = model.to(accelerator.device).eval()
     head = install_fused_head(model)
-    collate = in_best_layout(PreferenceCollator(pad_token(tokenizer, model)), model, tokens, batch_size=batch_size)
-
-    def logp_of(rows: list[dict]) -> Tensor:
-        return sequence_logp(model, on_device(collate(rows), accelerator.device))
-
     fingerprint = model_fingerprint(model, tokenizer, {"dtype": str(model.dtype), "head": str(head)})
     file = ReferenceFile(tokens, cache_file, fingerprint, accelerator)
     sums = file.read()
     if sums is None:
+        collator = PreferenceCollator(pad_token(tokenizer, model))
+        collate = in_layout(layout, collator, model, tokens, batch_size=batch_size)
+
+        def logp_of(rows: list[dict]) -> Tensor:
+            return sequence_logp(model, on_device(collate(rows), accelerator.device))
+
         sums = file.compute(logp_of, batch_size=batch_size, progress=progress)
     return file.by_row(sums)
 
@@ -110,6 +122,7 @@ def ref_logp(
     max_length: int | None,
     max_prompt_length: int | None,
     batch_size: int = 8,
+    layout: str = "auto",
 ) -> list[list[float]]:
     """The column `ref_logp` [R]: each response's summed log-prob under the reference model, in nats.
 
@@ -118,15 +131,15 @@ def ref_logp(
         settings: of the reference model, whose tokenizer and template the policy has too.
         cache_file: where the sums are kept.
         max_length, max_prompt_length: as in training, which must see the same tokens.
-        batch_size: rows in a batch. Default: 8.
+        batch_size, layout: as `mean_logp`.
 
     Raises:
-        SettingsError: a model that cannot be loaded, or rows that it cannot take.
+        SettingsError: a model that cannot be loaded, or rows or a layout that it cannot take.
     """
     tokenizer, model = load_tokenizer(settings, "reference"), load_model(settings, "reference")
     tokens = tokenize_examples(triples, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length)
     try:
-        return summed_logp(tokens, model, tokenizer, cache_file=cache_file, batch_size=batch_size)
+        return summed_logp(tokens, model, tokenizer, cache_file=cache_file, batch_size=batch_size, layout=layout)
     except UserError:
         raise
     except (ValueError, TypeError) as error:

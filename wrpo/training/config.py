@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from wrpo.settings import check_choices, check_range, knob
+from wrpo.settings import LAYOUT, LayoutName, check_choices, check_range, knob
 
 from .inherited_fields import check_inherited, settle_inherited
 
@@ -71,15 +72,7 @@ class FusedHeadConfig(TrainingArguments):
     max_prompt_length: int | None = knob(
         1800, "Most tokens in the prompt; none: no limit. Default: 1800 (paper).", group="data"
     )
-    layout: Literal["auto", "padded", "packed", "shared"] = knob(
-        "auto",
-        "Where the tokens of a batch stand. padded: each response behind its own copy of the prompt, padded to the "
-        "longest; packed: the same, several to a row, without padding; shared: the prompt once for all its responses. "
-        "The numbers are the same up to rounding; a dropout is drawn once for a shared prompt. auto: the one with the "
-        "fewest operations, if it saves a tenth of them and the model gives the same log-probs on a few rows; said at "
-        "the start. See docs/layouts.md. Default: auto.",
-        group="speed",
-    )
+    layout: LayoutName = knob("auto", f"{LAYOUT} A dropout is drawn once for a shared prompt.", group="speed")
     budget_bytes: int | None = knob(
         None,
         "Bytes that the logits which exist at a time may take. Default: that of the kernels, 512 MiB, on an "
@@ -89,6 +82,13 @@ class FusedHeadConfig(TrainingArguments):
     kernel_backend: str | None = knob(
         None,
         "Kernel by name; it runs or raises. Default: the best that runs here, see `python -m wrpo_kernels`.",
+        group="speed",
+    )
+    logits_dtype: Literal["float32"] | None = knob(
+        None,
+        "float32: logits of a 16-bit head are not rounded before their softmax. Log-probs then err by about 1e-4 nats "
+        "instead of 1e-2 and more; a logit takes 6 bytes of the budget instead of 2, and a step more time. See "
+        "docs/own_loop.md. Default: none, the type of the hidden states.",
         group="speed",
     )
     check_head: bool = knob(
@@ -119,7 +119,8 @@ class FusedHeadConfig(TrainingArguments):
 
     def head_options(self) -> dict:
         """How the kernels are to run: keyword arguments of every `linear_...` op."""
-        return {"budget_bytes": self.budget_bytes, "backend": self.kernel_backend}
+        logits_dtype = None if self.logits_dtype is None else torch.float32
+        return {"budget_bytes": self.budget_bytes, "logits_dtype": logits_dtype, "backend": self.kernel_backend}
 
 
 @dataclass

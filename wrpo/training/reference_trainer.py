@@ -199,6 +199,8 @@ class ReferenceTrainer(HeadTrainer):
             settings["wrapper"] = str(wrapper)
         if args.ld_alpha is not None:
             settings["ld_alpha"] = str(args.ld_alpha)
+        if args.logits_dtype is not None:
+            settings["logits_dtype"] = args.logits_dtype
         reference = Precomputed(
             partial(self.logp_of_rows, waits=waits),
             batch_size=args.per_device_eval_batch_size,

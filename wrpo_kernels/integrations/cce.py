@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from wrpo_kernels.cross_entropy import REDUCTIONS
 from wrpo_kernels.cross_entropy import linear_cross_entropy as cross_entropy
-from wrpo_kernels.integrations.autocast import as_linear_takes_it
+from wrpo_kernels.integrations.operands import checked_operands
 from wrpo_kernels.linear_token_statistics import linear_token_statistics
 
 __all__ = ["LinearCrossEntropy", "linear_cross_entropy"]
@@ -55,11 +55,14 @@ def linear_cross_entropy(
     Raises:
         NotImplementedError: `vocab_parallel_options`.
         ValueError, TypeError, RuntimeError: as wrpo_kernels.linear_cross_entropy.
+
+    Numerics: logits of 16-bit operands are rounded to their type, which cut-cross-entropy's kernels do not do:
+        `logits_dtype` of wrpo_kernels.linear_cross_entropy leaves it out.
     """
     if vocab_parallel_options is not None:
         raise NotImplementedError("vocab_parallel_options: a head split over devices is not supported here")
     head: dict[str, Any] = {"bias": bias, "ignore_index": ignore_index, "softcap": softcap, "shift": shift}
-    e = as_linear_takes_it(e)
+    e, targets = checked_operands(("e", "c", "targets", "bias"), e, c, targets, bias)
     if not return_lse:
         loss = cross_entropy(e, c, targets, reduction=reduction, **head)
         return _predicted(loss, shift) if reduction == "none" else loss

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from wrpo_kernels.cross_entropy import check_class_weight
 from wrpo_kernels.cross_entropy import linear_cross_entropy as cross_entropy
-from wrpo_kernels.integrations.autocast import as_linear_takes_it
+from wrpo_kernels.integrations.operands import checked_operands
 
 __all__ = ["linear_cross_entropy"]
 
@@ -44,14 +45,18 @@ def linear_cross_entropy(
         NotImplementedError: class probabilities in `target`, a `linear_weight` of more dimensions, `options`.
         ValueError, TypeError, RuntimeError: as wrpo_kernels.linear_cross_entropy.
     """
-    if target.is_floating_point():
+    if isinstance(target, Tensor) and target.is_floating_point():
         raise NotImplementedError("target must be class indices; class probabilities are not supported")
-    if linear_weight.dim() > 2:
+    if isinstance(linear_weight, Tensor) and linear_weight.dim() > 2:
         raise NotImplementedError(f"linear_weight must be [V, D], got {list(linear_weight.shape)}")
     if options is not None:
         raise NotImplementedError("options belong to torch's own kernel; leave them out")
+    names = ("input", "linear_weight", "target", "linear_bias")
+    hidden, target = checked_operands(names, input, linear_weight, target, linear_bias)
+    if weight is not None:
+        check_class_weight("weight", weight, len(linear_weight), target.device)
     return cross_entropy(
-        as_linear_takes_it(input),
+        hidden,
         linear_weight,
         target,
         bias=linear_bias,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from wrpo_kernels.checks import check_backend_name
-from wrpo_kernels.integrations.autocast import as_linear_takes_it
+from wrpo_kernels.integrations.operands import as_linear_takes_it
 from wrpo_kernels.linear_token_logp import linear_token_logp
 from wrpo_kernels.linear_token_statistics import linear_token_statistics
 from wrpo_kernels.lm_head.budget import check_budget

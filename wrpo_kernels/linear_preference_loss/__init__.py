@@ -61,6 +61,7 @@ def linear_preference_loss(
     num_rows: int | None = None,
     budget_bytes: int | None = None,
     grad_filter: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> PreferenceOutput:
     """`preference_loss` of the responses whose hidden states are given, without storing their logits.
@@ -93,6 +94,8 @@ def linear_preference_loss(
             memory, at most 4 GiB.
         grad_filter: eps > 0 leaves tokens that matter nowhere out of the gradients, with the bounds of
             linear_token_logp, where c_t is d loss / d logp of the row's sequence. Default: None, exact.
+        logits_dtype: torch.float32 for logits of 16-bit operands that are not rounded before their softmax, as in
+            linear_token_logp. Default: None, that of `hidden`.
         backend: "native", "cuda", "triton" or "reference", the row kernel; or "triton_exp", as in linear_token_logp.
             Default: the first that can.
 
@@ -156,7 +159,9 @@ def linear_preference_loss(
     )
     check_name("linear_preference_loss", backend, contract.CANDIDATES)
     transform = (logit_scale, softcap, temperature)
-    options = checked_options(tensors, *transform, ignore_index, counts.rows(), budget_bytes, grad_filter, backend)
+    options = checked_options(
+        tensors, *transform, ignore_index, counts.rows(), budget_bytes, grad_filter, logits_dtype, backend
+    )
     if mixture is None and reduction != "none" and takes_one_pass(tensors, options):
         outputs = in_one_pass(tensors, options, loss, on_host, counted, reduction, normalizer)
         return PreferenceOutput(*counts.nan_where_wrong(outputs))
@@ -177,7 +182,8 @@ def takes_one_pass(tensors: HeadTensors, options: HeadOptions) -> bool:
     hidden, weight = tensors.hidden, tensors.weight
     if hidden.dtype == torch.float16:
         return False
-    at_once = rows_before_pieces(options.budget_bytes, hidden, weight, tensors.up, options.asked.weight)
+    sizes = (options.budget_bytes, hidden, weight, tensors.up)
+    at_once = rows_before_pieces(*sizes, options.asked.weight, options.logit_bytes(hidden))
     if most_rows(options.num_rows, tensors.target) > at_once:
         return options.asked.of_head
     vocabulary, width = weight.shape

@@ -47,8 +47,8 @@ def _linear_preference_loss(
     preference.check_groups(sequences.group, num_groups)
     sequences = preference.in_dtype(logp_dtype(tensors.hidden.dtype), sequences)
     divisor = max(num_groups, 1) if averages else 1
-    sizes = _sizes(tensors, options)
     at_once, chunks = _chunks(tensors, options)
+    sizes = (options.budget_bytes, tensors.hidden, tensors.weight, tensors.up, options.logit_bytes(tensors.hidden))
     limits = one_pass.Limits(at_once, rows_in_passing(*sizes), rows_within(*sizes))
     with no_autocast(tensors.hidden), LabelsByPosition("labels", tensors, options.ignore_index):
         head, rows = Head(tensors, options), rows_of(tensors, options)
@@ -86,13 +86,10 @@ def loss_backend(name: str | None) -> str | None:
     return TritonBackend.NAME if name == ExpProduct.NAME else name
 
 
-def _sizes(tensors: HeadTensors, options: HeadOptions) -> tuple[int, Tensor, Tensor, Tensor | None]:
-    return options.budget_bytes, tensors.hidden, tensors.weight, tensors.up
-
-
 def _chunks(tensors: HeadTensors, options: HeadOptions) -> tuple[int, int]:
     """Rows that go at once, and chunks in which the gradients are added up: two stand for any number."""
-    at_once = rows_before_pieces(*_sizes(tensors, options), options.asked.weight)
+    sizes = (options.budget_bytes, tensors.hidden, tensors.weight, tensors.up)
+    at_once = rows_before_pieces(*sizes, options.asked.weight, options.logit_bytes(tensors.hidden))
     return at_once, 1 if most_rows(options.num_rows, tensors.target) <= at_once else 2
 
 

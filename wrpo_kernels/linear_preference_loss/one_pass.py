@@ -21,7 +21,7 @@ from wrpo_kernels.dispatch.backends import Backend
 from wrpo_kernels.dispatch.transfer import to_device
 from wrpo_kernels.linear_preference_loss.passes import facts_of, plan_passes, room_of, rows_of_a_total
 from wrpo_kernels.linear_token_logp.passes import chunks
-from wrpo_kernels.lm_head.budget import even_chunk, logits_buffer, row_tile
+from wrpo_kernels.lm_head.budget import even_chunk, row_tile
 from wrpo_kernels.lm_head.gradients import Gradients
 from wrpo_kernels.lm_head.head import Head
 from wrpo_kernels.lm_head.rows import Rows, slice_rows
@@ -61,7 +61,7 @@ class GroupPass:
         self._head, self._divisor, self._gradients, self._kernel = head, divisor, gradients, kernel
 
     def make_room(self, number: int) -> None:
-        self.buffer = logits_buffer(self._head.weight, number, len(self._head.weight))
+        self.buffer = self._head.buffer(number)
 
     def walk(self, way: str, rows: Rows, loss: LossArguments, is_alone: bool) -> Result:
         return self.scaled(rows, loss, is_alone) if way == "scaled" else getattr(self, way)(rows, loss)

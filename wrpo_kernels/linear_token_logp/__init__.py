@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from wrpo_kernels.checks import check_int, int64_labels
@@ -26,6 +27,7 @@ def linear_token_logp(
     num_rows: int | None = None,
     budget_bytes: int | None = None,
     grad_filter: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Log-probability of each target token under a language-model head, without storing the logits.
@@ -61,6 +63,8 @@ def linear_token_logp(
             |error of dh_t| <= |c_t| eps sum_{v in U} |W_v| and |error of dW_v| <= eps sum_t |c_t| |h_t|, v in U; the
             other rows of dW are exact. Pays for a trained model, which leaves few others; proof in `column_filter`. An
             accelerator is waited for once a chunk. Default: None, exact.
+        logits_dtype: torch.float32 for logits of 16-bit operands that are not rounded before their softmax; see
+            Numerics. Default: None, that of `hidden`.
         backend: "native", "cuda", "triton" or "reference", the row kernel; "triton_exp", in bfloat16 and without a
             `grad_filter`, a product that leaves powers of the scores and needs no row kernel; "triton_fused" writes no
             logits where nothing needs a gradient and the head has no adapter, and is "triton" elsewhere. Default: the
@@ -79,20 +83,25 @@ def linear_token_logp(
     Compiled: `num_rows` may change from call to call; each new value of another number compiles again.
 
     Numerics: logits have the type of `hidden`: of 16 bits, each is rounded once, by up to 2^-9 (bfloat16) or 2^-12
-        (float16) of its size, as a head of that type rounds it, and log-probs err by about 0.01 in bfloat16;
-        hidden.float() makes float32 logits at the speed of float32. Autocast, under which F.linear would cast, changes
-        nothing: pass hidden.to(torch.get_autocast_dtype(...)) for what it does. All sums run in float32. dW is summed
-        inside each product and, where the rows need several, across them; a 16-bit product on the CPU is rounded to
-        its type before it is added, and one on a GPU may add parts of its sum in 16 bits where torch lets it, as it
-        does by default (`torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction`). Of an adapter, low up^T
-        is rounded once to the type of `hidden` before hidden W^T is added. The same bits on every run.
+        (float16) of its size, as a head of that type rounds it, and log-probs err by about 0.01 in bfloat16.
+        logits_dtype=torch.float32 keeps the product's float32 sums (on a CPU to 2^-18 or 2^-24 of a logit), and
+        log-probs err by about 1e-4; deltas, and with them the products of the gradients, keep the type of `hidden`.
+        What either way errs and costs is in docs/own_loop.md. "triton_exp" and the forward of "triton_fused" never
+        round a logit. Autocast, under which F.linear would cast, changes nothing: pass
+        hidden.to(torch.get_autocast_dtype(...)) for what it does. All sums run in float32. dW is summed inside each
+        product and, where the rows need several, across them; a 16-bit product on the CPU is rounded to its type before
+        it is added, and one on a GPU may add parts of its sum in 16 bits where torch lets it, as it does by default
+        (`torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction`). Of an adapter, low up^T is rounded once
+        to the type of the logits before hidden W^T is added. The same bits on every run.
     Memory: `budget_bytes`, of which 4 (D + r) values a row are for what is multiplied by the head, held until the
-        backward if the head or an adapter is trained; beside it a float32 dW when a 16-bit head's rows do not fit the
-        budget at once and would take more memory so, and a converted weight when its type is not that of `hidden`.
-        "triton_exp" takes 3 % of the logits' memory more.
+        backward if the head or an adapter is trained, and 4 bytes a logit that is float32 beside 16-bit operands, 6
+        while its delta is made; beside it a float32 dW when a 16-bit head's rows do not fit the budget at once and
+        would take more memory so, and a converted weight when its type is not that of `hidden`. "triton_exp" takes 3 %
+        of the logits' memory more.
     Cost: 2NDV flops forward alone, 4NDV with a frozen head, 6NDV with a trained one, plus 2DV for each row whose
-        logits did not fit the budget; N counts only the rows that are not ignored. An adapter adds 2NrV for its
-        share of the logits and for each of its gradients; on a frozen head deltas are then kept as for a trained one.
+        logits did not fit the budget; where a CPU makes float32 logits of 16-bit operands another 2DV each time it
+        makes those of a row. N counts only the rows that are not ignored. An adapter adds 2NrV for its share of the
+        logits and for each of its gradients; on a frozen head deltas are then kept as for a trained one.
     Source: WRPO, arXiv:2412.03187; online softmax, arXiv:1805.02867.
     """
     target = int64_labels("target", target)
@@ -103,7 +112,7 @@ def linear_token_logp(
     counted = count_labels(target.reshape(1, -1), ignore_index)
     rows = count_rows(counted, target.numel(), num_rows)
     transform = (logit_scale, softcap, temperature)
-    options = checked_options(tensors, *transform, ignore_index, rows, budget_bytes, grad_filter, backend)
+    options = checked_options(tensors, *transform, ignore_index, rows, budget_bytes, grad_filter, logits_dtype, backend)
     logp, _, _ = contract.linear_token_logp(tensors, options)
     (logp,) = nan_unless_counted((logp,), counted, num_rows)
     return logp

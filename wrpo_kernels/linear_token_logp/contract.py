@@ -30,10 +30,13 @@ def plan_of(tensors: HeadTensors, options: HeadOptions) -> Plan:
     """A backward needs the deltas, but for dh alone, which is made beside the log-probs and only scaled there."""
     sizes = (options.budget_bytes, tensors.hidden, tensors.weight, tensors.up)
     number, tile = most_rows(options.num_rows, tensors.target), row_tile(tensors.hidden.device)
+    logit_bytes = options.logit_bytes(tensors.hidden)
     if not options.asked.of_head:
-        passing = rows_in_passing(*sizes)
+        passing = rows_in_passing(*sizes, logit_bytes)
         return plan_rows(number, passing, passing, False, tile)
-    return plan_rows(number, rows_within(*sizes), rows_at_once(*sizes, options.asked.weight), True, tile)
+    fit, at_once = rows_within(*sizes, logit_bytes), rows_at_once(*sizes, options.asked.weight, logit_bytes)
+    deltas_fit = rows_within(*sizes) if options.has_float32_logits else None
+    return plan_rows(number, fit, at_once, True, tile, deltas_fit)
 
 
 def rows_kept(tensors: HeadTensors, options: HeadOptions) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from wrpo_kernels.lm_head.budget import Plan, logits_buffer
+from wrpo_kernels.lm_head.budget import Plan
 from wrpo_kernels.lm_head.column_filter import columns_that_count, grad_hidden_into
 from wrpo_kernels.lm_head.gradients import Gradients
 from wrpo_kernels.lm_head.head import Head
@@ -33,12 +33,15 @@ def forward(head: Head, rows: Rows, plan: Plan, unscaled: Tensor, kept: Tensor, 
     if head.is_fused and not plan.keep and not keeps_hidden:
         head.logp_of(rows, logp)
         return logp
-    first_chunk = min(plan.keep, len(rows))
-    if first_chunk:
-        head.delta_into(logp[:first_chunk], rows, 0, first_chunk, kept[:, : len(weight)])
-    buffer = logits_buffer(weight, min(plan.chunk, len(rows) - first_chunk), len(weight))
-    for first, last in chunks(first_chunk, len(rows), plan.chunk):
-        if keeps_hidden:
+    first_chunk, kept = min(plan.keep, len(rows)), kept[:, : len(weight)]
+    if first_chunk and head.writes_in_place:
+        head.delta_into(logp[:first_chunk], rows, 0, first_chunk, kept)
+    made = first_chunk if head.writes_in_place else 0  # deltas that are kept already
+    buffer = head.buffer(min(plan.chunk, len(rows) - made))
+    for first, last in (*chunks(made, first_chunk, plan.chunk), *chunks(first_chunk, len(rows), plan.chunk)):
+        if first < first_chunk:
+            head.delta_into(logp[first:last], rows, first, last, buffer, kept[first:last])
+        elif keeps_hidden:
             delta = head.delta_into(logp[first:last], rows, first, last, buffer)
             columns = columns_that_count(delta, rows.target[first:last], grad_filter)
             grad_hidden_into(unscaled[first:last], delta, weight, columns)
@@ -56,7 +59,7 @@ def backward(
     first_chunk = min(plan.keep, len(rows))
     if first_chunk:
         gradients.add(rows, 0, kept[:first_chunk, : len(head.weight)], coef[:first_chunk])
-    buffer = logits_buffer(kept, min(plan.chunk, len(rows) - first_chunk), len(head.weight))
+    buffer = head.buffer(min(plan.chunk, len(rows) - first_chunk))
     for first, last in chunks(first_chunk, len(rows), plan.chunk):
         delta = head.delta_into(coef.new_empty(last - first), rows, first, last, buffer)
         gradients.add(rows, first, delta, coef[first:last])

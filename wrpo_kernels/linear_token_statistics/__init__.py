@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from wrpo_kernels.checks import check_device, check_int, check_int64, int64_labels, is_readable
@@ -48,6 +49,7 @@ def linear_token_statistics(
     shift: bool | int = False,
     num_rows: int | None = None,
     budget_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> TokenStatistics:
     """`linear_token_logp` and, of the same logits, the entropy and other statistics of each token's distribution.
@@ -64,7 +66,7 @@ def linear_token_statistics(
         hidden, weight, target: as linear_token_logp.
         outputs: which of "entropy", "lse", "top1", "mean_logits", "log_sum_sq_probs". Default: all.
         ids: [K] int64 | int32 in [0, V), a few tokens whose log-probs are wanted at every position. Default: none.
-        bias, adapter, logit_scale, softcap, temperature, ignore_index, shift, num_rows, budget_bytes: as
+        bias, adapter, logit_scale, softcap, temperature, ignore_index, shift, num_rows, budget_bytes, logits_dtype: as
             linear_token_logp.
         backend: "native" or "reference". Default: the first that can; on an accelerator statistics are made by the
             reference, in plain torch, and log-probs by its own kernels.
@@ -95,7 +97,7 @@ def linear_token_statistics(
     rows = count_rows(counted, target.numel(), num_rows)
     check_name("linear_token_statistics", backend, contract.CANDIDATES)
     transform = (logit_scale, softcap, temperature)
-    options = checked_options(tensors, *transform, ignore_index, rows, budget_bytes, None, backend)
+    options = checked_options(tensors, *transform, ignore_index, rows, budget_bytes, None, logits_dtype, backend)
     values, top1, _ = contract.linear_token_statistics(tensors, options)
     (values,) = nan_unless_counted((values,), counted, num_rows)
     found = dict(zip(contract.COLUMNS, values.unbind(1), strict=True), top1=top1)
@@ -121,10 +123,16 @@ def _logp_of_ids(ids: Tensor, tensors: HeadTensors, options: HeadOptions, lse: T
     hidden, weight, target, bias, low, up = tensors
     ids = _check_ids(ids, weight)
     counts = (target != options.ignore_index)[..., None]
+    dtype = hidden.dtype  # operands are rounded to it, as in the products of all tokens
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        left, right = left.where(counts, 0.0).to(dtype), right[ids].to(dtype)
+        return left.float() @ right.float().t() if options.has_float32_logits else left @ right.t()
+
     with no_autocast(hidden):
-        scores = hidden.where(counts, 0.0) @ weight[ids].to(hidden.dtype).t()
+        scores = product(hidden, weight)
         if low is not None:
-            scores = scores + low.where(counts, 0.0).to(hidden.dtype) @ up[ids].to(hidden.dtype).t()
+            scores = scores + product(low, up)
     scores = scores_of(scores, options.transform(None if bias is None else bias[ids]))
     shape = (*target.shape, 1)
     return ((scores - lse.view(shape)) - rest.view(shape)).where(counts, 0.0)

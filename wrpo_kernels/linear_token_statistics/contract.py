@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from wrpo_kernels.checks import check_device, check_shape
@@ -25,14 +26,20 @@ COLUMNS = reference.COLUMNS
 
 
 def plan_of(tensors: HeadTensors, options: HeadOptions) -> Plan:
-    fit = rows_within(options.budget_bytes, tensors.hidden, tensors.weight, tensors.up)
+    sizes = (options.budget_bytes, tensors.hidden, tensors.weight, tensors.up)
+    fit = rows_within(*sizes, options.logit_bytes(tensors.hidden))
+    kept_fit = rows_within(*sizes, _kept_dtype(tensors, options).itemsize)
     number, tile = most_rows(options.num_rows, tensors.target), row_tile(tensors.hidden.device)
-    return passes.plan_rows(number, fit, any(options.gradients), tile)
+    return passes.plan_rows(number, fit, kept_fit, any(options.gradients), tile)
 
 
 def shape_of_kept(tensors: HeadTensors, options: HeadOptions) -> tuple[int, int]:
     """Logits of the rows that are kept, each with what aligns it."""
     return plan_of(tensors, options).keep, row_stride(tensors.hidden.device, tensors.weight.shape[0])
+
+
+def _kept_dtype(tensors: HeadTensors, options: HeadOptions) -> torch.dtype:
+    return torch.float32 if options.has_float32_logits else tensors.hidden.dtype
 
 
 def kernel_of(tensors: HeadTensors, options: HeadOptions) -> Backend:
@@ -43,7 +50,7 @@ def _linear_token_statistics(tensors: HeadTensors, options: HeadOptions) -> tupl
     """values [M, 6] of COLUMNS and top1 [M] of all M positions, and the logits that are kept."""
     with no_autocast(tensors.hidden), LabelsByPosition("target", tensors, options.ignore_index):
         head, rows, plan = Head(tensors, options), rows_of(tensors, options), plan_of(tensors, options)
-        kept = tensors.hidden.new_empty(shape_of_kept(tensors, options))
+        kept = tensors.hidden.new_empty(shape_of_kept(tensors, options), dtype=_kept_dtype(tensors, options))
         logits = kept[:, : tensors.weight.shape[0]]
         row_kernel = choose("linear_token_statistics", options.backend, ROW_KERNELS, tensors.hidden)
         values, top1 = passes.forward(head, rows, plan, logits, row_kernel, kernel_of(tensors, options))
@@ -53,7 +60,7 @@ def _linear_token_statistics(tensors: HeadTensors, options: HeadOptions) -> tupl
 def _fake(tensors: HeadTensors, options: HeadOptions) -> tuple[Tensor, Tensor, Tensor]:
     hidden, number = tensors.hidden, tensors.target.numel()
     values = hidden.new_empty(number, len(COLUMNS), dtype=logp_dtype(hidden.dtype))
-    kept = hidden.new_empty(shape_of_kept(tensors, options))
+    kept = hidden.new_empty(shape_of_kept(tensors, options), dtype=_kept_dtype(tensors, options))
     return values, tensors.target.new_empty(number), kept
 
 
@@ -80,7 +87,7 @@ def _check_backward(
     saved = {
         "grad_values": (grad_values, wide, (number, len(COLUMNS))),
         "values": (values, wide, (number, len(COLUMNS))),
-        "kept": (kept, hidden.dtype, shape_of_kept(tensors, options)),
+        "kept": (kept, _kept_dtype(tensors, options), shape_of_kept(tensors, options)),
     }
     for name, (value, dtype, shape) in saved.items():
         check_shape(name, value, "as linear_token_statistics returned it", *shape)

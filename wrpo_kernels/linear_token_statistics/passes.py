@@ -23,12 +23,15 @@ from wrpo_kernels.lm_head.products import logits_into
 from wrpo_kernels.lm_head.rows import Rows, slice_rows
 
 
-def plan_rows(num_rows: int, fit: int, is_trained: bool, tile: int) -> Plan:
-    """Three quarters of the budget keep logits and one quarter is worked in; without a backward all of it is."""
+def plan_rows(num_rows: int, fit: int, kept_fit: int, is_trained: bool, tile: int) -> Plan:
+    """Three quarters of the budget keep logits and one quarter is worked in; without a backward all of it is.
+
+    fit, kept_fit: rows that fill the budget while they are worked on, and as they are kept.
+    """
     if not is_trained:
         return Plan(0, even_chunk(num_rows, fit, tile) if num_rows else 1)
     work = max(1, fit // 4)
-    return Plan(min(num_rows, fit - work), work)
+    return Plan(min(num_rows, kept_fit * (fit - work) // fit), work)
 
 
 def forward(
@@ -42,7 +45,7 @@ def forward(
     values = weight.new_empty(number, len(COLUMNS), dtype=head.logp_dtype)
     top1 = torch.empty(number, dtype=torch.int64, device=weight.device)
     first_chunk = min(plan.keep, number)
-    buffer = logits_buffer(weight, min(plan.chunk, number - first_chunk), len(weight))
+    buffer = logits_buffer(weight, min(plan.chunk, number - first_chunk), len(weight), kept.dtype)
     pieces = [(0, first_chunk, kept)] if first_chunk else []
     pieces += [(first, last, buffer) for first, last in chunks(first_chunk, number, plan.chunk)]
     for first, last, out in pieces:
@@ -80,7 +83,7 @@ def backward(
             _logits(head, rows, first, last, logits)
         told = (rows.target[first:last], head.ignore_index, head.transform)
         kernel.grad_(logits, *told, values[first:last], coef[first:last])
-        gradients.add(rows, first, logits, size[first:last])
+        gradients.add(rows, first, head.narrowed(logits, len(buffer)), size[first:last])
 
 
 def _logits(head: Head, rows: Rows, first: int, last: int, buffer: Tensor) -> Tensor:

@@ -32,24 +32,35 @@ class Plan(NamedTuple):
     chunk: int
 
 
-def rows_within(budget_bytes: int, hidden: Tensor, weight: Tensor, up: Tensor | None = None) -> int:
+def rows_within(
+    budget_bytes: int, hidden: Tensor, weight: Tensor, up: Tensor | None = None, logit_bytes: int | None = None
+) -> int:
     """Rows whose logits [V] fit, with a gathered hidden state and a copy scaled in float32 [4 D]; at least one.
 
     The low-rank part of an adapter is handled as the hidden state is: [4 r].
+    logit_bytes: of a logit, and of its delta where that does not take its place. Default: those of `hidden`.
     """
-    return max(1, budget_bytes // _row_bytes(hidden, weight, up))
+    return max(1, budget_bytes // _row_bytes(hidden, weight, up, logit_bytes))
 
 
-def rows_in_passing(budget_bytes: int, hidden: Tensor, weight: Tensor, up: Tensor | None = None) -> int:
+def rows_in_passing(
+    budget_bytes: int, hidden: Tensor, weight: Tensor, up: Tensor | None = None, logit_bytes: int | None = None
+) -> int:
     """Rows of a chunk of whose logits nothing is kept: as many as fit, on a CPU no more than pay."""
-    fit = rows_within(budget_bytes, hidden, weight, up)
+    fit = rows_within(budget_bytes, hidden, weight, up, logit_bytes)
     if hidden.device.type != "cpu":
         return fit
-    return min(fit, max(FEWEST_ROWS, KEPT_BY_MALLOC // (weight.shape[0] * hidden.dtype.itemsize)))
+    row_bytes = weight.shape[0] * (logit_bytes or hidden.dtype.itemsize)
+    return min(fit, max(FEWEST_ROWS, KEPT_BY_MALLOC // row_bytes))
 
 
 def rows_before_pieces(
-    budget_bytes: int, hidden: Tensor, weight: Tensor, up: Tensor | None, trains_weight: bool
+    budget_bytes: int,
+    hidden: Tensor,
+    weight: Tensor,
+    up: Tensor | None,
+    trains_weight: bool,
+    logit_bytes: int | None = None,
 ) -> int:
     """Rows that loss and gradients take in one chunk where they could also go in several that leave nothing.
 
@@ -57,41 +68,55 @@ def rows_before_pieces(
     cost less than that: 2NV <= 8VD bytes, for the dW takes 4VD of new memory and the adding about as long again.
     """
     if hidden.device.type != "cpu":
-        return rows_at_once(budget_bytes, hidden, weight, up, trains_weight)
-    passing = rows_in_passing(budget_bytes, hidden, weight, up)
+        return rows_at_once(budget_bytes, hidden, weight, up, trains_weight, logit_bytes)
+    passing = rows_in_passing(budget_bytes, hidden, weight, up, logit_bytes)
     if not trains_weight or hidden.dtype.itemsize > 2:
         return passing
-    return max(passing, min(4 * weight.shape[1], rows_within(budget_bytes, hidden, weight, up)))
+    return max(passing, min(4 * weight.shape[1], rows_within(budget_bytes, hidden, weight, up, logit_bytes)))
 
 
-def rows_at_once(budget_bytes: int, hidden: Tensor, weight: Tensor, up: Tensor | None, trains_weight: bool) -> int:
+def rows_at_once(
+    budget_bytes: int,
+    hidden: Tensor,
+    weight: Tensor,
+    up: Tensor | None,
+    trains_weight: bool,
+    logit_bytes: int | None = None,
+) -> int:
     """Rows that go through in one chunk: those within the budget, and more where that takes no more memory than two.
 
     Of a trained 16-bit head one chunk of N rows takes their logits and a dW in 16 bits, several take the budget and a
     dW in float32: N a + 2VD <= budget + 4VD bytes, with `a` those of a row. On a CPU a dW is added to in the time of a
     few rows, and the budget stands.
     """
-    fit = rows_within(budget_bytes, hidden, weight, up)
+    fit = rows_within(budget_bytes, hidden, weight, up, logit_bytes)
     is_wide = hidden.dtype.itemsize > 2 or weight.dtype.itemsize > 2
     if not trains_weight or is_wide or hidden.device.type == "cpu":
         return fit
-    return max(fit, (budget_bytes + 2 * weight.numel()) // _row_bytes(hidden, weight, up))
+    return max(fit, (budget_bytes + 2 * weight.numel()) // _row_bytes(hidden, weight, up, logit_bytes))
 
 
-def _row_bytes(hidden: Tensor, weight: Tensor, up: Tensor | None) -> int:
+def _row_bytes(hidden: Tensor, weight: Tensor, up: Tensor | None, logit_bytes: int | None) -> int:
     vocabulary, width = weight.shape
-    rank = 0 if up is None else up.shape[1]
-    return (vocabulary + 4 * (width + rank)) * hidden.dtype.itemsize
+    rank, itemsize = 0 if up is None else up.shape[1], hidden.dtype.itemsize
+    return vocabulary * (logit_bytes or itemsize) + 4 * (width + rank) * itemsize
 
 
-def plan_rows(num_rows: int, fit: int, at_once: int, keeps_delta: bool, tile: int) -> Plan:
-    """With deltas to keep and too many rows, three quarters of the budget keep and one quarter is worked in."""
+def plan_rows(
+    num_rows: int, fit: int, at_once: int, keeps_delta: bool, tile: int, deltas_fit: int | None = None
+) -> Plan:
+    """With deltas to keep and too many rows, three quarters of the budget keep and one quarter is worked in.
+
+    deltas_fit: rows whose deltas alone fill the budget. Default: `fit`, for they take the place of the logits; others
+        are made a chunk at a time too.
+    """
     if num_rows <= at_once:
         return Plan(num_rows if keeps_delta else 0, num_rows)
     if not keeps_delta:
         return Plan(0, even_chunk(num_rows, fit, tile))
-    keep = fit - max(1, fit // 4)
-    return Plan(keep, even_chunk(num_rows - keep, fit - keep, tile))
+    work = max(1, fit // 4)
+    keep = min(num_rows, (deltas_fit or fit) * (fit - work) // fit)
+    return Plan(keep, even_chunk(num_rows if deltas_fit else num_rows - keep, work, tile))
 
 
 def even_chunk(num_rows: int, most: int, tile: int) -> int:
@@ -107,14 +132,14 @@ def row_tile(device: torch.device) -> int:
     return 1 if device.type == "cpu" else ROW_TILE
 
 
-def logits_buffer(like: Tensor, num_rows: int, vocabulary: int) -> Tensor:
-    """[num_rows, V] in the type of `like`; on an accelerator each row starts at a multiple of 128 bytes.
+def logits_buffer(like: Tensor, num_rows: int, vocabulary: int, dtype: torch.dtype | None = None) -> Tensor:
+    """[num_rows, V] in the type of `like` unless said; on an accelerator each row starts at a multiple of 128 bytes.
 
     Products of 16-bit matrices whose rows are not aligned run on slow kernels, and V = 50257, or a vocabulary with
     tokens added, is odd.
     """
     stride = row_stride(like.device, vocabulary)
-    buffer = like.new_empty(num_rows, stride)
+    buffer = like.new_empty(num_rows, stride, dtype=dtype)
     return buffer if stride == vocabulary else buffer[:, :vocabulary]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from wrpo_kernels.checks import check_labels
 from wrpo_kernels.dispatch.backends import choose
 from wrpo_kernels.dispatch.triton_backend import FusedTritonBackend
+from wrpo_kernels.lm_head.budget import logits_buffer
 from wrpo_kernels.lm_head.exp_product.form import ExpProduct
 from wrpo_kernels.lm_head.exp_product.self_check import require
 from wrpo_kernels.lm_head.inputs import HeadOptions, HeadTensors
@@ -45,7 +46,12 @@ class LabelsByPosition:
 
 class Head:
     """The transform of the logits, the row kernel, and `weight` [V, D] and an adapter's `up` [V, r] in the type of the
-    hidden states."""
+    hidden states.
+
+    Attributes:
+        writes_in_place: whether a delta takes the place of its logits. Those in float32 of 16-bit operands leave it
+            beside them, in the type in which it is multiplied.
+    """
 
     def __init__(self, tensors: HeadTensors, options: HeadOptions) -> None:
         hidden, weight, up = tensors.hidden, tensors.weight, tensors.up
@@ -57,6 +63,8 @@ class Head:
         self.kernel = choose("linear_token_logp", options.backend, CANDIDATES, hidden)
         self.logp_dtype = logp_dtype(hidden.dtype)
         self._powers = self.kernel if isinstance(self.kernel, ExpProduct) else None
+        self.writes_in_place = self._powers is not None or not options.has_float32_logits  # powers are of float32 sums
+        self._deltas: Tensor | None = None
         if self._powers is not None:
             if options.grad_filter:
                 raise RuntimeError("triton_exp: has no grad_filter, which compares deltas; leave out one of the two")
@@ -66,6 +74,11 @@ class Head:
     def is_fused(self) -> bool:
         """Whether log-probs come straight from the hidden states, without a buffer of logits."""
         return self._powers is not None or (isinstance(self.kernel, FusedTritonBackend) and self.up is None)
+
+    def buffer(self, num_rows: int) -> Tensor:
+        """Scratch for the logits of these rows."""
+        dtype = self.weight.dtype if self.writes_in_place else torch.float32
+        return logits_buffer(self.weight, num_rows, len(self.weight), dtype)
 
     def logp_of(self, rows: Rows, logp: Tensor) -> None:
         if self._powers is not None:
@@ -81,14 +94,27 @@ class Head:
         else:
             self._run(self.kernel.forward, logp, rows, first, last, buffer)
 
-    def delta_into(self, logp: Tensor, rows: Rows, first: int, last: int, buffer: Tensor) -> Tensor:
-        """The same, and returns the part of the buffer [n, V] that now holds d logp / d (h W^T), its rows still to be
-        scaled: see `coefficients`."""
+    def delta_into(
+        self, logp: Tensor, rows: Rows, first: int, last: int, buffer: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        """The same, and returns d logp / d (h W^T) [n, V], its rows still to be scaled: see `coefficients`. It is in
+        the buffer, or `narrowed` from there."""
         if self._powers is None:
-            return self._run(self.kernel.delta_, logp, rows, first, last, buffer)
+            return self.narrowed(self._run(self.kernel.delta_, logp, rows, first, last, buffer), len(buffer), out)
         out = slice_rows(buffer, 0, last - first)
         self._powers.delta_of_hidden(*self._operands(rows, first, last), logp, out)
         return out
+
+    def narrowed(self, delta: Tensor, most: int, out: Tensor | None = None) -> Tensor:
+        """delta [n, V] in the type in which it is multiplied: itself, `out`, or memory for `most` rows that the next
+        call takes again."""
+        if delta.dtype == self.weight.dtype:
+            return delta
+        if out is None:
+            if self._deltas is None:
+                self._deltas = logits_buffer(self.weight, most, len(self.weight))
+            out = slice_rows(self._deltas, 0, len(delta))
+        return out.copy_(delta)
 
     def coefficients(self, coef: Tensor, logp: Tensor) -> Tensor:
         """[n, 1], what multiplies the rows that `delta_into` left beside these log-probs [n], for `coef` [n, 1] times

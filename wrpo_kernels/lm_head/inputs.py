@@ -68,7 +68,13 @@ class HeadOptions(NamedTuple):
     budget_bytes: int
     gradients: tuple[bool, ...]  # `Asked`, of which the dispatcher makes a list
     grad_filter: float  # 0 is none
+    has_float32_logits: bool  # of 16-bit operands
     backend: str | None
+
+    def logit_bytes(self, hidden: Tensor) -> int:
+        """Of a logit; its delta, in the type of `hidden`, takes its place or stands beside it."""
+        narrow = hidden.dtype.itemsize
+        return 4 + narrow * any(self.gradients) if self.has_float32_logits else narrow
 
     @property
     def asked(self) -> Asked:
@@ -86,23 +92,28 @@ def checked_tensors(
     adapter: tuple[Tensor, Tensor] | None,
     target_name: str = "target",
 ) -> HeadTensors:
-    check_tensors(hidden, weight, target, target_name)
+    check_tensors(hidden, weight, target, ("hidden", "weight", target_name))
     return HeadTensors(hidden, weight, target, bias, *checked_adapter(adapter, hidden, weight))
 
 
-def check_tensors(hidden: Tensor, weight: Tensor, target: Tensor, target_name: str = "target") -> None:
-    for name, value in (("hidden", hidden), ("weight", weight)):
+def check_tensors(
+    hidden: Tensor, weight: Tensor, target: Tensor, names: tuple[str, str, str] = ("hidden", "weight", "target")
+) -> None:
+    """`names` are those that the caller has for the three."""
+    of_hidden, of_weight, of_target = names
+    for name, value in ((of_hidden, hidden), (of_weight, weight)):
         check_tensor(name, value)
         check_float(name, value)
     if weight.dim() != 2 or 0 in weight.shape:
-        raise ValueError(f"weight must be [V, D] with V >= 1 and D >= 1, got {list(weight.shape)}")
+        raise ValueError(f"{of_weight} must be [V, D] with V >= 1 and D >= 1, got {list(weight.shape)}")
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"hidden must be [..., D={weight.shape[1]}] as weight [V, D], got {list(hidden.shape)}")
-    check_device("weight", weight, "hidden", hidden.device)
-    check_tensor(target_name, target)
-    check_int64(target_name, target)
-    check_shape(target_name, target, "hidden's leading shape", *hidden.shape[:-1])
-    check_device(target_name, target, "hidden", hidden.device)
+        expected = f"[..., D={weight.shape[1]}] as {of_weight} [V, D]"
+        raise ValueError(f"{of_hidden} must be {expected}, got {list(hidden.shape)}")
+    check_device(of_weight, weight, of_hidden, hidden.device)
+    check_tensor(of_target, target)
+    check_int64(of_target, target)
+    check_shape(of_target, target, f"{of_hidden}'s leading shape", *hidden.shape[:-1])
+    check_device(of_target, target, of_hidden, hidden.device)
 
 
 def check_head(tensors: HeadTensors, options: HeadOptions) -> None:
@@ -115,6 +126,8 @@ def check_head(tensors: HeadTensors, options: HeadOptions) -> None:
         raise ValueError(f"num_rows must be in [0, {target.numel()}], or -1 for uncounted, got {options.num_rows}")
     if options.budget_bytes <= 0:
         raise ValueError(f"budget_bytes must be > 0, got {options.budget_bytes}")
+    if options.has_float32_logits and hidden.dtype.itemsize > 2:
+        raise ValueError(f"has_float32_logits is for hidden states of 16 bits, got {hidden.dtype}")
     if len(options.gradients) != len(Asked._fields):
         raise ValueError(f"gradients must be {len(Asked._fields)} of True or False, got {len(options.gradients)}")
 
@@ -128,6 +141,7 @@ def checked_options(
     num_rows: int,
     budget_bytes: int | None,
     grad_filter: float | None,
+    logits_dtype: torch.dtype | None,
     backend: str | None,
 ) -> HeadOptions:
     """`num_rows` labels count, or UNCOUNTED; the others are as the user gives them."""
@@ -144,8 +158,23 @@ def checked_options(
         check_budget(budget_bytes, hidden.device),
         gradients_asked(tensors),
         check_grad_filter(grad_filter),
+        has_float32_logits(logits_dtype, hidden.dtype),
         backend,
     )
+
+
+def has_float32_logits(logits_dtype: torch.dtype | None, operands: torch.dtype) -> bool:
+    """Whether `logits_dtype` asks for wider logits than the operands' own.
+
+    Raises:
+        ValueError: another type.
+    """
+    if logits_dtype in (None, operands):
+        return False
+    if logits_dtype != torch.float32 or operands.itemsize > 2:
+        wider = " or torch.float32" if operands.itemsize == 2 else ""
+        raise ValueError(f"logits_dtype must be None, {operands} as hidden{wider}, got {logits_dtype!r}")
+    return True
 
 
 def gradients_asked(tensors: HeadTensors) -> Asked:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from wrpo_kernels.dispatch.backends import load_extension
 
+ROWS_AT_ONCE = 1024  # of logits that take two products each
 STRIPE_BYTES = 8 << 20  # scratch of one stripe of the vocabulary; 2..32 MiB measure alike
 
 
@@ -45,17 +46,60 @@ def _wide_stripes(vocabulary: int, *widths: int) -> Iterator[slice]:
 def logits_into(
     out: Tensor, hidden: Tensor, weight: Tensor, low: Tensor | None = None, up: Tensor | None = None
 ) -> Tensor:
-    """out [n, V] = hidden [n, D] @ weight^T, and of an adapter + low [n, r] @ up^T"""
+    """out [n, V] = hidden [n, D] @ weight^T, and of an adapter + low [n, r] @ up^T; of 16-bit operands in their type or
+    in float32."""
+    if out.dtype != hidden.dtype:
+        return float32_logits_into(out, hidden, weight, low, up)
     if not is_widened(hidden):
         if low is None:
             return torch.mm(hidden, weight.t(), out=out)
         # The small term first: added to 16-bit logits it would be rounded away wherever it is below half their ulp.
         return torch.mm(low, up.t(), out=out).addmm_(hidden, weight.t())
+    return _widened_logits_into(out, hidden, weight, low, up)
+
+
+def float32_logits_into(out: Tensor, hidden: Tensor, weight: Tensor, low: Tensor | None, up: Tensor | None) -> Tensor:
+    """The same in float32 of 16-bit operands: sums that are not rounded on their way out.
+
+    CUDA's products write them. Where a CPU multiplies 16-bit matrices fast, torch's products there round: two of them
+    take the place of one. Elsewhere the operands are widened, a stripe at a time.
+    """
+    is_cpu = hidden.device.type == "cpu"
+    if is_widened(hidden) or not (is_cpu or writes_float32(hidden)):
+        return _widened_logits_into(out, hidden, weight, low, up)
+    into = _twice_rounded_into if is_cpu else _float32_product_into
+    into(out, hidden, weight.t(), first=True)
+    if low is not None:
+        into(out, low, up.t(), first=False)
+    return out
+
+
+def _widened_logits_into(out: Tensor, hidden: Tensor, weight: Tensor, low: Tensor | None, up: Tensor | None) -> Tensor:
     wide, wide_low = hidden.float(), None if low is None else low.float()
     for part in _wide_stripes(len(weight), *hidden.shape):
         scores = wide @ weight[part].float().t()
         out[:, part] = scores if low is None else scores.addmm_(wide_low, up[part].float().t())
     return out
+
+
+def _twice_rounded_into(out: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """out [n, V] float32 (+)= left @ right by products that round what they write to 16 bits.
+
+        z = round(left right)        r = round(left right - z)        z + r
+
+    The second product takes z off its float32 sum before it rounds, so that z + r errs by u^2 |z| beside the sum's own
+    error: u = 2^-9 in bfloat16, 2^-12 in float16.
+    """
+    most = min(len(out), ROWS_AT_ONCE)
+    step = stripe_of(2 * most, out.dtype)
+    rounded, total = left.new_empty(most * step), out.new_empty(most * step)  # in the cache, where `out` is not
+    for some_rows, some_left in zip(out.split(most), left.split(most), strict=True):
+        for some, factor in zip(some_rows.split(step, 1), right.split(step, 1), strict=True):
+            z, wide = (x[: some.numel()].view(some.shape) for x in (rounded, total))
+            wide.copy_(torch.mm(some_left, factor, out=z))
+            z.addmm_(some_left, factor, beta=-1)
+            wide.add_(z.nan_to_num_(0.0, 0.0, 0.0))  # beside a z that is infinite
+            some.copy_(wide) if first else some.add_(wide)
 
 
 def grad_hidden_into(out: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
@@ -118,13 +162,19 @@ def add_grad_weight(total: Tensor, delta: Tensor, scaled: Tensor, first: bool) -
         wide = scaled.float()
         for part in _wide_stripes(len(total), *scaled.shape):
             total[part].addmm_(delta[:, part].float().t(), wide, beta=0 if first else 1)
-    elif first:
-        torch.ops.aten.mm.dtype_out(delta.t(), scaled, total.dtype, out=total)
-    elif adds_float32(delta.device, delta.dtype):
-        torch.ops.aten.addmm.dtype_out(total, delta.t(), scaled, total.dtype, out=total)
     else:
-        for part in _wide_stripes(len(total), scaled.shape[1]):
-            total[part] += float32_product(delta[:, part].t(), scaled)
+        _float32_product_into(total, delta.t(), scaled, first)
+
+
+def _float32_product_into(out: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """out float32 (+)= left @ right of 16-bit matrices, where `writes_float32` says so of an accelerator."""
+    if first:
+        torch.ops.aten.mm.dtype_out(left, right, out.dtype, out=out)
+    elif adds_float32(left.device, left.dtype):
+        torch.ops.aten.addmm.dtype_out(out, left, right, out.dtype, out=out)
+    else:
+        for part in _wide_stripes(len(out), right.shape[1]):
+            out[part] += float32_product(left[part], right)
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from wrpo_kernels.linear_preference_loss import Lengths, linear_preference_loss
@@ -131,6 +132,7 @@ def linear_dpo_loss(
     num_rows: int | None = None,
     budget_bytes: int | None = None,
     grad_filter: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> PreferenceOutput:
     """`dpo_loss` from hidden states in one pass; the logits are never stored.
@@ -147,7 +149,7 @@ def linear_dpo_loss(
         beta, gamma, loss_type, loss_weights, f_divergence_type, f_alpha_divergence_coef, label_smoothing, discopop_tau,
             length_normalize, nll_weight, group_weight, reduction, normalizer, empty: as dpo_loss.
         bias, adapter, logit_scale, softcap, temperature, ignore_index, shift, cu_seqlens, lengths, num_rows,
-            budget_bytes, grad_filter, backend: as linear_preference_loss.
+            budget_bytes, grad_filter, logits_dtype, backend: as linear_preference_loss.
 
     Returns:
         PreferenceOutput(loss, logp [2B], reward [2B], margin [B]), B chosen, then B rejected; only `loss` carries a
@@ -193,5 +195,6 @@ def linear_dpo_loss(
         num_rows=num_rows,
         budget_bytes=budget_bytes,
         grad_filter=grad_filter,
+        logits_dtype=logits_dtype,
         backend=backend,
     )

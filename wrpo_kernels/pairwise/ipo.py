@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from wrpo_kernels.linear_preference_loss import Lengths, linear_preference_loss
@@ -107,6 +108,7 @@ def linear_ipo_loss(
     num_rows: int | None = None,
     budget_bytes: int | None = None,
     grad_filter: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> PreferenceOutput:
     """`ipo_loss` from hidden states in one pass; the logits are never stored.
@@ -122,7 +124,7 @@ def linear_ipo_loss(
         ref_logp: [2B] float32, summed reference log-prob of each response, nats; None is reference-free. Default: None.
         beta, length_normalize, nll_weight, group_weight, reduction, normalizer, empty: as ipo_loss.
         bias, adapter, logit_scale, softcap, temperature, ignore_index, shift, cu_seqlens, lengths, num_rows,
-            budget_bytes, grad_filter, backend: as linear_preference_loss.
+            budget_bytes, grad_filter, logits_dtype, backend: as linear_preference_loss.
 
     Returns:
         PreferenceOutput(loss, logp [2B], reward [2B], margin [B]), B chosen, then B rejected; only `loss` carries a
@@ -162,5 +164,6 @@ def linear_ipo_loss(
         num_rows=num_rows,
         budget_bytes=budget_bytes,
         grad_filter=grad_filter,
+        logits_dtype=logits_dtype,
         backend=backend,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from wrpo_kernels.linear_preference_loss import Lengths, linear_preference_loss
@@ -104,6 +105,7 @@ def linear_simpo_loss(
     num_rows: int | None = None,
     budget_bytes: int | None = None,
     grad_filter: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> PreferenceOutput:
     """`simpo_loss` from hidden states in one pass; the logits are never stored.
@@ -118,7 +120,7 @@ def linear_simpo_loss(
         labels: [2B, T] int64 | int32 (or [N]); `ignore_index` marks prompt and padding, which never reach the head.
         beta, gamma, label_smoothing, nll_weight, group_weight, reduction, normalizer, empty: as simpo_loss.
         bias, adapter, logit_scale, softcap, temperature, ignore_index, shift, cu_seqlens, lengths, num_rows,
-            budget_bytes, grad_filter, backend: as linear_preference_loss.
+            budget_bytes, grad_filter, logits_dtype, backend: as linear_preference_loss.
 
     Returns:
         PreferenceOutput(loss, logp [2B], reward [2B], margin [B]), B chosen, then B rejected; only `loss` carries a
@@ -158,5 +160,6 @@ def linear_simpo_loss(
         num_rows=num_rows,
         budget_bytes=budget_bytes,
         grad_filter=grad_filter,
+        logits_dtype=logits_dtype,
         backend=backend,
     )

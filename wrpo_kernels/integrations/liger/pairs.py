@@ -1,39 +1,24 @@
-"""Liger-Kernel's losses from hidden states, by the names, arguments and results of liger_kernel 0.8.
-
-    from wrpo_kernels.integrations.liger import LigerFusedLinearDPOLoss, LigerFusedLinearCrossEntropyLoss
-
-What cannot be had here raises NotImplementedError when the module is made. `compiled`, `chunk_size` and `accum_dtype`
-are taken and not needed: nothing is compiled, memory is a budget in bytes, and sums are float32.
-"""
+"""Liger's losses of pairs: DPO, CPO, SimPO and ORPO."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wrpo_kernels.cross_entropy import REDUCTIONS, linear_cross_entropy
-from wrpo_kernels.integrations.autocast import as_linear_takes_it
-from wrpo_kernels.linear_token_logp import linear_token_logp
-from wrpo_kernels.linear_token_statistics import linear_token_statistics
-from wrpo_kernels.lm_head.head import no_autocast
+from wrpo_kernels.cross_entropy import linear_cross_entropy
+from wrpo_kernels.integrations.liger.sequences import mean_logits, reference_logp, sequence_operands
+from wrpo_kernels.integrations.operands import checked_operands
 from wrpo_kernels.pairwise import linear_dpo_loss
 from wrpo_kernels.preference_loss.catalogue import log_odds
-
-__all__ = [
-    "LigerFusedLinearCPOLoss",
-    "LigerFusedLinearCrossEntropyLoss",
-    "LigerFusedLinearDPOLoss",
-    "LigerFusedLinearORPOLoss",
-    "LigerFusedLinearSimPOLoss",
-]
-
 
 DPO_LOSSES = (
     *("sigmoid", "hinge", "exo_pair", "nca_pair", "robust"),
     *("bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop"),
 )
+
+NLL_NAMES = ("_input", "lin_weight", "nll_target", "bias")
 
 
 class _Pairs(nn.Module):
@@ -62,7 +47,12 @@ class _Pairs(nn.Module):
         ref_logp: Tensor | None = None,
         nll_elsewhere: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        hidden, pairs = as_linear_takes_it(hidden), target.shape[0] // 2
+        hidden, target = sequence_operands(hidden, weight, target, bias)
+        pairs = len(target) // 2
+        if len(target) != 2 * pairs:
+            raise ValueError(
+                f"target must be [2B, T], B chosen sequences and then B rejected, got {list(target.shape)}"
+            )
         length = (target != self.ignore_index).sum(1)
         tokens = length[:pairs].sum().clamp(min=1)
         has_nll = self.compute_nll_loss and not nll_elsewhere
@@ -80,25 +70,13 @@ class _Pairs(nn.Module):
         )
         nll = -out.logp[:pairs].sum() / tokens if has_nll else out.logp.new_zeros(())
         logp = out.logp / length if self.average_log_prob else out.logp
-        means = mean_logits(hidden, weight, bias)
+        means = mean_logits(hidden, weight, bias).view(2, pairs).mean(1)
         return out.loss, (*logp.split(pairs), *means, nll, *out.reward.split(pairs))
 
     def _of_chosen_tokens(self, length: Tensor, tokens: Tensor) -> Tensor:
         """[B] weights which make of the likelihood term, a mean over pairs, alpha times the mean over tokens."""
         share = (length if self.average_log_prob else torch.ones_like(length)) / tokens
         return self.alpha * len(length) * share
-
-
-@torch.no_grad()
-def mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-    """[] and []: the mean logit over all positions and tokens, of the first half of the sequences and of the second.
-
-    By linearity it is the product of two means, in float32.
-    """
-    with no_autocast(hidden):
-        direction = weight.mean(0, dtype=torch.float32)
-        offset = 0.0 if bias is None else bias.mean(dtype=torch.float32)
-        return tuple(half.mean((0, 1), dtype=torch.float32) @ direction + offset for half in hidden.chunk(2))
 
 
 class LigerFusedLinearDPOLoss(_Pairs):
@@ -147,12 +125,8 @@ class LigerFusedLinearDPOLoss(_Pairs):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         if not self.use_ref_model:
             return self.of_pairs(lin_weight, _input, target, bias)
-        if ref_input is None or ref_weight is None:
-            raise ValueError("ref_input and ref_weight must be given with use_ref_model=True")
-        with torch.no_grad():
-            ref_input = as_linear_takes_it(ref_input)
-            token_logp = linear_token_logp(ref_input, ref_weight, target, bias=ref_bias, ignore_index=self.ignore_index)
-        return self.of_pairs(lin_weight, _input, target, bias, token_logp.sum(1))
+        ref_logp = reference_logp(ref_input, ref_weight, target, ref_bias, self.ignore_index)
+        return self.of_pairs(lin_weight, _input, target, bias, ref_logp)
 
 
 class LigerFusedLinearCPOLoss(_Pairs):
@@ -233,89 +207,10 @@ class LigerFusedLinearORPOLoss(_Pairs):
         loss, logged = self.of_pairs(lin_weight, _input, target, bias, nll_elsewhere=own is not None)
         chosen, rejected, *means, nll, chosen_reward, rejected_reward = logged
         if own is not None:
-            half = as_linear_takes_it(_input)[: len(chosen)], lin_weight, own[: len(chosen)]
-            nll = linear_cross_entropy(*half, bias=bias, ignore_index=self.ignore_index)
+            hidden, own = checked_operands(NLL_NAMES, _input, lin_weight, own, bias)
+            half = slice(len(chosen))
+            nll = linear_cross_entropy(hidden[half], lin_weight, own[half], bias=bias, ignore_index=self.ignore_index)
             loss = loss + nll
         odds = (log_odds(chosen.double()) - log_odds(rejected.double())).to(chosen.dtype)
         more = (nn.functional.logsigmoid(odds).mean(), odds.mean())
         return loss, (chosen, rejected, *means, nll.detach(), chosen_reward, rejected_reward, *more)
-
-
-class CrossEntropyOutput(NamedTuple):
-    loss: Tensor
-    z_loss: Tensor | None
-    token_accuracy: Tensor | None
-    predicted_tokens: Tensor | None
-
-
-class LigerFusedLinearCrossEntropyLoss(nn.Module):
-    """liger_kernel.transformers.LigerFusedLinearCrossEntropyLoss, of _input [N, D] and target [N].
-
-    What the `return_` options ask for costs one more product of the head, without a gradient.
-    """
-
-    def __init__(
-        self,
-        ce_weight: Tensor | None = None,
-        ignore_index: int = -100,
-        lse_square_scale: float = 0.0,
-        label_smoothing: float = 0.0,
-        reduction: str = "mean",
-        softcap: float | None = None,
-        return_z_loss: bool = False,
-        accum_dtype: torch.dtype | None = None,
-        use_token_scaling: bool = False,
-        return_token_accuracy: bool = False,
-        return_predicted_tokens: bool = False,
-    ) -> None:
-        super().__init__()
-        refused = {
-            "ce_weight together with lse_square_scale": ce_weight is not None and lse_square_scale,
-            "ce_weight together with label_smoothing and softcap": ce_weight is not None
-            and label_smoothing
-            and softcap,
-            "use_token_scaling with ce_weight, label_smoothing or lse_square_scale": use_token_scaling
-            and (ce_weight is not None or label_smoothing or lse_square_scale),
-        }
-        for name, value in refused.items():
-            if value:
-                raise NotImplementedError(f"{name} of Liger's fused linear cross entropy is not supported")
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be one of {list(REDUCTIONS)}, got {reduction!r}")
-        self.reduction, self.use_token_scaling, self.lse_square_scale = reduction, use_token_scaling, lse_square_scale
-        self.returned = (return_z_loss, return_token_accuracy, return_predicted_tokens)
-        self.head: dict[str, Any] = {"ignore_index": ignore_index, "softcap": softcap}
-        self.ce_weight, self.label_smoothing = ce_weight, label_smoothing
-
-    def forward(
-        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
-    ) -> Tensor | CrossEntropyOutput:
-        given = (as_linear_takes_it(_input), lin_weight, target)
-        loss = linear_cross_entropy(
-            *given,
-            bias=bias,
-            class_weight=self.ce_weight,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.lse_square_scale,
-            reduction="none" if self.use_token_scaling else self.reduction,
-            **self.head,
-        )
-        if self.use_token_scaling:
-            loss = self._reduced(loss * torch.exp(-loss.detach()), target)  # by the probability of its label
-        return CrossEntropyOutput(loss, *self._beside(*given, bias)) if any(self.returned) else loss
-
-    @torch.no_grad()
-    def _beside(self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> list[Tensor | None]:
-        found = linear_token_statistics(hidden, weight, target, outputs=("lse", "top1"), bias=bias, **self.head)
-        is_right = ((found.top1 == target) & (target != self.head["ignore_index"])).float()
-        accuracy = is_right if self.reduction == "none" else is_right.sum() / self._number(target)
-        values = (self._reduced(self.lse_square_scale * found.lse**2, target), accuracy, found.top1)
-        return [value if wanted else None for value, wanted in zip(values, self.returned, strict=True)]
-
-    def _reduced(self, values: Tensor, target: Tensor) -> Tensor:
-        if self.reduction == "none":
-            return values
-        return values.sum() / (self._number(target) if self.reduction == "mean" else 1)
-
-    def _number(self, target: Tensor) -> Tensor:
-        return (target != self.head["ignore_index"]).sum()

@@ -54,7 +54,8 @@ experiment: $(VENV)/installed-demo
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m "not gpu" $(WORKERS) $(ARGS)
 
-OP_TESTS := $(addprefix tests/kernels/test_,token_logp.py linear_token_logp.py preference_loss.py linear_preference_loss.py \
+OP_TESTS := $(addprefix tests/kernels/test_,token_logp.py linear_token_logp.py linear_token_statistics.py \
+	token_statistics_kernels.py preference_loss.py linear_preference_loss.py \
 	linear_preference_layout.py linear_preference_graph.py linear_preference_cost.py linear_preference_errors.py \
 	wrpo_loss.py pairwise_losses.py unread_values.py adapter.py column_filter.py compile.py)
 

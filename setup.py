@@ -47,6 +47,7 @@ LEVEL_SOURCES = [
 
 CUDA_SOURCES = [
     "csrc/cuda/token_logp.cu",  # the slowest
+    "csrc/cuda/token_statistics.cu",
     "csrc/cuda/bindings.cpp",
     "csrc/cuda/preference_loss.cu",
     "csrc/cuda/sequence_sum.cu",

@@ -72,7 +72,15 @@ INTERPRETED = {
         "test_each_gradient_alone_is_as_good_as_plain_torch",
         "test_what_stands_in_ignored_positions_reaches_nothing",
     ),
-    "test_float32_logits": ("test_log_probs_are_right_to_1e_4_and_gradients_nearer_than_with_rounded_logits",),
+    "test_linear_token_statistics": (
+        "test_a_loss_of_all_statistics_has_the_gradients_of_plain_torch_in_16_bits",
+        "test_its_log_probs_are_those_of_the_other_op_bit_for_bit",
+        "test_log_probs_of_chosen_ids_are_those_of_whole_logits_with_their_gradients",
+    ),
+    "test_float32_logits": (
+        "test_log_probs_are_right_to_1e_4_and_gradients_nearer_than_with_rounded_logits",
+        "test_statistics_are_right_to_1e_4_and_their_gradients_nearer",
+    ),
     "test_linear_preference_loss": ("test_logp_is_the_sum_of_token_log_probs",),
     "test_linear_preference_layout": (),
     "test_linear_preference_graph": (),

@@ -18,7 +18,7 @@ from typing import NamedTuple, TextIO
 NAMES = ("build", "smoke", "tests", "timeline", "tune", "steps", "sanitize")
 HEADLINES = "headlines.txt"  # one line each, by the steps
 LEAST = 5.0  # seconds; with less left a step is not started
-TESTS = ("exp_product", "unread_values", "linear_preference_large_group", "lengths")
+TESTS = ("token_statistics_kernels", "exp_product", "unread_values", "linear_preference_large_group", "lengths")
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 

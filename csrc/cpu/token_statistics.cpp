@@ -9,10 +9,7 @@
 namespace wrpo::WRPO_LEVEL {
 namespace {
 
-constexpr int kBlock = 4096;         // elements; sums of more lose digits in float32
-constexpr float kLeastLog2 = -200.f;  // log2 p below which p is 0 in float32, so that 0 log 0 is 0
-
-WRPO_INLINE float not_below(float x, float least) { return x > least ? x : least; }
+constexpr int kBlock = 4096;  // elements; sums of more lose digits in float32
 
 // log2 p_v = z2_v - high - rest; z2 in units of log 2.
 template <class S>
@@ -75,7 +72,7 @@ Sums wide_sums_of(S row, int64_t V, double lse2) {
   Sums total{0, 0, 0, -double(kInf), 0};
   for (int64_t v = 0; v < V; ++v) {
     const double log2 = wide_score(row, v) - lse2, p = exp2(log2);
-    if (p > 0) total.p_log2_p += p * log2;
+    if (p != 0) total.p_log2_p += p * log2;  // NaN too
     total.p_squared += p * p;
     total.score += row.capped(row.linear(v)).value;
     if (log2 > total.largest) total.largest = log2, total.top1 = v;
@@ -101,27 +98,6 @@ void statistics(const TokenLogp& a, Scores<T, has_bias, has_softcap> row, int64_
   *top1 = sums.top1;
 }
 
-// p (of_p + of_log log2 p + of_square p) + everywhere, times the slope of the score; of the label of_label more.
-struct Terms {
-  double of_p, of_log, of_square, everywhere, of_label, outer;
-
-  template <class Real>
-  WRPO_INLINE Real gradient(Real p, Real log2, Real slope) const {
-    const Real softmax_part = p * (Real(of_p) + Real(of_log) * log2 + Real(of_square) * p);
-    return (softmax_part + Real(everywhere)) * Real(outer) * slope;
-  }
-};
-
-Terms terms_of(const TokenLogp& a, const float* values, const float* coef) {
-  const double of_logp = coef[kLogp], of_entropy = coef[kEntropy], of_square = coef[kLogSumSqProbs];
-  return Terms{coef[kLse] - of_logp - of_entropy * values[kEntropy] - 2 * of_square,
-               -of_entropy * kLn2,
-               2 * of_square * exp(-double(values[kLogSumSqProbs])),
-               double(coef[kMeanLogits]) / double(a.V),
-               of_logp,
-               outer_slope(a)};
-}
-
 template <class T, bool has_bias, bool has_softcap>
 void gradient(const TokenLogp& a, Scores<T, has_bias, has_softcap> row, int64_t n, const float* values,
               const float* coef) {
@@ -129,26 +105,21 @@ void gradient(const TokenLogp& a, Scores<T, has_bias, has_softcap> row, int64_t 
   const int64_t y = a.target[n];
   if (y == a.ignore_index) return fill_zero(x, a.V);
   row.x = x;
-  const Terms terms = terms_of(a, values, coef);
-  const double lse2 = (double(values[kLse]) + double(values[kLseRest])) * kLog2E;
-  // Of the label, d logp / dz = 1 - p is taken from logp, which is exact where p is nearly 1.
-  const double log2 = double(values[kLogp]) * kLog2E, slope = row.capped(row.linear(y)).slope;
-  Terms without_logp = terms;
-  without_logp.of_p += terms.of_label;
-  const double of_label = without_logp.gradient<double>(exp2(log2), log2 > -1000 ? log2 : -1000, slope) -
-                          terms.of_label * expm1(double(values[kLogp])) * terms.outer * slope;
+  const StatisticsGradient<double> wide = statistics_gradient(values, coef, a.V, outer_slope(a));
+  const double lse2 = (double(values[kLse]) + double(values[kLseRest])) * kLog2E, logp = values[kLogp];
+  const double of_label = wide.at_label(logp, -expm1(logp), row.capped(row.linear(y)).slope);
   if (std::fabs(lse2) <= kFar) {
     const auto log2_p = log_shares(row, lse2);
+    const StatisticsGradient<float> terms = wide.as<float>();
 #pragma omp simd
     for (int64_t v = 0; v < a.V; ++v) {
       const float linear = row.linear(v), l = log2_p(linear);
-      x[v] = store<T>(terms.gradient<float>(pow2(l), not_below(l, kLeastLog2), row.capped(linear).slope));
+      x[v] = store<T>(terms(pow2(l), not_below(l, kLeastLog2), row.capped(linear).slope));
     }
   } else {
     for (int64_t v = 0; v < a.V; ++v) {
       const double l = wide_score(row, v) - lse2;
-      const double gradient = terms.gradient<double>(exp2(l), l > -1000 ? l : -1000, row.capped(row.linear(v)).slope);
-      x[v] = store<T>(float(gradient));
+      x[v] = store<T>(float(wide(exp2(l), l > kLeastLog2 ? l : kLeastLog2, row.capped(row.linear(v)).slope)));
     }
   }
   x[y] = store<T>(float(of_label));

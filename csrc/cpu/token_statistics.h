@@ -1,21 +1,7 @@
 // Statistics of the distribution that each row of logits stands for, and their gradient.
 #pragma once
+#include "../token_statistics.h"
 #include "token_logp.h"
-
-namespace wrpo {
-
-// Columns of the values [n, 6]. The log-sum-exp is the sum of lse and lse_rest.
-enum Statistic {
-  kLogp = 0,
-  kLse = 1,
-  kEntropy = 2,
-  kMeanLogits = 3,
-  kLogSumSqProbs = 4,
-  kLseRest = 5,
-  kStatistics = 6
-};
-
-}  // namespace wrpo
 
 #define WRPO_DECLARE_TOKEN_STATISTICS(level)                                                                     \
   namespace wrpo::level {                                                                                        \

@@ -12,6 +12,7 @@
 #include "preference_loss.h"
 #include "sequence_sum.h"
 #include "token_logp.h"
+#include "token_statistics.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -69,6 +70,28 @@ void token_logp_grad(Pointer logits, int dtype, int64_t n, int64_t V, int64_t ro
       token_logp_args(logits, dtype, n, V, row_stride, target, ignore_index, bias, scale, softcap, inv_temperature);
   wrpo::cuda::token_logp_grad(args, as<const float>(logp), as<const float>(lse), as<const float>(grad_logp),
                               as<void>(grad_logits), grad_row_stride, device, stream);
+}
+
+// ---- token_statistics -----------------------------------------------------------------------------------------
+
+void token_statistics(Pointer logits, int dtype, int64_t n, int64_t V, int64_t row_stride, Pointer target,
+                      int64_t ignore_index, Pointer bias, double scale, double softcap, double inv_temperature,
+                      unsigned wanted, Pointer values, Pointer top1, int device, Stream stream) {
+  if (n == 0) return;
+  require_present({{"values", values}, {"top1", top1}});
+  const auto args =
+      token_logp_args(logits, dtype, n, V, row_stride, target, ignore_index, bias, scale, softcap, inv_temperature);
+  wrpo::cuda::token_statistics(args, wanted, as<float>(values), as<int64_t>(top1), device, stream);
+}
+
+void token_statistics_grad(Pointer logits, int dtype, int64_t n, int64_t V, int64_t row_stride, Pointer target,
+                           int64_t ignore_index, Pointer bias, double scale, double softcap, double inv_temperature,
+                           Pointer values, Pointer coef, int device, Stream stream) {
+  if (n == 0) return;
+  require_present({{"values", values}, {"coef", coef}});
+  const auto args =
+      token_logp_args(logits, dtype, n, V, row_stride, target, ignore_index, bias, scale, softcap, inv_temperature);
+  wrpo::cuda::token_statistics_grad(args, as<const float>(values), as<const float>(coef), device, stream);
 }
 
 // ---- preference_loss ------------------------------------------------------------------------------------------
@@ -147,6 +170,13 @@ PYBIND11_MODULE(_cuda, m) {
         "target"_a, "ignore_index"_a, "bias"_a, "scale"_a, "softcap"_a, "inv_temperature"_a, "logp"_a, "lse"_a,
         "grad_logp"_a, "grad_logits"_a, "grad_row_stride"_a, "device"_a, "stream"_a,
         "grad_logits[n, v] = grad_logp[n] * d logp[n] / d logits[n, v].");
+  m.def("token_statistics", &token_statistics, Unlocked(), "logits"_a, "dtype"_a, "n"_a, "V"_a, "row_stride"_a,
+        "target"_a, "ignore_index"_a, "bias"_a, "scale"_a, "softcap"_a, "inv_temperature"_a, "wanted"_a, "values"_a,
+        "top1"_a, "device"_a, "stream"_a, "values [n, 6] and top1 [n] of each row");
+  m.def("token_statistics_grad_", &token_statistics_grad, Unlocked(), "logits"_a, "dtype"_a, "n"_a, "V"_a,
+        "row_stride"_a, "target"_a, "ignore_index"_a, "bias"_a, "scale"_a, "softcap"_a, "inv_temperature"_a, "values"_a,
+        "coef"_a, "device"_a, "stream"_a,
+        "Overwrites the logits with the gradient of sum_k coef[n, k] values[n, k] over the first five columns.");
   m.def("preference_loss", &preference_loss, Unlocked(), "logp"_a, "ref_logp"_a, "seq_weight"_a, "group"_a, "length"_a,
         "nll_weight"_a, "group_weight"_a, "group_beta"_a, "group_gamma"_a, "S"_a, "G"_a, "beta"_a, "gamma"_a,
         "loss_kind"_a, "shape"_a, "length_normalize"_a, "loss"_a, "reward"_a, "margin"_a, "coef"_a, "device"_a,

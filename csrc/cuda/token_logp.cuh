@@ -56,20 +56,17 @@ WRPO_BODY float larger(float a, float b) {
 // however large the scores are.
 using Sum = LogSumExp<float>;
 
-struct Merge {
-  float multiplier;
+// a.sum, relative to another reference.
+WRPO_BODY float moved(Sum a, float top, float multiplier) {
+  return a.top == top || a.sum == 0.f ? a.sum : a.sum * pow2((a.top - top) * multiplier);
+}
 
-  WRPO_BODY float moved(Sum a, float top) const {
-    return a.top == top || a.sum == 0.f ? a.sum : a.sum * pow2((a.top - top) * multiplier);
-  }
-
-  WRPO_BODY Sum operator()(Sum a, Sum b) const {
-    if (b.sum == 0.f) return a;
-    if (a.sum == 0.f) return b;
-    const float top = larger(a.top, b.top);
-    return Sum{top, moved(a, top) + moved(b, top)};
-  }
-};
+WRPO_BODY Sum merged(Sum a, Sum b, float multiplier) {
+  if (b.sum == 0.f) return a;
+  if (a.sum == 0.f) return b;
+  const float top = larger(a.top, b.top);
+  return Sum{top, moved(a, top, multiplier) + moved(b, top, multiplier)};
+}
 
 // What happens to a linear score before the multiplier, settled when a kernel is chosen: most rows pay nothing.
 enum class Cap { none, negated, tanh };
@@ -104,24 +101,22 @@ struct Scores {
 
   WRPO_BODY float relative(float capped, float top) const { return (capped - top) * multiplier; }
 
-  // Takes `y` into the sum, but for the element `label` if that is one of them; its reference moves only where it must.
+  // Caps `y`; the largest of it but for the element `label` if that is one of them.
   template <bool has_label, int size>
-  WRPO_BODY void add(Sum& total, Floats<size> y, int label = -1) const {
+  WRPO_BODY float cap_all(Floats<size>& y, int label) const {
     float max = -kInf;
     WRPO_UNROLL
     for (int j = 0; j < size; ++j) {
       y.of[j] = capped(y.of[j]).value;
       if (!has_label || j != label) max = larger(y.of[j], max);
     }
-    float top = total.top;
-    if (total.sum == 0.f)  // nothing above -inf so far: the reference may still fall
-      top = max > -kInf ? max : 0.f;
-    else if (relative(max, top) > kStale)
-      top = max;
-    total = Sum{top, Merge{multiplier}.moved(total, top)};
-    WRPO_UNROLL
-    for (int j = 0; j < size; ++j)
-      if (!has_label || j != label) total.sum += pow2(relative(y.of[j], top));
+    return max;
+  }
+
+  // The reference of a sum that takes in capped scores up to `max`: it moves only where it must.
+  WRPO_BODY float reference(Sum total, float max) const {
+    if (total.sum == 0.f) return max > -kInf ? max : 0.f;  // nothing above -inf so far: it may still fall
+    return relative(max, total.top) > kStale ? max : total.top;
   }
 
   // factor * d z/dx * 2^(relative to top)
@@ -135,6 +130,17 @@ struct Scores {
     return y;
   }
 };
+
+// Takes `y`, the linear scores from column `first` on, into the sum, but for the element `label` if that is one of
+// them.
+template <bool has_label, class S, int size>
+WRPO_BODY void add(const S& row, Sum& total, Floats<size> y, int /*first*/, int label = -1) {
+  const float max = row.template cap_all<has_label>(y, label), top = row.reference(total, max);
+  total = Sum{top, moved(total, top, row.multiplier)};
+  WRPO_UNROLL
+  for (int j = 0; j < size; ++j)
+    if (!has_label || j != label) total.sum += pow2(row.relative(y.of[j], top));
+}
 
 // Calls f(pack, i) for the packs of thread t, i = t, t + threads, ..., reading kAhead of them at a time by `read(i)`;
 // backwards, the last of these come first.
@@ -171,27 +177,28 @@ WRPO_BODY void fill(Block block, T* out, int V, float value) {
   });
 }
 
-// The sum over a row but for its label, whose term would hide the others where it is nearly certain. The first
-// `num_kept` packs are left in `kept`, each by the thread that will want it again.
-template <class Block, class S>
-WRPO_BODY Sum sum_of_others(Block block, S row, Cut<typename S::T> cut, int64_t label, Sum* partial,
-                            Pack<typename S::T>* kept, int num_kept) {
+// The sum over a row but for its label, whose term would hide the others where it is nearly certain; `none` is that of
+// nothing. The first `num_kept` packs are left in `kept`, each by the thread that will want it again.
+template <class Block, class S, class Sums>
+WRPO_BODY Sums sum_of_others(Block block, S row, Cut<typename S::T> cut, int64_t label, Sums none, Sums* partial,
+                             Pack<typename S::T>* kept, int num_kept) {
   using T = typename S::T;
   const Pack<T>* packs = reinterpret_cast<const Pack<T>*>(row.x + cut.head);
-  return block.reduced(partial, Merge{row.multiplier}, [&](int t) {
-    Sum sum{0.f, 0.f};
-    if (t < cut.edges() && cut.edge(t) != label) row.template add<false>(sum, row.linear(cut.edge(t)));
+  const auto merge = [multiplier = row.multiplier](Sums a, Sums b) { return merged(a, b, multiplier); };
+  return block.reduced(partial, merge, [&](int t) {
+    Sums total = none;
+    if (t < cut.edges() && cut.edge(t) != label) add<false>(row, total, row.linear(cut.edge(t)), cut.edge(t));
     each_pack<T, false>(
         t, Block::kThreads, cut.packs, [&](int i) { return i < num_kept ? read_last(packs + i) : packs[i]; },
         [&](const Pack<T>& pack, int i) {
           if (i < num_kept) kept[i] = pack;
           const int first = cut.first_of(i);
           if (label >= first && label < first + S::kSize)
-            row.template add<true>(sum, row.linear(pack, first), int(label - first));
+            add<true>(row, total, row.linear(pack, first), first, int(label - first));
           else
-            row.template add<false>(sum, row.linear(pack, first));
+            add<false>(row, total, row.linear(pack, first), first);
         });
-    return sum;
+    return total;
   });
 }
 
@@ -205,40 +212,51 @@ template <class S>
 WRPO_BODY Parts with_label(const S& row, Sum others, float linear_target) {
   const float label = row.capped(linear_target).value, top = others.sum == 0.f ? label : larger(label, others.top);
   const float relative = row.relative(label, top);
-  return {top, relative, pow2(relative), Merge{row.multiplier}.moved(others, top)};
+  return {top, relative, pow2(relative), moved(others, top, row.multiplier)};
 }
 
-// out[v] = coef * d z/dx * (1[v = target] - 2^(relative to top) / sum), of the target by `missing`, its 1 - p; out may
-// be the row itself. `linear_target` was read before any thread came here.
-template <class Block, class S>
-WRPO_BODY void row_delta(Block block, S row, Cut<typename S::T> cut, Sum total, float coef, int64_t target,
-                         float missing, float linear_target, typename S::T* out, const Pack<typename S::T>* kept,
-                         int num_kept) {
+// out[v] = f(linear scores), of the target `of_target`; out may be the row itself.
+template <class Block, class S, class F>
+WRPO_BODY void each_score(Block block, S row, Cut<typename S::T> cut, int64_t target, float of_target,
+                          typename S::T* out, const Pack<typename S::T>* kept, int num_kept, F f) {
   using T = typename S::T;
-  const float top = total.top, factor = -coef / total.sum;
   const Pack<T>* packs = reinterpret_cast<const Pack<T>*>(row.x + cut.head);
   const bool aligned = starts_pack(out + cut.head);
   block.each([&](int t) {
-    if (t < cut.edges()) {
-      const int v = cut.edge(t);
-      out[v] = store<T>(row.softmax_part(row.linear(v), factor, top).of[0]);
-    }
+    if (t < cut.edges()) out[cut.edge(t)] = store<T>(f(row.linear(cut.edge(t))).of[0]);
     each_pack<T, true>(
         t, Block::kThreads, cut.packs, [&](int i) { return i < num_kept ? kept[i] : read_last(packs + i); },
         [&](const Pack<T>& pack, int i) {
           const int first = cut.first_of(i);
-          write(out + first, packed<T>(row.softmax_part(row.linear(pack, first), factor, top)), aligned);
+          write(out + first, packed<T>(f(row.linear(pack, first))), aligned);
         });
   });
   block.one([&] {
     if (target < 0 || target >= cut.V) return;  // the row is NaN
-    out[target] = store<T>(coef * missing * row.capped(linear_target).slope);
+    out[target] = store<T>(of_target);
   });
+}
+
+// out[v] = coef * d z/dx * (1[v = target] - 2^(relative to top) / sum), of the target by `missing`, its 1 - p.
+// `linear_target` was read before any thread came here.
+template <class Block, class S>
+WRPO_BODY void row_delta(Block block, S row, Cut<typename S::T> cut, Sum total, float coef, int64_t target,
+                         float missing, float linear_target, typename S::T* out, const Pack<typename S::T>* kept,
+                         int num_kept) {
+  const float factor = -coef / total.sum, of_target = coef * missing * row.capped(linear_target).slope;
+  each_score(block, row, cut, target, of_target, out, kept, num_kept,
+             [&](auto y) { return row.softmax_part(y, factor, total.top); });
 }
 
 template <class S>
 WRPO_BODY float linear_or_nan(const S& row, int64_t target, int V) {
   return target >= 0 && target < V ? row.linear(int(target)).of[0] : from_bits(0x7fc00000u);
+}
+
+WRPO_BODY float logp_of(Parts a) { return float(of_label(a.relative, a.mine, a.rest).logp); }
+
+WRPO_BODY Halves lse_of(Parts a, float multiplier) {
+  return halves_of((double(a.top) * double(multiplier) + log2(double(a.mine + a.rest))) * kLn2);
 }
 
 template <bool overwrite, class S, class Block>
@@ -255,11 +273,12 @@ WRPO_BODY void token_logp_body(Block block, int64_t n, const Rows& a, float* log
   const S row(a, n);
   const Cut<T> cut(row.x, a.V);
   const float linear_target = linear_or_nan(row, y, a.V);
-  const Parts parts = with_label(row, sum_of_others(block, row, cut, y, partial, kept, num_kept), linear_target);
+  const Sum others = sum_of_others(block, row, cut, y, Sum{}, partial, kept, num_kept);
+  const Parts parts = with_label(row, others, linear_target);
   const float sum = parts.mine + parts.rest;
   block.one([&] {
-    logp[n] = float(of_label(parts.relative, parts.mine, parts.rest).logp);
-    const Halves halves = halves_of((double(parts.top) * double(row.multiplier) + log2(double(sum))) * kLn2);
+    logp[n] = logp_of(parts);
+    const Halves halves = lse_of(parts, row.multiplier);
     lse[n] = halves.high, lse[a.n + n] = halves.low;
   });
   if constexpr (overwrite)
@@ -273,6 +292,23 @@ WRPO_BODY Sum sum_from(const S& row, double lse) {
   return {top, pow2(float(lse * kLog2E - double(top) * double(row.multiplier)))};
 }
 
+// A row's sum and the 1 - p of its label, from its logp and its log-sum-exp, nats, where that has the digits.
+struct Total {
+  Sum sum;
+  float missing;
+};
+
+template <class S, class Block>
+WRPO_BODY Total total_of(Block block, const S& row, Cut<typename S::T> cut, int64_t label, float linear_target,
+                         float logp, Halves lse, Sum* partial) {
+  const float size = lse.high < 0.f ? -lse.high : lse.high;
+  if (!(size * float(kLog2E) > kFar))  // NaN too: it makes NaN of the row
+    return {sum_from(row, double(lse.high) + double(lse.low)), -expm1f(logp)};
+  Pack<typename S::T>* nothing = nullptr;
+  const Parts parts = with_label(row, sum_of_others(block, row, cut, label, Sum{}, partial, nothing, 0), linear_target);
+  return {{parts.top, parts.mine + parts.rest}, parts.rest / (parts.mine + parts.rest)};
+}
+
 template <class S, class Block>
 WRPO_BODY void token_logp_grad_body(Block block, int64_t n, const Rows& a, const float* logp, const float* lse,
                                     const float* grad_logp, typename S::T* out, Sum* partial) {
@@ -283,15 +319,9 @@ WRPO_BODY void token_logp_grad_body(Block block, int64_t n, const Rows& a, const
   const Cut<T> cut(row.x, a.V);
   const float linear_target = linear_or_nan(row, y, a.V);
   block.each([](int) {});  // every thread has read the target's logit before any overwrites it
-  Pack<T>* nothing = nullptr;
-  Sum total = sum_from(row, double(lse[n]) + double(lse[a.n + n]));
-  float missing = -expm1f(logp[n]);
-  if ((lse[n] < 0.f ? -lse[n] : lse[n]) * float(kLog2E) > kFar) {
-    const Parts parts = with_label(row, sum_of_others(block, row, cut, y, partial, nothing, 0), linear_target);
-    total = {parts.top, parts.mine + parts.rest};
-    missing = parts.rest / total.sum;
-  }
-  row_delta(block, row, cut, total, grad_logp[n] * a.slope, y, missing, linear_target, out, nothing, 0);
+  const Total total = total_of(block, row, cut, y, linear_target, logp[n], {lse[n], lse[a.n + n]}, partial);
+  const Pack<T>* nothing = nullptr;
+  row_delta(block, row, cut, total.sum, grad_logp[n] * a.slope, y, total.missing, linear_target, out, nothing, 0);
 }
 
 // Calls f with a null pointer to the Scores of the right type.

@@ -45,13 +45,19 @@ def times(a: Bounded, b: Tensor, rounding: float) -> Bounded:
     return Bounded(a.value @ b, a.error @ b.abs() + rounding * (a.value.abs() @ b.abs()))
 
 
-class Rows(NamedTuple):
-    logp: Bounded  # [N]
-    delta: Bounded  # [N, V]
+class Scores(NamedTuple):
+    """Of logits [N, V] before bias, scale, cap and temperature."""
+
+    z: Tensor  # [N, V]
+    lse: Tensor  # [N, 1]
+    p: Tensor  # [N, V]
+    slope: Tensor  # [N, V] dz by the logit
+    error: Tensor  # [N, 1] of z
+    wrong: Tensor  # [N, V] of p
+    bent: float  # of the slope, by the error of z
 
 
-def rows(raw: Bounded, target: Tensor, counts: Tensor, head: dict[str, Any], stored: torch.dtype) -> Rows:
-    """Of logits [N, V] before bias, scale, cap and temperature; delta is stored in a type of fewer bits."""
+def scores(raw: Bounded, head: dict[str, Any]) -> Scores:
     scale, cap, temperature = head["logit_scale"], head["softcap"], head["temperature"]
     bias = head.get("bias")
     y = scale * (raw.value if bias is None else raw.value + bias.double())
@@ -63,22 +69,76 @@ def rows(raw: Bounded, target: Tensor, counts: Tensor, head: dict[str, Any], sto
     top = z.amax(1, keepdim=True)
     power = torch.exp(z - top)
     total = power.sum(1, keepdim=True)
-    p = power / total
-    hit = torch.arange(z.shape[1]) == target[:, None]
-    logp = (z - top - total.log()).where(hit, 0.0).sum(1)
-    slope = (1 - bend**2) * scale / temperature
     # Of z, beside what the logits carry: the largest number that is rounded on the way, and a walk over the sum.
-    size = (z.abs().amax(1, keepdim=True) + total.log()).clamp(min=max(1.0, (cap or 0.0) / temperature))
+    finite = z.where(z.isfinite(), 0.0)
+    size = (finite.abs().amax(1, keepdim=True) + total.log()).clamp(min=max(1.0, (cap or 0.0) / temperature))
     error = abs(scale) / temperature * raw.error + STEPS * size + EPS * z.shape[1] ** 0.5 / 8
-    wrong = (p * torch.expm1(2 * error)).clamp(max=1.0)  # of p
+    wrong = (power / total * torch.expm1(2 * error)).clamp(max=1.0)
+    bent = 2 * abs(scale) / cap if cap else 0.0
+    return Scores(z, top + total.log(), power / total, (1 - bend**2) * scale / temperature, error, wrong, bent)
+
+
+class Rows(NamedTuple):
+    logp: Bounded  # [N]
+    delta: Bounded  # [N, V]
+
+
+def rows(raw: Bounded, target: Tensor, counts: Tensor, head: dict[str, Any], stored: torch.dtype) -> Rows:
+    """Of logits [N, V] before bias, scale, cap and temperature; delta is stored in a type of fewer bits."""
+    z, lse, p, slope, error, wrong, bent = scores(raw, head)
+    hit = torch.arange(z.shape[1]) == target[:, None]
+    logp = (z - lse).where(hit, 0.0).sum(1)
     lost = slope.abs() * (wrong + STEPS * (hit + p) + torch.finfo(torch.float32).tiny)
-    if cap:
-        lost = lost + (hit + p) * abs(scale) / temperature * 2 * error * temperature / cap
+    lost = lost + (hit + p) * bent * error
     keep = counts[:, None]
     delta = ((hit.double() - p) * slope).where(keep, 0.0)
     return Rows(
         Bounded(logp.where(counts, 0.0), (2 * error[:, 0]).where(counts, 0.0)),
         Bounded(delta, lost.where(keep, 0.0)).rounded(stored),
+    )
+
+
+class Statistics(NamedTuple):
+    values: dict[str, Bounded]  # [N] each
+    delta: Bounded  # [N, V], of sum_k coef[n, k] value_k[n] by the logits
+
+
+def statistics(
+    raw: Bounded, target: Tensor, counts: Tensor, head: dict[str, Any], coef: dict[str, Tensor], stored: torch.dtype
+) -> Statistics:
+    """With S = sum_v p_v^2 and H the entropy
+
+    d H / dz_v = -p_v (log p_v + H)      d log S / dz_v = 2 p_v (p_v / S - 1)      d lse / dz_v = p_v
+    """
+    z, lse, p, slope, error, wrong, bent = scores(raw, head)
+    log_p = (z - lse).where(p > 0, 0.0)
+    twice = torch.expm1(2 * error)  # relative error of p
+    entropy, squares = -(p * log_p).sum(1, keepdim=True), p.square().sum(1, keepdim=True)
+    of_entropy = (p * (log_p.abs() + 1)).sum(1, keepdim=True) * twice + STEPS * (1 + entropy)
+    of_squares = 2 * twice + STEPS * (1 - squares.log())
+    values = {
+        "lse": Bounded(lse, error),
+        "entropy": Bounded(entropy, of_entropy),
+        "mean_logits": Bounded(z.mean(1, keepdim=True), error + DOT * z.abs().mean(1, keepdim=True)),
+        "log_sum_sq_probs": Bounded(squares.log(), of_squares),
+    }
+    kept = {name: Bounded(*(x[:, 0].where(counts, 0.0) for x in value)) for name, value in values.items()}
+    hit = (torch.arange(z.shape[1]) == target[:, None]).double()
+    kept["logp"] = rows(raw, target, counts, head, stored).logp
+    c = {name: value.double()[:, None] for name, value in coef.items()}
+    inner = c["lse"] - c["logp"] - c["entropy"] * (log_p + entropy) + 2 * c["log_sum_sq_probs"] * (p / squares - 1)
+    value = c["logp"] * hit + p * inner + c["mean_logits"] / z.shape[1]
+    # What is added up for an element, by its size, and how wrong the parts of `inner` are.
+    a = {name: part.abs() for name, part in c.items()}
+    size = a["lse"] + a["logp"] + a["entropy"] * (log_p.abs() + entropy) + 2 * a["log_sum_sq_probs"] * (p / squares + 1)
+    of_inner = a["entropy"] * (2 * error + of_entropy) + 2 * a["log_sum_sq_probs"] * p / squares * (twice + of_squares)
+    size = p * size + a["logp"] * hit + a["mean_logits"] / z.shape[1]
+    lost = wrong * inner.abs() + p * of_inner + STEPS * size + torch.finfo(torch.float32).tiny * sum(a.values())
+    keep = counts[:, None]
+    delta = Bounded(value * slope, lost * slope.abs() + size * bent * error)
+    return Statistics(
+        {name: value.rounded(torch.float32) for name, value in kept.items()},
+        Bounded(*(x.where(keep, 0.0) for x in delta)).rounded(stored),
     )
 
 

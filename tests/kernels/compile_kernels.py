@@ -26,6 +26,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from wrpo_kernels.linear_token_statistics import triton_kernel as token_statistics
+from wrpo_kernels.linear_token_statistics.wanted import COLUMNS, Wanted
 from wrpo_kernels.lm_head import scaling_kernel as scaling
 from wrpo_kernels.lm_head import triton_kernel as linear_token_logp
 from wrpo_kernels.lm_head.exp_product import form
@@ -47,6 +49,7 @@ POINTERS = {
     torch.int32: "*i32",
 }
 BF16, FP32 = torch.bfloat16, torch.float32
+ALL, ENTROPY = Wanted(True, True, True, True), Wanted(True, False, False, False)
 
 
 class Launch:
@@ -111,6 +114,17 @@ def row_launch(entry: str, dtype: torch.dtype, vocabulary: int = 128256, capped:
     return launch
 
 
+def statistics_launch(
+    entry: str, dtype: torch.dtype, vocabulary: int = 128256, capped: bool = False, wanted: Wanted = ALL
+) -> Callable[[], object]:
+    def launch():
+        told, transform = row_problem(dtype, vocabulary, capped)
+        values, top1 = torch.zeros(2, len(COLUMNS)), torch.zeros(2, dtype=torch.int64)
+        getattr(token_statistics, entry)(*told, transform, wanted, values, top1 if entry == "statistics" else values)
+
+    return launch
+
+
 def preference_launch(loss_type: str, with_all: bool) -> Callable[[], object]:
     def launch():
         s, g, count = torch.zeros(6), torch.zeros(2), torch.ones(6, dtype=torch.int64)
@@ -167,6 +181,11 @@ LAUNCHES = {
     "token_logp delta fp32, odd, bias and softcap": row_launch("delta_", FP32, 50257, capped=True),
     "token_logp gradient bf16, bias and softcap": row_launch("grad", BF16, capped=True),
     "token_logp gradient fp32": row_launch("grad", FP32),
+    "token_statistics forward bf16, entropy": statistics_launch("statistics", BF16, wanted=ENTROPY),
+    "token_statistics forward bf16": statistics_launch("statistics", BF16),
+    "token_statistics forward fp32, odd, bias and softcap": statistics_launch("statistics", FP32, 50257, capped=True),
+    "token_statistics gradient bf16, bias and softcap": statistics_launch("grad_", BF16, capped=True),
+    "token_statistics gradient fp32": statistics_launch("grad_", FP32),
     "preference_loss sigmoid, all weights": preference_launch("sigmoid", True),
     "preference_loss ipo": preference_launch("ipo", False),
     "preference_loss exo_pair": preference_launch("exo_pair", False),

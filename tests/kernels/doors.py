@@ -74,8 +74,7 @@ def doors(device: torch.device, backend: str, **size) -> dict[str, tuple[Callabl
         return door(h, w, y, r, bias=b, **head, **rest).loss
 
     def statistics(h, w, b, y, **rest):
-        named = backend if backend in ("native", "reference") else "reference"
-        found = linear_token_statistics(h, w, y, bias=b, **{**head, "backend": named}, **rest)
+        found = linear_token_statistics(h, w, y, bias=b, **head, **rest)
         return torch.stack([value for name, value in found._asdict().items() if name not in ("top1", "logp_of_ids")])
 
     def paired(door, x, r):

@@ -1,4 +1,4 @@
-"""Random calls of the six public losses and log-probs, on every backend of this CPU, against `closed_form`.
+"""Random calls of the public losses, log-probs and statistics, on every backend of this CPU, against `closed_form`.
 
     python tests/kernels/fuzz.py [--seconds 60] [--seed 20261129] [--case 17]        (make fuzz)
 
@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from closed_form import Bounded, exact, head_gradients, logits, preferences, rows
+from closed_form import Bounded, exact, head_gradients, logits, preferences, rows, scores, statistics
 from draws import (
     DTYPES,
     VOCABULARIES,
@@ -40,12 +40,15 @@ import wrpo_kernels
 OPS = SimpleNamespace(
     token_logp=wrpo_kernels.token_logp,
     linear_token_logp=wrpo_kernels.linear_token_logp,
+    linear_token_statistics=wrpo_kernels.linear_token_statistics,
     preference_loss=wrpo_kernels.preference_loss,
     linear_nll_loss=wrpo_kernels.linear_nll_loss,
     linear_preference_loss=wrpo_kernels.linear_preference_loss,
     wrpo_loss=wrpo_kernels.wrpo_loss,
     linear_wrpo_loss=wrpo_kernels.linear_wrpo_loss,
 )
+OUTPUTS = ("entropy", "lse", "top1", "mean_logits", "log_sum_sq_probs")
+TRAINED = ("logp", "entropy", "lse", "mean_logits", "log_sum_sq_probs")
 SAFETY = 2.0  # the bounds are of first order
 
 
@@ -88,6 +91,34 @@ def check_linear_token_logp(draw: Draw, ops: Any, backends: tuple[str, ...]) -> 
     compare("logp", logp, true.logp.reshape(tensors["target"].shape))
     c = draw_cotangent(tensors["target"].shape)
     compare_head_gradients(logp, c, exact(c.reshape(-1).where(counts, 0.0)), true.delta, tensors, options)
+
+
+def check_linear_token_statistics(draw: Draw, ops: Any, backends: tuple[str, ...]) -> None:
+    tensors, options = draw_linear(draw, draw.pick("shape", (), (0,), (1,), (7,), (2, 3), (13,)), backends)
+    target = tensors["target"]
+    outputs = tuple(name for name in OUTPUTS if draw.chance(name, 0.6))
+    found = ops.linear_token_statistics(tensors["hidden"], tensors["weight"], target, outputs=outputs, **options)
+    trained = [name for name in ("logp", *outputs) if name != "top1"]
+    upstream = {name: draw_cotangent(target.shape) for name in trained}
+    coef = {name: upstream.get(name, torch.zeros(target.shape)).reshape(-1).double() for name in TRAINED}
+    size = torch.stack([*coef.values()]).abs().amax(0)  # stays out of the gradients of the logits, which are rounded
+    size = size.where(size > 0, 1.0)
+    raw, labels, counts = true_logits(tensors, options)
+    shares = {name: c / size for name, c in coef.items()}
+    true = statistics(raw, labels, counts, options, shares, tensors["hidden"].dtype)
+    for name in trained:
+        compare(name, getattr(found, name), true.values[name].reshape(target.shape))
+    if "top1" in outputs:
+        of_rows = scores(raw, options)
+        chosen = of_rows.z.gather(1, found.top1.reshape(-1, 1).clamp(min=0))[:, 0]
+        if (
+            not (chosen >= of_rows.z.amax(1) - 2 * of_rows.error[:, 0])
+            .where(counts, found.top1.reshape(-1) == -1)
+            .all()
+        ):
+            raise Wrong(f"top1: got {found.top1.tolist()}")
+    value, c = (torch.stack([x[name] for name in trained]) for x in (found._asdict(), upstream))
+    compare_head_gradients(value, c, exact(size.where(counts, 0.0)), true.delta, tensors, options)
 
 
 def check_preference_loss(draw: Draw, ops: Any, backends: tuple[str, ...]) -> None:
@@ -187,6 +218,7 @@ CHECKS: tuple[Callable, ...] = (
     check_token_logp,
     check_linear_token_logp,
     check_linear_token_logp,
+    check_linear_token_statistics,
     check_preference_loss,
     check_linear_preference_loss,
     check_linear_preference_loss,
@@ -200,12 +232,17 @@ def least(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).tiny * torch.finfo(dtype).eps
 
 
-def true_rows(tensors: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Tensor]:
+def true_logits(tensors: dict[str, Any], options: dict[str, Any]) -> tuple[Bounded, Tensor, Tensor]:
+    """[N, V], the labels [N] and which of them count."""
     hidden, weight = tensors["hidden"].detach(), tensors["weight"].detach()
     target = tensors["target"].reshape(-1)
-    counts = target != options["ignore_index"]
     raw = logits(hidden.reshape(-1, hidden.shape[-1]), weight, flat_adapter(options), options["logits_dtype"])
-    return rows(raw, target, counts, options, hidden.dtype), counts
+    return raw, target, target != options["ignore_index"]
+
+
+def true_rows(tensors: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Tensor]:
+    raw, target, counts = true_logits(tensors, options)
+    return rows(raw, target, counts, options, tensors["hidden"].dtype), counts
 
 
 def flat_adapter(options: dict[str, Any]) -> tuple[Tensor, Tensor] | None:

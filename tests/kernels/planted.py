@@ -17,6 +17,7 @@ from torch import Tensor
 ARGUMENTS = {
     "token_logp": ("logits", "target"),
     "linear_token_logp": ("hidden", "weight", "target"),
+    "linear_token_statistics": ("hidden", "weight", "target"),
     "preference_loss": ("logp", "ref_logp"),
     "linear_preference_loss": ("hidden", "weight", "target", "ref_logp"),
     "linear_nll_loss": ("hidden", "weight", "target"),

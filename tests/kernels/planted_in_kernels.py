@@ -14,8 +14,14 @@ from typing import NamedTuple
 
 from fuzz import Wrong, run_case
 
-ROWS, LOSSES, PASSES = (
-    f"wrpo_kernels.{name}" for name in ("token_logp.reference", "preference_loss.reference", "linear_token_logp.passes")
+ROWS, STATISTICS, LOSSES, PASSES = (
+    f"wrpo_kernels.{name}"
+    for name in (
+        "token_logp.reference",
+        "linear_token_statistics.reference",
+        "preference_loss.reference",
+        "linear_token_logp.passes",
+    )
 )
 
 
@@ -35,6 +41,9 @@ PLANTED = {
     ),
     "a delta 0.05 % too large": Change(ROWS, "delta * transform.slope", "1.0005 * delta * transform.slope"),
     "the upstream gradient left out": Change(ROWS, "* grad_logp[rows, None]).where(counts, 0.0)", ")"),
+    "the entropy left out of its slope": Change(STATISTICS, "(log_share + entropy)", "log_share"),
+    "the mean's gradient not divided": Change(STATISTICS, "of_mean / logits.shape[1]", "of_mean"),
+    "a sum of squares that is one of probabilities": Change(STATISTICS, "share.square().sum(1)", "share.sum(1)"),
     "half the distance of ipo": Change(LOSSES, "distance = (margin - 0.5)", "distance = (margin - 0.25)"),
     "the kink of the hinge at 0": Change(LOSSES, "-(margin < 1)", "-(margin < 0)"),
     "the smoothing left out of the slope": Change(LOSSES, "shape - torch.sigmoid", "-torch.sigmoid"),

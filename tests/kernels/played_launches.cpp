@@ -7,6 +7,7 @@
 #include "../../csrc/cuda/preference_loss.cuh"
 #include "../../csrc/cuda/sequence_sum.cuh"
 #include "../../csrc/cuda/token_logp.cuh"
+#include "../../csrc/cuda/token_statistics.cuh"
 
 namespace wrpo::cuda {
 namespace {
@@ -39,6 +40,21 @@ void token_logp_grad(const TokenLogp& a, const float* logp, const float* lse, co
     auto* out = static_cast<typename S::T*>(grad_logits);
     for (int64_t n = 0; n < a.n; ++n)
       token_logp_grad_body<S>(RowBlock{}, n, rows_of(a), logp, lse, grad_logp, out + n * grad_row_stride, nullptr);
+  });
+}
+
+void token_statistics(const TokenLogp& a, unsigned wanted, float* values, int64_t* top1, int, Stream) {
+  dispatch(a, [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    for (int64_t n = 0; n < a.n; ++n)
+      token_statistics_body<S>(RowBlock{}, n, rows_of(a), wanted, values, top1, nullptr);
+  });
+}
+
+void token_statistics_grad(const TokenLogp& a, const float* values, const float* coef, int, Stream) {
+  dispatch(a, [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    for (int64_t n = 0; n < a.n; ++n) token_statistics_grad_body<S>(RowBlock{}, n, rows_of(a), values, coef, nullptr);
   });
 }
 

@@ -18,6 +18,9 @@ import pytest
 import torch
 
 from wrpo_kernels import preference_loss
+from wrpo_kernels.linear_token_statistics import cuda as statistics
+from wrpo_kernels.linear_token_statistics import reference as plain_statistics
+from wrpo_kernels.linear_token_statistics.wanted import Wanted
 from wrpo_kernels.logit_transform import LogitTransform
 from wrpo_kernels.preference_loss import cuda as losses
 from wrpo_kernels.token_logp import cuda, reference
@@ -39,6 +42,19 @@ def check_rows(dtype: torch.dtype, vocabulary: int, offset: int, transform: Logi
     cuda.grad(logits, target, -100, transform, logp, lse, torch.ones_like(logp), grad)
     cuda.delta_(logits, target, -100, transform, logp, lse)
     torch.testing.assert_close(grad, logits, rtol=2e-2, atol=1e-6)
+
+
+def check_statistics(dtype: torch.dtype, vocabulary: int, offset: int, transform: LogitTransform, device: str) -> None:
+    logits = torch.randn(3 * vocabulary + offset, device=device).to(dtype)[offset:].view(3, vocabulary)
+    told = (torch.tensor([vocabulary - 1, -100, 0], device=device), -100, transform, Wanted(*[True] * 4))
+    found, coef = [], torch.randn(3, 6, device=device)
+    for kernel in (statistics, plain_statistics):
+        values, top1 = torch.empty(3, 6, device=device), torch.empty(3, dtype=torch.int64, device=device)
+        kernel.statistics(logits, *told, values, top1)
+        grad = logits.clone()
+        kernel.grad_(grad, *told, values, coef)
+        found.append((values, grad))
+    torch.testing.assert_close(found[0], found[1], rtol=2e-2, atol=1e-4)
 
 
 def check_losses(sequences: int, groups: int, device: str) -> None:
@@ -64,7 +80,8 @@ def main() -> None:
         bias = torch.randn(vocabulary, device=device)
         for transform in (LogitTransform(None, 1.0, 0.0, 1.0), LogitTransform(bias, 0.5, 30.0, 0.7)):
             check_rows(dtype, vocabulary, offset, transform, device)
-            calls += 3
+            check_statistics(dtype, vocabulary, offset, transform, device)
+            calls += 5
     for sequences, groups in ((1, 1), (5, 3), (130, 129), (1000, 300)):
         check_losses(sequences, groups, device)
         calls += 3

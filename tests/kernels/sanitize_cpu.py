@@ -17,7 +17,12 @@ import pytest
 
 import wrpo_kernels
 
-TESTS = ("test_token_logp.py", "test_linear_token_statistics.py", "test_preference_loss.py")
+TESTS = (
+    "test_token_logp.py",
+    "test_linear_token_statistics.py",
+    "test_token_statistics_kernels.py",
+    "test_preference_loss.py",
+)
 
 
 def main() -> int:

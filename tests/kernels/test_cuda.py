@@ -10,7 +10,7 @@ from cases import DTYPES, Case
 from conftest import HERE, PLAYED
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from wrpo_kernels import linear_preference_loss, preference_loss, token_logp
+from wrpo_kernels import linear_preference_loss, linear_token_statistics, preference_loss, token_logp
 from wrpo_kernels.dispatch import backends, cuda_launch
 from wrpo_kernels.logit_transform import LogitTransform
 from wrpo_kernels.preference_loss import cuda as losses_on_cuda
@@ -121,6 +121,23 @@ def test_the_one_pass_form_uses_the_kernels_for_rows_sums_and_losses(place, devi
             results.append((out.loss.detach(), out.logp, out.margin, h.grad, w.grad))
         for got, expected in zip(*results, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6)  # float32 sums of 301 and 54 terms
+
+
+@pytest.mark.parametrize("budget", [None, 1], ids=["all rows fit", "one row at a time"])
+def test_token_statistics_through_the_head_are_made_by_their_kernels(budget, place, device):
+    hidden, weight = torch.randn(3, 5, 16, device=device), torch.randn(301, 16, device=device) / 4
+    labels, ids = torch.randint(0, 301, (3, 5), device=device), torch.tensor([7, 300, 7], device=device)
+    labels[:, 1] = -100
+    adapter = (torch.randn(3, 5, 2, device=device), torch.randn(301, 2, device=device) / 4)
+    results = []
+    for backend in ("cuda", "reference"):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, torch.linspace(-1, 1, 301, device=device))]
+        options = {"bias": leaves[2], "adapter": adapter, "ids": ids, "softcap": 9.0, "backend": backend}
+        found = linear_token_statistics(*leaves[:2], labels, budget_bytes=budget, **options)
+        loss = sum(value.sum() for name, value in found._asdict().items() if name != "top1")
+        results.append((*found, *torch.autograd.grad(loss, leaves)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_backend_says_why_it_does_not_run_here():

@@ -15,6 +15,8 @@ from wrpo_kernels.dispatch.backends import choose
 from wrpo_kernels.linear_preference_loss import one_pass
 from wrpo_kernels.linear_token_logp import passes
 from wrpo_kernels.linear_token_logp.contract import for_the_backward, plan_of, rows_of
+from wrpo_kernels.linear_token_statistics import contract as statistics
+from wrpo_kernels.linear_token_statistics.wanted import Wanted
 from wrpo_kernels.lm_head.exp_product import self_check
 from wrpo_kernels.lm_head.gradients import Gradients
 from wrpo_kernels.lm_head.head import Head
@@ -35,6 +37,7 @@ class NoLaunch:
 
 @pytest.fixture(autouse=True)
 def without_launches(monkeypatch):
+    from wrpo_kernels.linear_token_statistics import triton_kernel as token_statistics
     from wrpo_kernels.lm_head.exp_product import launch
     from wrpo_kernels.preference_loss import triton_kernel as preference_loss
     from wrpo_kernels.token_logp import triton_kernel as token_logp
@@ -44,6 +47,9 @@ def without_launches(monkeypatch):
         token_logp, "check_labels_where_free", lambda *arguments: None
     )  # reads them only where it must not wait
     monkeypatch.setattr(token_logp, "rows_kernel", lambda *arguments, **options: None)
+    monkeypatch.setattr(token_statistics, "check_labels_where_free", lambda *arguments: None)
+    for name in ("_token_statistics_fwd", "_token_statistics_bwd"):
+        monkeypatch.setattr(token_statistics, name, NoLaunch())
     for name in ("_preference_loss_fwd", "_sequence_sum_fwd", "_over_rows_fwd"):
         monkeypatch.setattr(preference_loss, name, NoLaunch())
     monkeypatch.setattr(launch, "check_labels_where_free", lambda *arguments: None)
@@ -91,6 +97,19 @@ def test_token_log_probs_and_their_gradients_read_nothing_back(asked, num_rows, 
         passes.backward(head, rows, plan, kept, logp[:, None], logp, gradients)
         shapes = [total.shape for total in gradients.totals() if total is not None]
         assert shapes == [(M, D), (V, D), (M, R), (V, R)]
+
+
+@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS.keys())
+@pytest.mark.parametrize("num_rows", [N, M])
+def test_token_statistics_and_their_gradients_read_nothing_back(num_rows, budget, tensors):
+    given, wanted = options(ASKED["head"], num_rows, budget), Wanted(*[True] * 4)
+    head, rows, plan = Head(tensors, given), rows_of(tensors, given), statistics.plan_of(tensors, given)
+    kernel, kept = statistics.kernel_of(tensors, given), tensors.hidden.new_empty(plan.keep, V)
+    values, top1 = statistics.passes.forward(head, rows, plan, kept, wanted, kernel)
+    assert (rows.spread(values).shape, rows.spread(top1).shape) == ((M, 6), (M,))
+    gradients = Gradients(tensors.hidden, head, given.asked, 2)
+    statistics.passes.backward(head, rows, plan, kept, values, values, gradients, wanted, kernel)
+    assert all(total.is_meta for total in gradients.totals() if total is not None)
 
 
 @pytest.mark.parametrize("backend", ["triton", "triton_exp"])

@@ -11,6 +11,9 @@ import triton.language as tl
 
 # A finite floor: exp(-inf - LOWEST) is 0, where exp(-inf - (-inf)) would be NaN. A row of -inf alone still gives NaN.
 LOWEST = tl.constexpr(-3.4e38)
+# A distance at which e^distance is 0 in float32: 0 times -inf would be NaN.
+FARTHEST = tl.constexpr(-1e4)
+NO_COLUMN = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
@@ -60,6 +63,76 @@ def merged(top, total):
     """The lanes' log-sum-exps [LANES] as one."""
     highest = tl.max(top, 0)
     return highest, tl.sum(total * tl.exp(top - highest), 0)
+
+
+@triton.jit
+def rebased(first, squares, total, by):
+    """sum d e^d and sum e^2d of the distances d, total = sum e^d, where all of these become d + by, by <= 0."""
+    by = tl.maximum(by, FARTHEST)
+    share = tl.exp(by)
+    return share * (first + by * total), share * share * squares
+
+
+@triton.jit
+def first_column(z, highest, start):
+    """The first column [LANES] of a tile z [UNROLL, LANES, VECTOR] where a score is the `highest` [LANES].
+
+    Found by its place in the lane, whose numbers are constants: columns of all scores would take 16 registers a thread.
+    """
+    UNROLL: tl.constexpr = z.shape[0]
+    LANES: tl.constexpr = z.shape[1]
+    VECTOR: tl.constexpr = z.shape[2]
+    places = tl.arange(0, UNROLL)[:, None, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+    place = tl.min(tl.min(tl.where(z == highest[None, :, None], places, UNROLL * VECTOR), 2), 0)
+    of_lane = tl.min(tl.min(tile_columns(LANES, UNROLL, VECTOR), 2), 0)
+    column = start + of_lane + place // VECTOR * (LANES * VECTOR) + place % VECTOR
+    return tl.where(place < UNROLL * VECTOR, column, NO_COLUMN)
+
+
+@triton.jit
+def take_in_statistics(
+    first,
+    squares,
+    scores,
+    column,
+    top,
+    total,
+    z,
+    counted,
+    start,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    HAS_SQUARES: tl.constexpr,
+    HAS_TOP1: tl.constexpr,
+):
+    """With d = score - highest one: sum d e^d, sum e^2d, sum of scores and first column of the highest one, [LANES]
+    each, after the scores z of the tile that starts at column `start`. `top` and `total` are those before; `counted`
+    is z, and 0 where it is no score.
+    """
+    higher = tl.maximum(top, tl.max(tl.max(z, 2), 0))
+    if HAS_ENTROPY or HAS_SQUARES:
+        distance = z - higher[None, :, None]
+        e = tl.exp(distance)
+        first, squares = rebased(first, squares, total, top - higher)
+        if HAS_ENTROPY:
+            first += tl.sum(tl.sum(e * tl.maximum(distance, FARTHEST), 2), 0)
+        if HAS_SQUARES:
+            squares += tl.sum(tl.sum(e * e, 2), 0)
+    if HAS_MEAN:
+        scores += tl.sum(tl.sum(counted, 2), 0)
+    if HAS_TOP1:
+        here = first_column(z, higher, start)
+        column = tl.minimum(tl.where(higher > top, NO_COLUMN, column), here)
+    return first, squares, scores, column
+
+
+@triton.jit
+def merged_statistics(first, squares, scores, column, top, total):
+    """The lanes' statistics [LANES] as those of all, beside `merged(top, total)`."""
+    highest = tl.max(top, 0)
+    first, squares = rebased(first, squares, total, top - highest)
+    column = tl.min(tl.where(top == highest, column, NO_COLUMN), 0)
+    return tl.sum(first, 0), tl.sum(squares, 0), tl.sum(scores, 0), column
 
 
 @triton.jit

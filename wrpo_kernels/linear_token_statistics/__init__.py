@@ -11,6 +11,7 @@ from torch import Tensor
 from wrpo_kernels.checks import check_device, check_int, check_int64, int64_labels, is_readable
 from wrpo_kernels.dispatch.backends import check_name
 from wrpo_kernels.linear_token_statistics import contract
+from wrpo_kernels.linear_token_statistics.wanted import COLUMNS, Wanted
 from wrpo_kernels.lm_head.head import no_autocast
 from wrpo_kernels.lm_head.inputs import HeadOptions, HeadTensors, checked_options, checked_tensors
 from wrpo_kernels.lm_head.labels import shifted_labels
@@ -68,8 +69,7 @@ def linear_token_statistics(
         ids: [K] int64 | int32 in [0, V), a few tokens whose log-probs are wanted at every position. Default: none.
         bias, adapter, logit_scale, softcap, temperature, ignore_index, shift, num_rows, budget_bytes, logits_dtype: as
             linear_token_logp.
-        backend: "native" or "reference". Default: the first that can; on an accelerator statistics are made by the
-            reference, in plain torch, and log-probs by its own kernels.
+        backend: "native", "cuda", "triton" or "reference". Default: the first that can.
 
     Returns:
         TokenStatistics(logp, entropy, lse, top1, mean_logits, log_sum_sq_probs, logp_of_ids): float32, nats; top1 is
@@ -77,10 +77,12 @@ def linear_token_statistics(
 
     Raises:
         ValueError: a shape, dtype, device, option or target out of range, or an unknown output; the message names it.
+            On an accelerator a target out of range makes NaN of its own values instead, and top1 -1.
         TypeError: an argument is of another kind.
         RuntimeError: the backend that was asked for refuses.
 
-    Numerics: as linear_token_logp; logits that are -inf have no share in entropy and gradient.
+    Numerics: as linear_token_logp; logits that are -inf have no share in entropy and gradient. "cuda" and "triton" read
+        a row once for all that is asked, and pay for nothing else; the others read it again for the statistics.
     Memory: `budget_bytes`, of which three quarters keep logits for the backward.
     Cost: as linear_token_logp with a trained head; with a frozen head 4NDV, and 2DV for each row whose logits did not
         fit the budget. `ids` add 2NDK, and 4NDK in the backward. linear_token_logp costs a little less.
@@ -98,9 +100,10 @@ def linear_token_statistics(
     check_name("linear_token_statistics", backend, contract.CANDIDATES)
     transform = (logit_scale, softcap, temperature)
     options = checked_options(tensors, *transform, ignore_index, rows, budget_bytes, None, logits_dtype, backend)
-    values, top1, _ = contract.linear_token_statistics(tensors, options)
+    wanted = Wanted(*(name in outputs for name in Wanted._fields))
+    values, top1, _ = contract.linear_token_statistics(tensors, options, wanted)
     (values,) = nan_unless_counted((values,), counted, num_rows)
-    found = dict(zip(contract.COLUMNS, values.unbind(1), strict=True), top1=top1)
+    found = dict(zip(COLUMNS, values.unbind(1), strict=True), top1=top1)
     of_ids = None if ids is None else _logp_of_ids(ids, tensors, options, found["lse"], found["lse_rest"])
     asked = ("logp", *outputs)
     shown = {name: value.view(target.shape) for name, value in found.items() if name in asked}

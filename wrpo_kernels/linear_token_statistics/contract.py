@@ -11,18 +11,18 @@ from wrpo_kernels.checks import check_device, check_shape
 from wrpo_kernels.dispatch.autograd import register, register_differentiable
 from wrpo_kernels.dispatch.backends import Backend, choose
 from wrpo_kernels.dispatch.schema import Arguments
+from wrpo_kernels.dispatch.triton_backend import TritonBackend
 from wrpo_kernels.linear_token_logp.contract import complete, fake_gradients, rows_of
-from wrpo_kernels.linear_token_statistics import native, passes, reference
+from wrpo_kernels.linear_token_statistics import cuda, native, passes, reference
+from wrpo_kernels.linear_token_statistics.wanted import COLUMNS, Wanted
 from wrpo_kernels.lm_head.budget import Plan, row_stride, row_tile, rows_within
 from wrpo_kernels.lm_head.gradients import Gradients
 from wrpo_kernels.lm_head.head import Head, LabelsByPosition, no_autocast
 from wrpo_kernels.lm_head.inputs import HeadGradients, HeadOptions, HeadTensors, check_head
 from wrpo_kernels.lm_head.rows import most_rows
-from wrpo_kernels.token_logp.contract import CANDIDATES as ROW_KERNELS
 from wrpo_kernels.token_logp.contract import logp_dtype
 
-CANDIDATES = (native, reference)
-COLUMNS = reference.COLUMNS
+CANDIDATES = (native, cuda, TritonBackend("wrpo_kernels.linear_token_statistics.triton_kernel"), reference)
 
 
 def plan_of(tensors: HeadTensors, options: HeadOptions) -> Plan:
@@ -46,18 +46,19 @@ def kernel_of(tensors: HeadTensors, options: HeadOptions) -> Backend:
     return choose("linear_token_statistics", options.backend, CANDIDATES, tensors.hidden)
 
 
-def _linear_token_statistics(tensors: HeadTensors, options: HeadOptions) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_token_statistics(
+    tensors: HeadTensors, options: HeadOptions, wanted: Wanted
+) -> tuple[Tensor, Tensor, Tensor]:
     """values [M, 6] of COLUMNS and top1 [M] of all M positions, and the logits that are kept."""
     with no_autocast(tensors.hidden), LabelsByPosition("target", tensors, options.ignore_index):
         head, rows, plan = Head(tensors, options), rows_of(tensors, options), plan_of(tensors, options)
         kept = tensors.hidden.new_empty(shape_of_kept(tensors, options), dtype=_kept_dtype(tensors, options))
         logits = kept[:, : tensors.weight.shape[0]]
-        row_kernel = choose("linear_token_statistics", options.backend, ROW_KERNELS, tensors.hidden)
-        values, top1 = passes.forward(head, rows, plan, logits, row_kernel, kernel_of(tensors, options))
+        values, top1 = passes.forward(head, rows, plan, logits, wanted, kernel_of(tensors, options))
         return rows.spread(values), rows.spread(top1 + 1) - 1, kept
 
 
-def _fake(tensors: HeadTensors, options: HeadOptions) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(tensors: HeadTensors, options: HeadOptions, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor]:
     hidden, number = tensors.hidden, tensors.target.numel()
     values = hidden.new_empty(number, len(COLUMNS), dtype=logp_dtype(hidden.dtype))
     kept = hidden.new_empty(shape_of_kept(tensors, options), dtype=_kept_dtype(tensors, options))
@@ -65,7 +66,7 @@ def _fake(tensors: HeadTensors, options: HeadOptions) -> tuple[Tensor, Tensor, T
 
 
 def _linear_token_statistics_backward(
-    grad_values: Tensor, values: Tensor, kept: Tensor, tensors: HeadTensors, options: HeadOptions
+    grad_values: Tensor, values: Tensor, kept: Tensor, tensors: HeadTensors, options: HeadOptions, wanted: Wanted
 ) -> tuple[Tensor, ...]:
     hidden = tensors.hidden
     with no_autocast(hidden):
@@ -74,12 +75,12 @@ def _linear_token_statistics_backward(
         gradients = Gradients(hidden, head, options.asked, chunks)
         told = (rows.take(values), rows.take(grad_values))
         logits = kept[:, : tensors.weight.shape[0]]
-        passes.backward(head, rows, plan, logits, *told, gradients, kernel_of(tensors, options))
+        passes.backward(head, rows, plan, logits, *told, gradients, wanted, kernel_of(tensors, options))
         return complete(tensors, gradients.totals())
 
 
 def _check_backward(
-    grad_values: Tensor, values: Tensor, kept: Tensor, tensors: HeadTensors, options: HeadOptions
+    grad_values: Tensor, values: Tensor, kept: Tensor, tensors: HeadTensors, options: HeadOptions, wanted: Wanted
 ) -> None:
     check_head(tensors, options)
     hidden, number = tensors.hidden, tensors.target.numel()
@@ -97,28 +98,32 @@ def _check_backward(
 
 
 def _fake_backward(
-    grad_values: Tensor, values: Tensor, kept: Tensor, tensors: HeadTensors, options: HeadOptions
+    grad_values: Tensor, values: Tensor, kept: Tensor, tensors: HeadTensors, options: HeadOptions, wanted: Wanted
 ) -> tuple[Tensor, ...]:
     return fake_gradients(tensors, options)
 
 
-def _save(ctx: Any, outputs: tuple[Tensor, ...], tensors: HeadTensors, options: HeadOptions) -> None:
+def _check(tensors: HeadTensors, options: HeadOptions, wanted: Wanted) -> None:
+    check_head(tensors, options)
+
+
+def _save(ctx: Any, outputs: tuple[Tensor, ...], tensors: HeadTensors, options: HeadOptions, wanted: Wanted) -> None:
     values, top1, kept = outputs
     ctx.mark_non_differentiable(top1, kept)
     ctx.save_for_backward(values, kept, *tensors)
-    ctx.options = options
+    ctx.options, ctx.wanted = options, wanted
 
 
 def _backward(ctx: Any, grad_values: Tensor, *_: None) -> dict[str, Tensor | None]:
     values, kept, *tensors = ctx.saved_tensors
-    asked = (grad_values.contiguous(), values, kept, HeadTensors(*tensors), ctx.options)
+    asked = (grad_values.contiguous(), values, kept, HeadTensors(*tensors), ctx.options, ctx.wanted)
     grads = HeadGradients(*linear_token_statistics_backward(*asked))
     return {name: grad for name, grad in grads._asdict().items() if getattr(ctx.options.asked, name)}
 
 
 linear_token_statistics_backward = register(
     "linear_token_statistics_backward",
-    Arguments("Tensor grad_values", "Tensor values", "Tensor kept", HeadTensors, HeadOptions),
+    Arguments("Tensor grad_values", "Tensor values", "Tensor kept", HeadTensors, HeadOptions, Wanted),
     "Tensor dh, Tensor dw, Tensor db, Tensor dlow, Tensor dup",
     check=_check_backward,
     kernel=_linear_token_statistics_backward,
@@ -126,9 +131,9 @@ linear_token_statistics_backward = register(
 )
 linear_token_statistics = register_differentiable(
     "linear_token_statistics",
-    Arguments(HeadTensors, HeadOptions),
+    Arguments(HeadTensors, HeadOptions, Wanted),
     "Tensor values, Tensor top1, Tensor kept",
-    check=check_head,
+    check=_check,
     kernel=_linear_token_statistics,
     fake=_fake,
     save=_save,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wrpo_kernels.dispatch.backends import Backend
 from wrpo_kernels.linear_token_logp.passes import chunks
-from wrpo_kernels.linear_token_statistics.reference import COLUMNS
+from wrpo_kernels.linear_token_statistics.wanted import COLUMNS, Wanted
 from wrpo_kernels.lm_head.budget import Plan, even_chunk, logits_buffer
 from wrpo_kernels.lm_head.gradients import Gradients
 from wrpo_kernels.lm_head.head import Head
@@ -34,13 +34,8 @@ def plan_rows(num_rows: int, fit: int, kept_fit: int, is_trained: bool, tile: in
     return Plan(min(num_rows, kept_fit * (fit - work) // fit), work)
 
 
-def forward(
-    head: Head, rows: Rows, plan: Plan, kept: Tensor, row_kernel: Backend, kernel: Backend
-) -> tuple[Tensor, Tensor]:
-    """Returns values [N, 6] and top1 [N]; leaves the logits of the first rows in `kept` [keep, V].
-
-    `row_kernel` makes the log-probs, `kernel` the statistics beside them.
-    """
+def forward(head: Head, rows: Rows, plan: Plan, kept: Tensor, wanted: Wanted, kernel: Backend) -> tuple[Tensor, Tensor]:
+    """Returns values [N, 6] and top1 [N]; leaves the logits of the first rows in `kept` [keep, V]."""
     number, weight = len(rows), head.weight
     values = weight.new_empty(number, len(COLUMNS), dtype=head.logp_dtype)
     top1 = torch.empty(number, dtype=torch.int64, device=weight.device)
@@ -49,11 +44,9 @@ def forward(
     pieces = [(0, first_chunk, kept)] if first_chunk else []
     pieces += [(first, last, buffer) for first, last in chunks(first_chunk, number, plan.chunk)]
     for first, last, out in pieces:
-        logp, lse = values.new_empty(last - first), values.new_empty(2, last - first)
         logits = _logits(head, rows, first, last, out)
-        told = (rows.target[first:last], head.ignore_index, head.transform)
-        row_kernel.forward(logits, *told, logp, lse)
-        kernel.statistics(logits, *told, logp, lse, values[first:last], top1[first:last])
+        told = (rows.target[first:last], head.ignore_index, head.transform, wanted)
+        kernel.statistics(logits, *told, values[first:last], top1[first:last])
     return values, top1
 
 
@@ -65,6 +58,7 @@ def backward(
     values: Tensor,
     coef: Tensor,
     gradients: Gradients,
+    wanted: Wanted,
     kernel: Backend,
 ) -> None:
     """Adds the gradients of the rows from their kept or newly made logits; coef [N, 6] is d loss / d values."""
@@ -81,7 +75,7 @@ def backward(
             logits.copy_(kept[first:last])
         else:
             _logits(head, rows, first, last, logits)
-        told = (rows.target[first:last], head.ignore_index, head.transform)
+        told = (rows.target[first:last], head.ignore_index, head.transform, wanted)
         kernel.grad_(logits, *told, values[first:last], coef[first:last])
         gradients.add(rows, first, head.narrowed(logits, len(buffer)), size[first:last])
 

@@ -26,16 +26,16 @@ def forward(
     logits: Tensor, target: Tensor, ignore_index: int, transform: LogitTransform, logp: Tensor, lse: Tensor
 ) -> None:
     """Writes `logp` [N] and `lse` [2, N]."""
-    _check_if_asked(logits, target, ignore_index)
-    _launch("token_logp", logits, target, ignore_index, transform, logp, lse)
+    check_labels_if_asked(logits, target, ignore_index)
+    launch_rows("token_logp", logits, target, ignore_index, transform, logp, lse)
 
 
 def delta_(
     logits: Tensor, target: Tensor, ignore_index: int, transform: LogitTransform, logp: Tensor, lse: Tensor
 ) -> None:
     """`forward`, and leaves `delta[n, v] = d logp[n] / d logits[n, v]` in place of the logits."""
-    _check_if_asked(logits, target, ignore_index)
-    _launch("token_logp_delta_", logits, target, ignore_index, transform, logp, lse)
+    check_labels_if_asked(logits, target, ignore_index)
+    launch_rows("token_logp_delta_", logits, target, ignore_index, transform, logp, lse)
 
 
 def grad(
@@ -50,15 +50,15 @@ def grad(
 ) -> None:
     """Writes `grad_logits[n, v] = grad_logp[n] * delta[n, v]`."""
     rest = (logp, lse, grad_logp, grad_logits, grad_logits.stride(0))
-    _launch("token_logp_grad", logits, target, ignore_index, transform, *rest)
+    launch_rows("token_logp_grad", logits, target, ignore_index, transform, *rest)
 
 
-def _check_if_asked(logits: Tensor, target: Tensor, ignore_index: int) -> None:
+def check_labels_if_asked(logits: Tensor, target: Tensor, ignore_index: int) -> None:
     if torch.is_anomaly_enabled():
         check_labels("target", target, ignore_index, logits.shape[1])
 
 
-def _launch(
+def launch_rows(
     kernel: str, logits: Tensor, target: Tensor, ignore_index: int, transform: LogitTransform, *rest: Tensor | int
 ) -> None:
     bias = None if transform.bias is None else transform.bias.to(torch.float32).contiguous()

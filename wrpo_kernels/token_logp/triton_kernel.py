@@ -22,10 +22,13 @@ from wrpo_kernels.checks import check_labels
 from wrpo_kernels.dispatch.triton_backend import multiprocessors
 from wrpo_kernels.dispatch.triton_math import (
     LOWEST,
+    NO_COLUMN,
     label_logp,
     merged,
+    merged_statistics,
     one_minus_exp,
     take_in,
+    take_in_statistics,
     tile_columns,
     transformed,
 )
@@ -40,7 +43,7 @@ PROGRAMS = 4  # a multiprocessor, each with a row of delta under way; with two o
 
 
 @triton.jit
-def _load_scores(row, bias, cols, scale, cap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+def load_scores(row, bias, cols, scale, cap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     """Scores of a row at `cols`, all of which it has, and the bend of the softcap there."""
     x = tl.load(row + cols).to(tl.float32)
     if HAS_BIAS:
@@ -49,7 +52,7 @@ def _load_scores(row, bias, cols, scale, cap, HAS_BIAS: tl.constexpr, HAS_SOFTCA
 
 
 @triton.jit
-def _load_scores_within(row, bias, cols, in_row, scale, cap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+def load_scores_within(row, bias, cols, in_row, scale, cap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     """The same, -inf where `cols` are not `in_row`."""
     x = tl.load(row + cols, mask=in_row, other=0.0).to(tl.float32)
     if HAS_BIAS:
@@ -63,6 +66,77 @@ def _fill_zero(row, V, within, TILE: tl.constexpr):
     for tile in range(tl.cdiv(V, TILE)):
         cols = tile * TILE + within
         tl.store(row + cols, tl.zeros_like(within).to(row.dtype.element_ty), mask=cols < V)
+
+
+@triton.jit
+def sums_of_others(
+    row,
+    bias,
+    token,
+    V,
+    scale,
+    cap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    LANES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    VECTOR: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr = False,
+    HAS_MEAN: tl.constexpr = False,
+    HAS_SQUARES: tl.constexpr = False,
+    HAS_TOP1: tl.constexpr = False,
+):
+    """Over the scores z of a row but for that of `token`: the highest one, and with d = z - highest sum e^d, sum d e^d,
+    sum e^2d, sum z and the first column of the highest; the last four only where they are asked for."""
+    TILE: tl.constexpr = UNROLL * LANES * VECTOR
+    within = tile_columns(LANES, UNROLL, VECTOR)  # [UNROLL, LANES, VECTOR]
+    whole_tiles = V // TILE
+    top = tl.full([LANES], LOWEST, tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    first, squares, scores = total, total, total
+    column = tl.full([LANES], NO_COLUMN, tl.int32)
+    label_tile = token // TILE  # `whole_tiles` where the label is in the rest
+    masked_tiles = tl.where(label_tile < whole_tiles, 2, 1)
+    for step in range(whole_tiles + 1 - masked_tiles):
+        start = tl.where(step < label_tile, step, step + 1) * TILE
+        z, _bend = load_scores(row, bias, start + within, scale, cap, HAS_BIAS, HAS_SOFTCAP)
+        first, squares, scores, column = take_in_statistics(
+            first, squares, scores, column, top, total, z, z, start, HAS_ENTROPY, HAS_MEAN, HAS_SQUARES, HAS_TOP1
+        )
+        top, total = take_in(top, total, z)
+    for step in range(masked_tiles):
+        start = tl.where(step == 0, whole_tiles, label_tile) * TILE
+        cols = start + within
+        others = (cols < V) & (cols != token)
+        z, _bend = load_scores_within(row, bias, cols, others, scale, cap, HAS_BIAS, HAS_SOFTCAP)
+        counted = tl.where(others, z, 0.0)
+        first, squares, scores, column = take_in_statistics(
+            first, squares, scores, column, top, total, z, counted, start, HAS_ENTROPY, HAS_MEAN, HAS_SQUARES, HAS_TOP1
+        )
+        top, total = take_in(top, total, z)
+    if HAS_ENTROPY or HAS_MEAN or HAS_SQUARES or HAS_TOP1:
+        first, squares, scores, column = merged_statistics(first, squares, scores, column, top, total)
+    highest, total = merged(top, total)
+    return highest, total, first, squares, scores, column
+
+
+@triton.jit
+def with_label(chosen, highest_other, sum_of_others, is_token):
+    """The highest score, the label's own term and those of the others relative to it, and their sum; NaN where the
+    label is no token."""
+    highest = tl.maximum(highest_other, chosen)
+    mine, missed = tl.exp(chosen - highest), sum_of_others * tl.exp(highest_other - highest)
+    return highest, mine, missed, tl.where(is_token, mine + missed, float("nan"))
+
+
+@triton.jit
+def store_logp(logp, lse, stride_half, chosen, highest, mine, missed, whole, is_token):
+    """The log-prob at `logp`; the log-sum-exp as a sum of two, at `lse` and stride_half further on."""
+    log_whole = tl.log(whole)
+    log_sum = highest + log_whole
+    tl.store(logp, tl.where(is_token, label_logp(chosen - highest, mine, missed), float("nan")))
+    tl.store(lse, log_sum)
+    tl.store(lse + stride_half, (highest - log_sum) + log_whole)
 
 
 @triton.jit(do_not_specialize=["num_rows", "ignore_index"])
@@ -102,42 +176,31 @@ def _token_logp_fwd(
         else:
             is_token = (label >= 0) & (label < V)
             token = tl.where(is_token, label, 0).to(tl.int32)
-            chosen, chosen_bend = _load_scores_within(row, bias, token, is_token, scale, cap, HAS_BIAS, HAS_SOFTCAP)
-            top = tl.full([LANES], LOWEST, tl.float32)
-            total = tl.zeros([LANES], tl.float32)
-            label_tile = token // TILE  # `whole_tiles` where the label is in the rest
-            masked_tiles = tl.where(label_tile < whole_tiles, 2, 1)
-            for step in range(whole_tiles + 1 - masked_tiles):
-                tile = tl.where(step < label_tile, step, step + 1)
-                z, bend = _load_scores(row, bias, tile * TILE + within, scale, cap, HAS_BIAS, HAS_SOFTCAP)
-                top, total = take_in(top, total, z)
-            for step in range(masked_tiles):
-                cols = tl.where(step == 0, whole_tiles, label_tile) * TILE + within
-                others = (cols < V) & (cols != token)
-                z, bend = _load_scores_within(row, bias, cols, others, scale, cap, HAS_BIAS, HAS_SOFTCAP)
-                top, total = take_in(top, total, z)
-            highest_other, sum_of_others = merged(top, total)
-            highest = tl.maximum(highest_other, chosen)
-            mine, missed = tl.exp(chosen - highest), sum_of_others * tl.exp(highest_other - highest)
-            whole = tl.where(is_token, mine + missed, float("nan"))
-            log_whole = tl.log(whole)
-            log_sum = highest + log_whole
-            tl.store(logp + n, tl.where(is_token, label_logp(chosen - highest, mine, missed), float("nan")))
-            tl.store(lse + n, log_sum)
-            tl.store(lse + num_rows + n, (highest - log_sum) + log_whole)
+            chosen, chosen_bend = load_scores_within(row, bias, token, is_token, scale, cap, HAS_BIAS, HAS_SOFTCAP)
+            highest_other, sum_of_others, _first, _squares, _scores, _column = sums_of_others(
+                row, bias, token, V, scale, cap, HAS_BIAS, HAS_SOFTCAP, LANES, UNROLL, VECTOR
+            )
+            highest, mine, missed, whole = with_label(chosen, highest_other, sum_of_others, is_token)
+            store_logp(logp + n, lse + n, num_rows, chosen, highest, mine, missed, whole, is_token)
             if WRITES_DELTA:
                 share = -slope / whole
-                z, bend = _load_scores_within(row, bias, rest, rest < V, scale, cap, HAS_BIAS, HAS_SOFTCAP)
+                z, bend = load_scores_within(row, bias, rest, rest < V, scale, cap, HAS_BIAS, HAS_SOFTCAP)
                 delta = tl.exp(z - highest) * (share * bend)
                 tl.store(row + rest, delta.to(row.dtype.element_ty), mask=rest < V)
                 for step in range(whole_tiles):
                     cols = (whole_tiles - 1 - step) * TILE + within
-                    z, bend = _load_scores(row, bias, cols, scale, cap, HAS_BIAS, HAS_SOFTCAP)
+                    z, bend = load_scores(row, bias, cols, scale, cap, HAS_BIAS, HAS_SOFTCAP)
                     delta = tl.exp(z - highest) * (share * bend)
                     tl.store(row + cols, delta.to(row.dtype.element_ty))
                 tl.debug_barrier()  # the label's element was written by another thread
                 delta = slope * (missed / whole) * chosen_bend
                 tl.store(row + token, delta.to(row.dtype.element_ty), mask=is_token)
+
+
+@triton.jit
+def delta_of(is_label, logp, p):
+    """d logp / dz of scores with the probabilities p."""
+    return tl.where(is_label, one_minus_exp(logp), -p)
 
 
 @triton.jit(do_not_specialize=["num_rows", "ignore_index"])
@@ -169,9 +232,9 @@ def _token_logp_bwd(
         tl.store(out + cols, tl.zeros([BLOCK], out.dtype.element_ty), mask=cols < V)
     else:
         row = logits + n * stride_n
-        z, bend = _load_scores_within(row, bias, cols, cols < V, scale, cap, HAS_BIAS, HAS_SOFTCAP)
+        z, bend = load_scores_within(row, bias, cols, cols < V, scale, cap, HAS_BIAS, HAS_SOFTCAP)
         p = tl.exp((z - tl.load(lse + n)) - tl.load(lse + num_rows + n))
-        delta = tl.where(cols == label, one_minus_exp(tl.load(logp + n)), -p)
+        delta = delta_of(cols == label, tl.load(logp + n), p)
         delta *= tl.load(grad_logp + n) * slope * bend
         tl.store(out + cols, delta.to(out.dtype.element_ty), mask=cols < V)
 
@@ -207,7 +270,7 @@ def rows_kernel(
         _token_logp_fwd[(programs(logits, writes_delta),)](
             logits,
             target,
-            *_bias(transform, logits),
+            bias_of(transform, logits),
             logp,
             lse,
             *logits.shape,
@@ -241,7 +304,7 @@ def grad(
         _token_logp_bwd[(num_rows, triton.cdiv(vocabulary, BLOCK))](
             logits,
             target,
-            *_bias(transform, logits),
+            bias_of(transform, logits),
             logp,
             lse,
             grad_logp,
@@ -277,8 +340,8 @@ def programs(logits: Tensor, writes_delta: bool) -> int:
     return min(len(logits), PROGRAMS * multiprocessors(logits.device.index))
 
 
-def _bias(transform: LogitTransform, logits: Tensor) -> tuple[Tensor]:
-    return (logits if transform.bias is None else transform.bias.contiguous(),)  # without one nothing is read
+def bias_of(transform: LogitTransform, logits: Tensor) -> Tensor:
+    return logits if transform.bias is None else transform.bias.contiguous()  # without one nothing is read
 
 
 def factors(transform: LogitTransform) -> tuple[float, float, float]:

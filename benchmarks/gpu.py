@@ -3,7 +3,7 @@
 On a CUDA device, every backend with kernels for it, in one run with what bounds it:
 
     rows      token_logp on bfloat16 and float32 rows: GB/s beside the measured copy; the forward reads, delta reads and
-              writes, and each byte is counted once
+              writes, and each byte is counted once; the same of the statistics and their gradient
     loss      linear_preference_loss, D = 4096, V = 128256, 8192 response tokens in bfloat16: beside the bare matrix
               products of the same rows (three with a trained head, two with a frozen one, one without gradients)
 
@@ -29,6 +29,8 @@ from benchmarks.suite.flags import whole_number
 from benchmarks.suite.timing import milliseconds
 from wrpo.picture_style import BLACK, BLUE, GREEN, PURPLE, legend_above, picture
 from wrpo_kernels import linear_preference_loss
+from wrpo_kernels.linear_token_statistics import contract as statistics_contract
+from wrpo_kernels.linear_token_statistics.wanted import COLUMNS, Wanted
 from wrpo_kernels.logit_transform import LogitTransform
 from wrpo_kernels.token_logp.contract import CANDIDATES
 
@@ -36,6 +38,12 @@ PLAIN = LogitTransform(None, 1.0, 0.0, 1.0)
 # Cycles, about 3 ms, that a device is kept busy before a timed call: the host is then ahead of it, as in training,
 # where the model's own layers are queued before the head. From an idle device a row kernel seems to take 60 us longer.
 HEAD_START = 6_000_000
+
+
+STATISTICS = {
+    "entropy": Wanted(entropy=True, mean_logits=False, log_sum_sq_probs=False, top1=False),
+    "statistics": Wanted(*[True] * 4),
+}
 
 
 class Sizes(NamedTuple):
@@ -128,7 +136,7 @@ def rows(sizes: Sizes, device: str, watch: Stopwatch) -> Iterator[Figure]:
             n = sizes.row_bytes // (vocabulary * dtype.itemsize)
             logits = torch.randn(n, vocabulary, dtype=dtype, device=device)
             labels = torch.randint(0, vocabulary, (n,), device=device)
-            for kind, passes in (("forward", 1), ("delta_", 2)):
+            for kind, passes in (("forward", 1), *dict.fromkeys(STATISTICS, 1).items(), ("delta_", 2), ("grad_", 2)):
                 name = f"{kind} {str(dtype).removeprefix('torch.')} V={vocabulary}"
                 contestants = row_contestants(kind, logits, labels)
                 half = passes * logits.nbytes // 2  # as many bytes in all: half of them read and half written
@@ -138,12 +146,23 @@ def rows(sizes: Sizes, device: str, watch: Stopwatch) -> Iterator[Figure]:
 
 def row_contestants(kind: str, logits: Tensor, labels: Tensor) -> dict[str, Callable[[], object]]:
     logp, lse = (torch.empty(*size, len(logits), device=logits.device) for size in ((), (2,)))
+    values, coef = (torch.zeros(len(logits), len(COLUMNS), device=logits.device) for _ in range(2))
+    wanted = STATISTICS.get(kind, Wanted(*[True] * 4))
 
     def runs(kernel) -> Callable[[], object]:
-        function = getattr(kernel, kind)
-        return lambda: function(logits, labels, -100, PLAIN, logp, lse)
+        if kind in ("forward", "delta_"):
+            return lambda: getattr(kernel, kind)(logits, labels, -100, PLAIN, logp, lse)
+        of_rows = statistics_of(kernel)
+        if kind == "grad_":
+            return lambda: of_rows.grad_(logits, labels, -100, PLAIN, wanted, values, coef)
+        top1 = torch.empty_like(labels)
+        return lambda: of_rows.statistics(logits, labels, -100, PLAIN, wanted, values, top1)
 
     return {kernel.NAME: runs(kernel) for kernel in kernels(logits)}
+
+
+def statistics_of(kernel):
+    return next(candidate for candidate in statistics_contract.CANDIDATES if candidate.NAME == kernel.NAME)
 
 
 class Problem:
@@ -219,7 +238,10 @@ def losses(sizes: Sizes, device: str, budget: int, watch: Stopwatch) -> Iterator
 KINDS = {
     "loss": "the whole loss, beside its matrix products alone",
     "forward": "log-probs of rows of logits, beside a copy of the same bytes",
+    "entropy": "log-probs and entropy of rows, beside a copy of the same bytes",
+    "statistics": "all statistics of rows, beside a copy of the same bytes",
     "delta_": "gradient of rows in place, beside a copy of the same bytes",
+    "grad_": "gradient of all statistics in place, beside a copy of the same bytes",
 }
 
 
@@ -228,6 +250,7 @@ def draw(path: Path, facts: dict[str, str], figures: list[Figure]) -> None:
     ratios = {(f.scenario, f.contestant): f.ratio for f in figures if f.contestant not in ("copy", "products")}
     names = dict(zip(dict.fromkeys(name for _, name in ratios), (GREEN, BLUE, PURPLE), strict=False))
     kinds = {kind: [s for s in dict.fromkeys(s for s, _ in ratios) if s.startswith(kind)] for kind in KINDS}
+    kinds = {kind: scenarios for kind, scenarios in kinds.items() if scenarios}  # a CSV may be older than a kind
     whole = [ratio for (scenario, _), ratio in ratios.items() if scenario in kinds["loss"]]
     title = f"{facts['machine']}: the loss takes {min(whole):.2f} to {max(whole):.2f} times its matrix products alone"
     heights = [len(scenarios) + 1.5 for scenarios in kinds.values()]

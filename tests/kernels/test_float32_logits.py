@@ -30,7 +30,7 @@ from wrpo_kernels.lm_head.rows import UNCOUNTED
 
 S, T, D, V, R = 6, 2, 64, 257, 4
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-SOME = budget_of(9, V, D, torch.bfloat16)  # rows that are kept, and rows that are made again
+SOME = budget_of(5, V, D, torch.bfloat16)  # rows that are kept, and rows that are made again
 budgets = pytest.mark.parametrize("budget", [None, SOME], ids=["all rows fit", "some fit"])
 float32_logits = partial(linear_token_logp, logits_dtype=torch.float32)
 
@@ -44,7 +44,8 @@ def head_of(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
 
 def labels_of(device: torch.device) -> Tensor:
     labels = torch.randint(0, V, (S, T))
-    labels[1, 0] = labels[4, 1] = -100
+    labels[0, 0] = -100
+    labels[2:, 1] = -100  # 7 rows count: a backend may be interpreted
     return labels.to(device)
 
 
@@ -178,12 +179,12 @@ def test_compiled_in_one_graph_they_have_the_bits_of_eager_calls():
 
 @dtypes
 @pytest.mark.parametrize(("rows", "vocabulary", "width"), [(1, 1, 1), (1, 97, 8), (3, 1009, 17), (64, 300, 576)])
-@pytest.mark.parametrize("way", ["as here", "widened"])
+@pytest.mark.parametrize("way", ["as here", "multiplies_fast", "subtracts_unrounded"])
 def test_a_logit_is_the_sum_of_its_product(way, rows, vocabulary, width, dtype, monkeypatch):
     """A CPU's 16-bit products round: twice u relative, u the half of an ulp. Several stripes; a row longer than V."""
     monkeypatch.setattr(products, "STRIPE_BYTES", 1)
-    if way == "widened":
-        monkeypatch.setattr(products, "multiplies_fast", lambda dtype: dtype == torch.float32)
+    if way != "as here":  # a CPU without 16-bit products, and one that rounds them too early: the weight is widened
+        monkeypatch.setattr(products, way, lambda dtype: dtype == torch.float32)
     shapes = ((rows, width), (vocabulary, width), (rows, 2), (vocabulary, 2))
     hidden, weight, low, up = (torch.randn(shape).to(dtype) for shape in shapes)
     out = torch.full((rows, vocabulary + 1), 7.0)

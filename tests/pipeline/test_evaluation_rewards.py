@@ -101,6 +101,15 @@ def test_the_command_gives_the_accuracies_of_two_saved_models(saved_models, caps
     assert (saved_models / "out/eval.png").exists()
 
 
+def test_the_layout_that_the_command_names_is_that_of_both_models(saved_models, monkeypatch):
+    asked, real = [], implicit_reward.in_layout
+    monkeypatch.setattr(
+        implicit_reward, "in_layout", lambda wanted, *a, **k: asked.append(wanted) or real(wanted, *a, **k)
+    )
+    assert cli.main([*arguments(saved_models), "--layout", "packed"]) == 0
+    assert asked == ["packed", "packed"]
+
+
 def test_the_policy_is_gone_before_the_reference_is_loaded(saved_models, monkeypatch):
     loaded, load = [], implicit_reward.load_model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from torch import nn
 
 from wrpo import WRPOTrainer
 from wrpo.reference.fingerprint import model_fingerprint
-from wrpo.reference.reference import adapters_off, choose_reference, refuse_partitioned
+from wrpo.reference.reference import adapters_off, choose_reference, refuse_partitioned, sequence_logp
 from wrpo.user_error import UserError
 
 LORA = LoraConfig(target_modules=["q_proj", "lm_head"], r=2)
@@ -350,3 +351,19 @@ def test_a_policy_that_has_been_trained_is_not_taken_for_the_reference(tmp_path)
     trainer.state.global_step = 1
     with pytest.raises(UserError, match=r"before training are not in .*train\.safetensors, .* reference_cache_dir"):
         reference_of(trainer)
+
+
+@pytest.mark.parametrize("reference", ["copy", "precompute"])
+def test_float32_logits_are_those_of_the_loss_and_of_the_reference(reference, tmp_path):
+    """In the second run what the first one kept was made from other logits."""
+    for logits_dtype in ("float32", None):
+        model = tiny_model(dtype=torch.bfloat16)
+        trainer = wrpo_trainer(tmp_path, model, reference=reference, logits_dtype=logits_dtype, max_steps=1)
+        batch = trainer.data_collator(list(trainer.train_dataset))
+        wide, narrow = (sequence_logp(model, batch, logits_dtype=dtype) for dtype in (torch.float32, None))
+        expected, other = (wide, narrow) if logits_dtype else (narrow, wide)
+        got = trainer.reference(model, batch)
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+        assert not torch.allclose(got, other, rtol=0, atol=1e-3)
+        trainer.train()
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6), "policy = reference"

@@ -152,6 +152,17 @@ def test_the_column_of_a_reference_is_the_reference_that_training_would_make(row
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("flag", ["--models", "--reference"])
+def test_the_layout_that_the_command_names_is_that_of_its_model(flag, models, tmp_path, monkeypatch):
+    asked, real = [], source_logp.in_layout
+    monkeypatch.setattr(source_logp, "in_layout", lambda wanted, *a, **k: asked.append(wanted) or real(wanted, *a, **k))
+    source, output = tmp_path / "rows.jsonl", tmp_path / "scored.jsonl"
+    source.write_text(json.dumps(ROWS[0]) + "\n")
+    command = ["logp", str(source), "-o", str(output), flag, models[1], "--overwrite", "--layout", "shared"]
+    assert [cli.main(command), cli.main(command)] == [0, 0]
+    assert asked == ["shared"], "the second time the log-probs are there, and no model is asked"
+
+
 def test_a_reference_is_cut_as_training_cuts():
     settings = parse(["rows.jsonl", "-o", "out.jsonl", "--reference", "model"])
     trained = WRPOConfig(output_dir="run", use_cpu=True)

@@ -65,7 +65,8 @@ def float32_logits_into(out: Tensor, hidden: Tensor, weight: Tensor, low: Tensor
     take the place of one. Elsewhere the operands are widened, a stripe at a time.
     """
     is_cpu = hidden.device.type == "cpu"
-    if is_widened(hidden) or not (is_cpu or writes_float32(hidden)):
+    keeps_sums = subtracts_unrounded(hidden.dtype) if is_cpu else writes_float32(hidden)
+    if is_widened(hidden) or not keeps_sums:
         return _widened_logits_into(out, hidden, weight, low, up)
     into = _twice_rounded_into if is_cpu else _float32_product_into
     into(out, hidden, weight.t(), first=True)
@@ -80,6 +81,21 @@ def _widened_logits_into(out: Tensor, hidden: Tensor, weight: Tensor, low: Tenso
         scores = wide @ weight[part].float().t()
         out[:, part] = scores if low is None else scores.addmm_(wide_low, up[part].float().t())
     return out
+
+
+@cache
+def subtracts_unrounded(dtype: torch.dtype) -> bool:
+    """Whether a 16-bit product on this CPU takes z off its sum before it rounds, which `_twice_rounded_into` needs.
+
+    oneDNN on x86 does so. What rounds first would leave nothing of the second product, in silence.
+    """
+    values = torch.sin(torch.arange(2 * 64 * 64, dtype=torch.float64)).to(dtype)
+    left, right = values.view(2, 64, 64)
+    z = torch.mm(left, right)
+    rest = torch.addmm(z, left, right, beta=-1)
+    exact = left.double() @ right.double()
+    error = (z.double() + rest.double() - exact).abs().max()
+    return bool(error < 0.1 * (z.double() - exact).abs().max())
 
 
 def _twice_rounded_into(out: Tensor, left: Tensor, right: Tensor, first: bool) -> None:

@@ -14,6 +14,8 @@ from wrpo_kernels.lm_head.budget import (
     plan_rows,
     row_tile,
     rows_at_once,
+    rows_before_pieces,
+    rows_in_passing,
     rows_within,
 )
 
@@ -52,6 +54,20 @@ def test_one_chunk_takes_no_more_memory_than_two(name, budget):
     assert rows_at_once(budget, *on_cpu, None, trains_weight=True) == rows_within(budget, *on_cpu)
     wide = head(vocabulary, width, torch.float32)
     assert rows_at_once(budget, *wide, None, trains_weight=True) == rows_within(budget, *wide)
+
+
+@pytest.mark.parametrize(("vocabulary", "kind", "rows"), [(8192, torch.float32, 1024), (8192, torch.bfloat16, 2048)])
+def test_on_a_cpu_logits_that_pass_take_what_malloc_keeps(vocabulary, kind, rows):
+    hidden, weight = torch.empty(1, 64, dtype=kind), torch.empty(vocabulary, 1, dtype=kind).expand(-1, 64)
+    assert rows_in_passing(512 << 20, hidden, weight) == rows
+    assert rows_in_passing(16 << 20, hidden, weight) == rows_within(16 << 20, hidden, weight) < rows
+    large = torch.empty(1, 1, dtype=kind).expand(262144, 64)
+    assert rows_in_passing(4 << 30, hidden, large) == 512
+    wide = torch.empty(1, 1, dtype=kind).expand(262144, 2048)
+    trained = rows_before_pieces(4 << 30, wide[:1], wide, None, trains_weight=True)
+    assert trained == (rows_within(4 << 30, wide[:1], wide) if kind == torch.bfloat16 else 512)
+    on_accelerator = head(vocabulary, 64)
+    assert rows_in_passing(512 << 20, *on_accelerator) == rows_within(512 << 20, *on_accelerator)
 
 
 def test_pieces_are_whole_tiles_where_they_fit():

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 
+import interpreter
 import pytest
 import torch
 from cost import budget_of, measured
@@ -23,6 +24,7 @@ from wrpo_kernels import (
     linear_token_statistics,
     linear_wrpo_loss,
 )
+from wrpo_kernels.dispatch import triton_backend
 from wrpo_kernels.lm_head import products
 from wrpo_kernels.lm_head.inputs import checked_options, checked_tensors
 from wrpo_kernels.lm_head.products import logits_into
@@ -209,6 +211,9 @@ def test_a_logit_beyond_the_range_of_the_operands_is_infinite_and_no_nan():
 
 @pytest.mark.parametrize(("backend", "is_trained"), [("triton_fused", False), ("triton_exp", True)])
 def test_backends_that_never_round_a_logit_give_the_same_with_and_without(backend, is_trained):
+    if reason := triton_backend.missing():
+        pytest.skip(reason)
+    interpreter.compute_like_a_gpu()
     head, labels = head_of(torch.bfloat16, torch.device("cpu")), torch.tensor([3, 5])
     hidden, weight = head["hidden"][0, :2].requires_grad_(is_trained), head["weight"][:64].requires_grad_(is_trained)
     results = []

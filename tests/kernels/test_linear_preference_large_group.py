@@ -10,7 +10,7 @@ from uneven_batch import HEADS, Batch
 
 from wrpo_kernels import linear_preference_loss
 from wrpo_kernels.linear_preference_loss import one_pass
-from wrpo_kernels.linear_preference_loss.passes import Facts, plan_passes
+from wrpo_kernels.linear_preference_loss.passes import Facts, plan_passes, room_of
 
 HEAD = HEADS["small head"]
 R = 3
@@ -85,7 +85,7 @@ def test_groups_are_walked_as_their_loss_and_size_ask():
         has_weight=[1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1],
         has_nll=[0, 0, 1, 0, 1, 0, 1, 1, 0, 0, 0, 0, 0, 0],
     )
-    plan = plan_passes(facts, 8, fit=50, extra_rows=10)
+    plan = plan_passes(facts, 8, together=50, fit=50, extra_rows=10)
     assert [(some.walk, some.sequences) for some in plan] == [
         ("scaled", [0, 1]),
         ("scaled", [10, 11]),
@@ -95,6 +95,17 @@ def test_groups_are_walked_as_their_loss_and_size_ask():
         ("whole", [8, 9]),
         ("twice", [12, 13]),  # 5 rows beyond the budget
     ]
+    plan = plan_passes(facts, 8, together=50, fit=130, extra_rows=10)
+    assert [(some.walk, some.sequences) for some in plan] == [
+        ("scaled", [0, 1]),  # in pieces, though the budget holds it
+        ("whole", [2, 3]),
+        ("whole", [4, 5]),
+        ("known", [6, 7]),
+        ("whole", [8, 9]),
+        ("whole", [10, 11]),  # the totals are taken
+        ("whole", [12, 13]),
+    ]
+    assert [room_of(some, facts, 50, 130) for some in plan] == [50, 6, 120, 50, 8, 101, 55]
 
 
 FAMILY = LOSSES | {

@@ -122,7 +122,7 @@ def test_one_pass_reads_nothing_back_while_the_rows_fit(num_rows, backend, tenso
     sequences = Sequences(None, size, number, number, None, None, None, None)
     loss = LossArguments(sequences, 2, Family(0.1, 0.0, "sigmoid", 0.0, 0.05, False))
     kernel = choose("preference_loss", "triton", CANDIDATES, size)
-    result, _ = one_pass.run(head, rows, loss, None, 2, N + M, gradients, kernel)
+    result, _ = one_pass.run(head, rows, loss, None, 2, one_pass.Limits(N + M, N + M, N + M), gradients, kernel)
     assert result.loss.shape == (2,) and result.logp.shape == (S,)
 
 
@@ -137,10 +137,10 @@ def test_groups_beyond_the_budget_are_planned_by_what_the_host_knows(lengths, nl
     loss = LossArguments(sequences, 2, Family(0.1, 0.0, "sigmoid", 0.0, 0.05, False))
     kernel = choose("preference_loss", "triton", CANDIDATES, size)
     on_host = torch.tensor([lengths, [0, 0, 0, 1, 1, 1]])
-    result, _ = one_pass.run(head, rows, loss, on_host, 2, 3, gradients, kernel)
+    result, _ = one_pass.run(head, rows, loss, on_host, 2, one_pass.Limits(3, 3, 3), gradients, kernel)
     assert result.loss.shape == (2,) and result.logp.shape == (S,)
     with pytest.raises(NotImplementedError):
-        one_pass.run(head, rows, loss, None, 2, 3, gradients, kernel)
+        one_pass.run(head, rows, loss, None, 2, one_pass.Limits(3, 3, 3), gradients, kernel)
 
 
 def test_a_count_that_is_not_known_is_read_from_the_device(tensors):

@@ -13,7 +13,7 @@ from wrpo_kernels.dispatch.backends import check_name
 from wrpo_kernels.linear_preference_loss import contract
 from wrpo_kernels.linear_preference_loss.lengths import Counts, Lengths, per_sequence
 from wrpo_kernels.linear_token_logp import contract as token_contract
-from wrpo_kernels.lm_head.budget import rows_at_once
+from wrpo_kernels.lm_head.budget import rows_before_pieces
 from wrpo_kernels.lm_head.head import LabelsByPosition
 from wrpo_kernels.lm_head.inputs import HeadOptions, HeadTensors, checked_options, checked_tensors
 from wrpo_kernels.lm_head.labels import shifted_labels
@@ -115,9 +115,11 @@ def linear_preference_loss(
         make NaN where they are wrong. A tensor that is traced has no values: give `num_rows` beside it.
     Numerics: as linear_token_logp and preference_loss. A group of weight 0 is out of the loss, but not NaN or infinity
         in its hidden states out of the head's gradient: set its labels to `ignore_index` and `empty` to "zero".
-    Memory: `budget_bytes`. A 16-bit trained head whose rows do not fit at once keeps its dW in float32 until the
-        backward has rounded it, and a second one while a second group that does not fit by itself is added. On an
-        accelerator rows that take no more memory at once than in two pieces, for want of a float32 dW, go at once.
+    Memory: `budget_bytes`; on a CPU 32 MiB of it or 512 rows, whichever is more, where the groups are smaller than that
+        or their coefficients known but for one factor (no `nll_weight` beside a margin). A 16-bit trained head whose
+        rows do not go at once keeps its dW in float32 until the backward has rounded it, and a second one while a
+        second group that does not fit by itself is added. On an accelerator rows that take no more memory at once than
+        in two pieces, for want of a float32 dW, go at once.
     Cost: forward alone 2NDV flops, frozen head 4NDV, trained head 6NDV, whatever the length and the budget; an adapter
         of rank r on a frozen head 4NDV and 6NrV. N counts only the labels that count. 2DV more for each row beyond the
         budget of a group with both a margin and a likelihood term (`nll_weight`), or where that costs less than adding
@@ -171,9 +173,9 @@ def takes_one_pass(tensors: HeadTensors, options: HeadOptions) -> bool:
     """Whether gradients are made together with the loss, to be scaled in the backward.
 
     So for a head that is trained, itself or by an adapter, and whose rows do not fit the budget together, where
-    anything else would cost more products; and for a small head whose rows fit: its gradient is scaled in less time
-    than a second op takes to call. Elsewhere the rows' deltas are kept for the backward, and a frozen head takes one
-    pass anyway.
+    anything else would cost more products, or on a CPU are so many that memory for their deltas costs more than walking
+    them in pieces; and for a small head whose rows fit: its gradient is scaled in less time than a second op takes to
+    call. Elsewhere the rows' deltas are kept for the backward, and a frozen head takes one pass anyway.
 
     Not in float16: a loss scale comes with the backward, too late for gradients that have already run out of bits.
     """
@@ -181,7 +183,7 @@ def takes_one_pass(tensors: HeadTensors, options: HeadOptions) -> bool:
     if hidden.dtype == torch.float16:
         return False
     sizes = (options.budget_bytes, hidden, weight, tensors.up)
-    at_once = rows_at_once(*sizes, options.asked.weight, options.logit_bytes(hidden))
+    at_once = rows_before_pieces(*sizes, options.asked.weight, options.logit_bytes(hidden))
     if most_rows(options.num_rows, tensors.target) > at_once:
         return options.asked.of_head
     vocabulary, width = weight.shape

@@ -21,7 +21,7 @@ from wrpo_kernels.dispatch.triton_backend import TritonBackend
 from wrpo_kernels.linear_preference_loss import one_pass
 from wrpo_kernels.linear_token_logp.contract import rows_of
 from wrpo_kernels.lm_head import scaling
-from wrpo_kernels.lm_head.budget import rows_at_once, rows_within
+from wrpo_kernels.lm_head.budget import rows_before_pieces, rows_in_passing, rows_within
 from wrpo_kernels.lm_head.exp_product.form import ExpProduct
 from wrpo_kernels.lm_head.gradients import Gradients, total_dtype
 from wrpo_kernels.lm_head.head import Head, LabelsByPosition, no_autocast
@@ -47,13 +47,15 @@ def _linear_preference_loss(
     preference.check_groups(sequences.group, num_groups)
     sequences = preference.in_dtype(logp_dtype(tensors.hidden.dtype), sequences)
     divisor = max(num_groups, 1) if averages else 1
-    fit, chunks = _chunks(tensors, options)
+    at_once, chunks = _chunks(tensors, options)
+    sizes = (options.budget_bytes, tensors.hidden, tensors.weight, tensors.up, options.logit_bytes(tensors.hidden))
+    limits = one_pass.Limits(at_once, rows_in_passing(*sizes), rows_within(*sizes))
     with no_autocast(tensors.hidden), LabelsByPosition("labels", tensors, options.ignore_index):
         head, rows = Head(tensors, options), rows_of(tensors, options)
         gradients = Gradients(tensors.hidden, head, options.asked, chunks, options.grad_filter)
         kernel = choose("preference_loss", loss_backend(options.backend), preference.CANDIDATES, sequences.seq_weight)
         loss = LossArguments(sequences, num_groups, family)
-        result, factor = one_pass.run(head, rows, loss, on_host, divisor, fit, gradients, kernel, has_margin)
+        result, factor = one_pass.run(head, rows, loss, on_host, divisor, limits, gradients, kernel, has_margin)
         if factor is None and chunks > 1:
             factor = torch.ones_like(result.total)
         return result.total, result.logp, result.reward, result.margin, factor, *gradients.totals()
@@ -85,11 +87,10 @@ def loss_backend(name: str | None) -> str | None:
 
 
 def _chunks(tensors: HeadTensors, options: HeadOptions) -> tuple[int, int]:
-    """Rows that fit the budget, and chunks in which the gradients are added up: two stand for any number."""
+    """Rows that go at once, and chunks in which the gradients are added up: two stand for any number."""
     sizes = (options.budget_bytes, tensors.hidden, tensors.weight, tensors.up)
-    number, logit_bytes = most_rows(options.num_rows, tensors.target), options.logit_bytes(tensors.hidden)
-    at_once = rows_at_once(*sizes, options.asked.weight, logit_bytes)
-    return (max(number, 1), 1) if number <= at_once else (rows_within(*sizes, logit_bytes), 2)
+    at_once = rows_before_pieces(*sizes, options.asked.weight, options.logit_bytes(tensors.hidden))
+    return at_once, 1 if most_rows(options.num_rows, tensors.target) <= at_once else 2
 
 
 def _fake(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from wrpo_kernels.dispatch.backends import Backend
 from wrpo_kernels.dispatch.transfer import to_device
-from wrpo_kernels.linear_preference_loss.passes import facts_of, plan_passes, rows_of_a_total
+from wrpo_kernels.linear_preference_loss.passes import facts_of, plan_passes, room_of, rows_of_a_total
 from wrpo_kernels.linear_token_logp.passes import chunks
 from wrpo_kernels.lm_head.budget import even_chunk, row_tile
 from wrpo_kernels.lm_head.gradients import Gradients
@@ -37,17 +37,31 @@ class Result(NamedTuple):
     margin: Tensor  # [G]
 
 
+class Limits(NamedTuple):
+    """Numbers of rows: of a call that goes at once, of what passes together where it need not, and what the budget
+    holds."""
+
+    at_once: int
+    together: int
+    fit: int
+
+
 class GroupPass:
     """One pass after the other over the rows of whole groups: their values returned, their gradients added.
 
     Attributes:
+        buffer: [rows at a time, V] of logits.
         pending: [] what all gradients are still to be multiplied by; None: nothing.
     """
 
-    def __init__(self, head: Head, divisor: int, buffer: Tensor, gradients: Gradients, kernel: Backend) -> None:
+    buffer: Tensor
+
+    def __init__(self, head: Head, divisor: int, gradients: Gradients, kernel: Backend) -> None:
         self.pending: Tensor | None = None
-        self._head, self._divisor, self._buffer = head, divisor, buffer
-        self._gradients, self._kernel = gradients, kernel
+        self._head, self._divisor, self._gradients, self._kernel = head, divisor, gradients, kernel
+
+    def make_room(self, number: int) -> None:
+        self.buffer = self._head.buffer(number)
 
     def walk(self, way: str, rows: Rows, loss: LossArguments, is_alone: bool) -> Result:
         return self.scaled(rows, loss, is_alone) if way == "scaled" else getattr(self, way)(rows, loss)
@@ -57,7 +71,7 @@ class GroupPass:
         number = len(rows)
         token_logp = self._head.weight.new_empty(number, dtype=self._head.logp_dtype)
         if number:
-            delta = self._head.delta_into(token_logp, rows, 0, number, self._buffer)
+            delta = self._head.delta_into(token_logp, rows, 0, number, self.buffer)
         result, coef = self._values_and_coefficients(token_logp, loss)
         if number:
             self._gradients.add(rows, 0, delta, self._head.coefficients(coef, token_logp))
@@ -87,7 +101,7 @@ class GroupPass:
 
     def twice(self, rows: Rows, loss: LossArguments) -> Result:
         """Log-probs of all pieces, the last of which waits in the buffer; then the gradients, from the last one on."""
-        number, buffer = len(rows), self._buffer
+        number, buffer = len(rows), self.buffer
         token_logp = buffer.new_empty(number, dtype=self._head.logp_dtype)
         before = number - len(buffer)
         pieces = chunks(0, before, even_chunk(before, len(buffer), row_tile(buffer.device)))
@@ -107,8 +121,8 @@ class GroupPass:
         log-probs [N] and the coefficients [N, 1]."""
         number, coef = len(rows), None
         token_logp = share.new_empty(number)
-        for first, last in chunks(0, number, even_chunk(number, len(self._buffer), row_tile(share.device))):
-            delta = self._head.delta_into(token_logp[first:last], rows, first, last, self._buffer)
+        for first, last in chunks(0, number, even_chunk(number, len(self.buffer), row_tile(share.device))):
+            delta = self._head.delta_into(token_logp[first:last], rows, first, last, self.buffer)
             if coef is None:  # behind the first product, which then waits for nothing that is as small
                 coef = share.repeat_interleave(loss.sequences.length, output_size=number)[:, None]
             some = self._head.coefficients(slice_rows(coef, first, last), token_logp[first:last])
@@ -133,26 +147,29 @@ def run(
     loss: LossArguments,
     on_host: Tensor | None,
     divisor: int,
-    fit: int,
+    limits: Limits,
     gradients: Gradients,
     kernel: Backend,
     has_margin: bool = True,
 ) -> tuple[Result, Tensor | None]:
     """Adds the gradients of the summed loss over `divisor` to `gradients`; returns the values, and what is left to
     multiply all gradients by, or None. on_host [2, S]: lengths and groups, where the host knows them."""
-    buffer = head.buffer(min(fit, len(rows)))
-    passes = GroupPass(head, divisor, buffer, gradients, kernel)
-    if len(rows) <= fit:
+    passes, device = GroupPass(head, divisor, gradients, kernel), head.weight.device
+    if len(rows) <= limits.at_once:
+        passes.make_room(len(rows))
         return passes.whole(rows, loss), None
     if not has_margin:
+        passes.make_room(min(limits.together, len(rows)))
         return passes.known(rows, loss), None
     sequences, num_groups, family = loss
     facts = facts_of(sequences, on_host)
     check_group_numbers(facts.group, num_groups)
-    plan = plan_passes(facts, num_groups, fit, rows_of_a_total(buffer.device) if gradients.dw is not None else 0)
+    extra_rows = rows_of_a_total(device) if gradients.dw is not None else 0
+    plan = plan_passes(facts, num_groups, limits.together, limits.fit, extra_rows)
+    passes.make_room(max(room_of(some, facts, limits.together, limits.fit) for some in plan))
     if len(plan) == 1:  # all rows as they stand
         return passes.walk(plan[0].walk, rows, loss, is_alone=True), passes.pending
-    logp = torch.zeros(len(sequences.seq_weight), dtype=head.logp_dtype, device=buffer.device)
+    logp = torch.zeros(len(sequences.seq_weight), dtype=head.logp_dtype, device=device)
     value, margin, reward = logp.new_empty(num_groups), logp.new_empty(num_groups), torch.zeros_like(logp)
     of_sequence = rows.positions().split(facts.length)
     for members, walk in plan:
@@ -160,7 +177,7 @@ def run(
         numbers = sorted({facts.group[s] for s in members})
         local = {g: number for number, g in enumerate(numbers)}
         renumbered = [local[facts.group[s]] for s in members]
-        sent = to_device(members + renumbered + numbers, torch.int64, buffer.device)
+        sent = to_device(members + renumbered + numbers, torch.int64, device)
         chosen, group, groups = sent.split([len(members), len(members), len(numbers)])
         part = LossArguments(sequences.at(chosen, groups, group), len(numbers), family)
         values = passes.walk(walk, some, part, is_alone=False)

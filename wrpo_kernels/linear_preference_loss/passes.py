@@ -1,10 +1,10 @@
-"""Which sequences share a pass over the head, and how the rows of a group that the budget cannot hold are walked.
+"""Which sequences share a pass over the head, and how the rows of a group that are too many for one are walked.
 
 The coefficient of a sequence s in group g (`preference_loss`) has one part that waits for the group's log-probs:
 
     c_s = phi'(m_g) u_s - v_s        u_s = n_s beta w_s a_g,  v_s = n_s nll_s: known before any logit
 
-So rows that the budget cannot hold together seldom have to be computed twice:
+So rows that the budget cannot hold together, or on a CPU better does not, seldom have to be computed twice:
 
     all u = 0      `known`   c is known: each piece leaves its gradients as it passes
     all v = 0      `scaled`  the pieces leave gradients made with u; the one number phi'(m_g) multiplies their sum
@@ -13,6 +13,7 @@ So rows that the budget cannot hold together seldom have to be computed twice:
 A `scaled` sum needs totals of its own: those of the call while nothing else is in them, so such a group comes first;
 any further one takes a second dW [V, D], whose adding reads and writes 12VD bytes. A row computed again costs 2DV
 flops, so a group with fewer rows beyond the budget than 6 flops/bytes, at the speeds of the device, is walked `twice`.
+A group that the budget holds goes `whole` rather than `twice` or as a further `scaled` one.
 """
 
 from __future__ import annotations
@@ -59,10 +60,11 @@ def facts_of(sequences: Sequences, on_host: Tensor | None) -> Facts:
     return Facts(*torch.stack([length, group, (seq_weight != 0).to(length.dtype), has_nll]).tolist())
 
 
-def plan_passes(facts: Facts, num_groups: int, fit: int, extra_rows: int) -> list[Pass]:
-    """Whole groups in order, as many as have at most `fit` rows together; first those that are `scaled`.
+def plan_passes(facts: Facts, num_groups: int, together: int, fit: int, extra_rows: int) -> list[Pass]:
+    """Whole groups in order, as many as have at most `together` rows together; first those that are `scaled`.
 
-    extra_rows: with fewer rows beyond the budget a second `scaled` group is walked `twice`.
+    fit: a larger group goes whole where it has no more rows, and cannot be walked in pieces without a second dW.
+    extra_rows: with fewer rows beyond `fit` a second `scaled` group is walked `twice`.
     """
     members: list[list[int]] = [[] for _ in range(num_groups)]
     for sequence, g in enumerate(facts.group):
@@ -71,19 +73,32 @@ def plan_passes(facts: Facts, num_groups: int, fit: int, extra_rows: int) -> lis
     others: list[Pass] = []
     room = -1
     for sequences in filter(None, members):
-        rows = sum(facts.length[s] for s in sequences)
-        walk = "whole" if rows <= fit else _walk_of(sequences, facts)
+        rows = _rows_of(sequences, facts)
+        walk = "whole" if rows <= together else _walk_of(sequences, facts)
+        if rows <= fit and (walk == "twice" or (walk == "scaled" and scaled)):
+            walk = "whole"
         if walk == "scaled" and scaled and rows - fit < extra_rows:
             walk = "twice"
         if walk == "scaled":
             scaled.append(Pass(sequences, walk))
         elif walk != "whole" or rows > room:
             others.append(Pass([*sequences], walk))
-            room = fit - rows if walk == "whole" else -1
+            room = together - rows if walk == "whole" else -1
         else:
             others[-1].sequences.extend(sequences)
             room -= rows
     return scaled + others
+
+
+def room_of(some: Pass, facts: Facts, together: int, fit: int) -> int:
+    """Rows of logits that exist at a time in this pass."""
+    if some.walk == "whole":
+        return _rows_of(some.sequences, facts)
+    return fit if some.walk == "twice" else together
+
+
+def _rows_of(sequences: list[int], facts: Facts) -> int:
+    return sum(facts.length[s] for s in sequences)
 
 
 def _walk_of(sequences: list[int], facts: Facts) -> str:

@@ -10,7 +10,15 @@ from wrpo_kernels.checks import check_shape
 from wrpo_kernels.dispatch.autograd import register, register_differentiable
 from wrpo_kernels.dispatch.schema import Arguments
 from wrpo_kernels.linear_token_logp import passes
-from wrpo_kernels.lm_head.budget import Plan, plan_rows, row_stride, row_tile, rows_at_once, rows_within
+from wrpo_kernels.lm_head.budget import (
+    Plan,
+    plan_rows,
+    row_stride,
+    row_tile,
+    rows_at_once,
+    rows_in_passing,
+    rows_within,
+)
 from wrpo_kernels.lm_head.gradients import Gradients
 from wrpo_kernels.lm_head.head import Head, LabelsByPosition, no_autocast
 from wrpo_kernels.lm_head.inputs import HeadGradients, HeadOptions, HeadTensors, check_head
@@ -21,11 +29,19 @@ from wrpo_kernels.token_logp.contract import check_like_logp, logp_dtype
 def plan_of(tensors: HeadTensors, options: HeadOptions) -> Plan:
     """A backward needs the deltas, but for dh alone, which is made beside the log-probs and only scaled there."""
     sizes = (options.budget_bytes, tensors.hidden, tensors.weight, tensors.up)
-    logit_bytes, tile = options.logit_bytes(tensors.hidden), row_tile(tensors.hidden.device)
+    number, tile = most_rows(options.num_rows, tensors.target), row_tile(tensors.hidden.device)
+    logit_bytes = options.logit_bytes(tensors.hidden)
+    if not options.asked.of_head:
+        passing = rows_in_passing(*sizes, logit_bytes)
+        return plan_rows(number, passing, passing, False, tile)
     fit, at_once = rows_within(*sizes, logit_bytes), rows_at_once(*sizes, options.asked.weight, logit_bytes)
     deltas_fit = rows_within(*sizes) if options.has_float32_logits else None
-    number = most_rows(options.num_rows, tensors.target)
-    return plan_rows(number, fit, at_once, options.asked.of_head, tile, deltas_fit)
+    return plan_rows(number, fit, at_once, True, tile, deltas_fit)
+
+
+def rows_kept(tensors: HeadTensors, options: HeadOptions) -> int:
+    """How many rows leave their delta for the backward; no guard of a compiler where that is none."""
+    return plan_of(tensors, options).keep if options.asked.of_head else 0
 
 
 def rows_of(tensors: HeadTensors, options: HeadOptions) -> Rows:
@@ -46,7 +62,7 @@ def for_the_backward(tensors: HeadTensors, options: HeadOptions) -> tuple[Tensor
     it: where nobody has counted the rows, there is room for every label."""
     hidden, vocabulary = tensors.hidden, tensors.weight.shape[0]
     number = most_rows(options.num_rows, tensors.target) if options.asked.only_hidden else 0
-    kept = hidden.new_empty(plan_of(tensors, options).keep, row_stride(hidden.device, vocabulary))
+    kept = hidden.new_empty(rows_kept(tensors, options), row_stride(hidden.device, vocabulary))
     return hidden.new_empty(number, hidden.shape[-1]), kept
 
 
@@ -81,7 +97,7 @@ def _check_backward(
     rows = most_rows(options.num_rows, tensors.target) if options.asked.only_hidden else 0
     saved = {"unscaled": (unscaled, (rows, tensors.hidden.shape[-1]))}
     stride = row_stride(tensors.hidden.device, tensors.weight.shape[0])
-    saved["kept"] = (kept, (plan_of(tensors, options).keep, stride))
+    saved["kept"] = (kept, (rows_kept(tensors, options), stride))
     for name, (value, shape) in saved.items():
         check_shape(name, value, "as linear_token_logp returned it", *shape)
         if value.dtype != tensors.hidden.dtype:

@@ -17,6 +17,12 @@ SHARE_OF_ACCELERATOR = 32  # one part in so many of its memory
 LARGEST_BUDGET = (1 << 63) - 1  # what the ops' int64 holds
 ROW_TILE = 128  # of the products of an accelerator
 ALIGNED = 64  # elements: 128 bytes of 16-bit logits
+# A CPU's malloc keeps blocks of up to 32 MiB for the next call and takes larger ones from the kernel page by page, each
+# time anew: forward alone, V = 8192, D = 256, took 1.4 (float32) and 1.6 (bfloat16) times as long with 512 MiB as with
+# 16. But a product of few rows reads the weight for little: 170 of V = 49152 took 1.24 times as long as 660 (AMX
+# machine, CPU time of one thread, 2026-11-30, see docs/log.md).
+KEPT_BY_MALLOC = 32 << 20
+FEWEST_ROWS = 512
 
 
 class Plan(NamedTuple):
@@ -35,6 +41,38 @@ def rows_within(
     logit_bytes: of a logit, and of its delta where that does not take its place. Default: those of `hidden`.
     """
     return max(1, budget_bytes // _row_bytes(hidden, weight, up, logit_bytes))
+
+
+def rows_in_passing(
+    budget_bytes: int, hidden: Tensor, weight: Tensor, up: Tensor | None = None, logit_bytes: int | None = None
+) -> int:
+    """Rows of a chunk of whose logits nothing is kept: as many as fit, on a CPU no more than pay."""
+    fit = rows_within(budget_bytes, hidden, weight, up, logit_bytes)
+    if hidden.device.type != "cpu":
+        return fit
+    row_bytes = weight.shape[0] * (logit_bytes or hidden.dtype.itemsize)
+    return min(fit, max(FEWEST_ROWS, KEPT_BY_MALLOC // row_bytes))
+
+
+def rows_before_pieces(
+    budget_bytes: int,
+    hidden: Tensor,
+    weight: Tensor,
+    up: Tensor | None,
+    trains_weight: bool,
+    logit_bytes: int | None = None,
+) -> int:
+    """Rows that loss and gradients take in one chunk where they could also go in several that leave nothing.
+
+    On a CPU no more than pay; of a trained 16-bit head, for which several chunks want a float32 dW, also as many as
+    cost less than that: 2NV <= 8VD bytes, for the dW takes 4VD of new memory and the adding about as long again.
+    """
+    if hidden.device.type != "cpu":
+        return rows_at_once(budget_bytes, hidden, weight, up, trains_weight, logit_bytes)
+    passing = rows_in_passing(budget_bytes, hidden, weight, up, logit_bytes)
+    if not trains_weight or hidden.dtype.itemsize > 2:
+        return passing
+    return max(passing, min(4 * weight.shape[1], rows_within(budget_bytes, hidden, weight, up, logit_bytes)))
 
 
 def rows_at_once(

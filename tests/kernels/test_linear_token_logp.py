@@ -425,7 +425,6 @@ def test_memory_stays_within_the_budget_and_does_not_grow_with_the_rows(place):
         pytest.skip("resident memory says nothing of a device's memory")
     measures = measured(f"""
         from wrpo_kernels import linear_token_logp
-from wrpo_kernels.lm_head import products
         V, D, MiB = 8192, 256, 1 << 20
         result = {{}}
         weight = torch.randn(V, D, dtype=torch.bfloat16).requires_grad_()

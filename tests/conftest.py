@@ -78,6 +78,7 @@ INTERPRETED = {
         "test_each_gradient_alone_is_as_good_as_plain_torch",
         "test_what_stands_in_ignored_positions_reaches_nothing",
     ),
+    "test_adapter": ("test_each_gradient_alone_is_as_good_as_plain_torch",),
     "test_linear_token_statistics": (
         "test_a_loss_of_all_statistics_has_the_gradients_of_plain_torch_in_16_bits",
         "test_its_log_probs_are_those_of_the_other_op_bit_for_bit",
@@ -92,7 +93,9 @@ INTERPRETED = {
     "test_linear_preference_graph": (),
     "test_linear_preference_cost": (),
     "test_linear_preference_errors": (),
-    "test_pairs": (),
+    "test_linear_preference_large_group": (),
+    "test_likelihood": (),
+    "test_pairwise_losses": (),
     "test_wrpo_loss": (),
     "test_column_filter": (),
     "test_compile": ("test_autocast_changes_nothing",),

@@ -120,7 +120,8 @@ def test_ignore_index_may_be_any_integer_even_a_token(ignore_index, backend, dev
 
 @dtypes
 def test_errors_lean_to_neither_side(dtype, backend, device):
-    logits, target = cases.logits_of(Case("", (400,), 1031), dtype, device)
+    rows = 100 if (backend, device.type) == ("triton", "cpu") else 400  # interpreted, 20 ms each
+    logits, target = cases.logits_of(Case("", (rows,), 1031), dtype, device)
     c = torch.full(target.shape, 1 + 2**-8 - 2**-12, device=device)  # rounds up in bfloat16: the worst gain
     truth = oracle.token_logp_truth(logits, target, c, Transform())
     results = []

@@ -14,8 +14,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --quiet --constraint constraints.txt
 LINTERS := ruff mypy clang-format pre-commit pre-commit-hooks
-# A file is one worker's, so that what its tests share is made once.
-WORKERS := -n 2 --dist loadfile
+# A file is one worker's, so that what its tests share is made once; in the order of tests/conftest.py.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 NATIVE := setup.py $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
 .DEFAULT_GOAL := menu

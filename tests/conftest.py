@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import logging
 import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 # Before torch is imported, and for every process that a test starts: workers share the cores. Two pools of threads on
@@ -15,6 +20,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 # be asked for over and over, 47 s until its one line comes (2 cores, 2026-11-26).
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import cases
 import played
 import pytest
 import torch
@@ -91,22 +97,44 @@ INTERPRETED = {
     "test_column_filter": (),
     "test_compile": ("test_autocast_changes_nothing",),
 }
+# Rows of a real vocabulary take a second each, interpreted: they take turns with the types.
+LARGE = [case for case in cases.SHAPES.values() if case.vocabulary >= 32000]
+TYPE_OF_LARGE = dict(zip(LARGE, itertools.cycle(cases.DTYPES)))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     left_out = [item for item in items if is_too_slow_interpreted(item)]
     config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in set(left_out)]
+    items[:] = longest_first([item for item in items if item not in set(left_out)])
 
 
 def is_too_slow_interpreted(item: pytest.Item) -> bool:
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    if parameters.get("place") != ("triton", "cpu") or item.path.stem not in INTERPRETED:
+    if parameters.get("place") != ("triton", "cpu"):
         return False
-    return (
-        item.originalname not in INTERPRETED[item.path.stem]
-        or parameters.get("dtype", torch.bfloat16) != torch.bfloat16
-    )
+    dtype, case = parameters.get("dtype", torch.bfloat16), parameters.get("case")
+    if item.path.stem not in INTERPRETED:
+        return dtype != TYPE_OF_LARGE.get(case, dtype)
+    return item.originalname not in INTERPRETED[item.path.stem] or dtype != torch.bfloat16
+
+
+def longest_first(items: list[pytest.Item]) -> list[pytest.Item]:
+    """By file: those with a slow test, then those with most tests. A worker that takes a long file last has the other
+    wait for it."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    count = Counter(item.path for item in items)
+    return sorted(items, key=lambda item: (item.path not in slow, -count[item.path], item.path))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays: a collection of garbage, of which accelerate asks for one after each
+    training, no longer walks over it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries that count their objects at the end of the process call them lost
 
 
 def pytest_report_header() -> list[str]:
@@ -135,8 +163,8 @@ def place(request: pytest.FixtureRequest) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="session")
-def played_module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    return played.build(tmp_path_factory.mktemp("played"))
+def played_module() -> ModuleType:
+    return played.module()
 
 
 @pytest.fixture
@@ -158,8 +186,8 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(before)
 
 
-@pytest.fixture(autouse=True)
-def log_as_it_was():
+@contextmanager
+def own_log() -> Iterator[None]:
     """A command sends the log to stderr and away from `caplog`: for its own test, whichever comes next."""
     log = logging.getLogger("wrpo")
     handlers, level, propagate = log.handlers[:], log.level, log.propagate
@@ -168,8 +196,17 @@ def log_as_it_was():
 
 
 @pytest.fixture(autouse=True)
+def log_as_it_was():
+    with own_log():
+        yield
+
+
+@pytest.fixture(autouse=True)
 def fixed_seed() -> None:
-    torch.manual_seed(20241204)
+    if torch.cuda.is_available():
+        torch.manual_seed(20241204)
+    else:  # the other way formats the stack for devices that are not there: 1 ms a test
+        torch.default_generator.manual_seed(20241204)
 
 
 @pytest.fixture

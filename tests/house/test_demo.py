@@ -287,7 +287,17 @@ def test_a_quick_run_trains_the_real_model_and_saves_one_that_transformers_loads
     from wrpo.demo.__main__ import main
     from wrpo.evaluation.answers import read_answers
 
-    monkeypatch.setattr(demo_model, "MAX_NEW_TOKENS", 8)  # 0.2 s a token for each of the three rounds of answers
+    monkeypatch.setattr(demo_model, "MAX_NEW_TOKENS", 8)
+    whole = demo_model.load
+
+    def first_layers() -> tuple:
+        """4 of 30: the weights, the vocabulary and the tokenizer are the real ones, and the steps a third as long."""
+        model, tokenizer = whole()
+        del model.model.layers[4:]
+        model.config.num_hidden_layers = 4
+        return model, tokenizer
+
+    monkeypatch.setattr(demo_model, "load", first_layers)
     assert main(["--quick", "--out", str(tmp_path)]) == 0
     assert "too few to learn" in capsys.readouterr().out.splitlines()[-1]
     metrics = json.loads((tmp_path / "metrics.json").read_text())

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -22,11 +25,6 @@ hidden, weight = torch.randn(3, 4, 8, requires_grad=True), torch.randn(11, 8, re
 wrpo_kernels.linear_wrpo_loss(hidden, weight, torch.ones(3, 4, dtype=torch.int64), alpha=0.1).loss.backward()
 assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
 """
-NAMED = """
-import torch, wrpo_kernels
-wrpo_kernels.token_logp(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), backend="native")
-"""
-
 
 # An editable install would find the checkout's native module for a copy that has none.
 ALONE = """
@@ -35,94 +33,120 @@ sys.meta_path[:] = [finder for finder in sys.meta_path if getattr(finder, "__nam
 """
 
 
-def python(code: str, *flags: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    code = code if cwd is None else ALONE + code
-    return subprocess.run([sys.executable, *flags, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
+# One process says it all of one state: what computes, what is refused, what is reported, each behind a line of its own.
+EVERYTHING = f"""
+{COMPUTE}
+print("== refusal")
+try:
+    wrpo_kernels.token_logp(logits, target, backend="native")
+except RuntimeError as error:
+    print(error)
+print("== report")
+import runpy
+runpy.run_module("wrpo_kernels", run_name="__main__")
+"""
 
 
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
+class Said(NamedTuple):
+    computing: str
+    refusal: str
+    report: str
+    errors: str
+
+
+def python(code: str, *, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def said_in(folder: Path, before: str = "") -> Said:
+    done = python(ALONE + before + EVERYTHING, cwd=folder)
+    return Said(*re.split(r"== \w+\n", done.stdout), done.stderr)
+
+
+def copied(folder: Path) -> Path:
     """A folder that holds `wrpo_kernels` alone, without its native module; Python started there finds it first."""
-    shutil.copytree(PACKAGE, tmp_path / "wrpo_kernels", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
-    return tmp_path
+    shutil.copytree(PACKAGE, folder / "wrpo_kernels", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
+    return folder
 
 
-@pytest.fixture
-def broken(copy: Path) -> Path:
-    (copy / "wrpo_kernels" / f"_cpu{EXTENSION_SUFFIXES[0]}").write_text("not a library")
-    return copy
+@pytest.fixture(scope="module")
+def without_module(tmp_path_factory) -> Said:
+    return said_in(copied(tmp_path_factory.mktemp("absent")), "import warnings; warnings.simplefilter('error')\n")
 
 
-def test_the_library_works_alone_without_its_native_module_and_without_a_word(copy):
-    done = python("import warnings; warnings.simplefilter('error')\n" + COMPUTE, cwd=copy)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == done.stderr == ""
+@pytest.fixture(scope="module")
+def with_broken_module(tmp_path_factory) -> Said:
+    folder = copied(tmp_path_factory.mktemp("broken"))
+    (folder / "wrpo_kernels" / f"_cpu{EXTENSION_SUFFIXES[0]}").write_text("not a library")
+    return said_in(folder)
 
 
-def test_without_the_native_module_asking_for_it_says_how_it_came(copy):
-    done = python(NAMED, cwd=copy)
-    assert done.returncode != 0
-    assert "RuntimeError" in done.stderr
-    assert "wrpo_kernels._cpu was not built" in done.stderr
+def test_the_library_works_alone_without_its_native_module_and_without_a_word(without_module):
+    assert without_module.computing == without_module.errors == ""
 
 
-def test_a_native_module_that_does_not_load_warns_once_with_the_cause_and_the_reference_runs(broken):
-    done = python(COMPUTE, cwd=broken)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("RuntimeWarning: wrpo_kernels._cpu is installed but does not load") == 1
-    assert f"_cpu{EXTENSION_SUFFIXES[0]}" in done.stderr  # the loader's own words
+def test_without_the_native_module_asking_for_it_says_how_it_came(without_module):
+    assert "wrpo_kernels._cpu was not built" in without_module.refusal
 
 
-def test_a_native_module_that_does_not_load_is_an_error_where_it_was_named(broken):
-    done = python(NAMED, cwd=broken)
-    assert done.returncode != 0
-    assert "RuntimeError" in done.stderr
-    assert "native: wrpo_kernels._cpu is installed but does not load" in done.stderr
+def test_a_native_module_that_does_not_load_warns_once_with_the_cause_and_the_reference_runs(with_broken_module):
+    errors = with_broken_module.errors
+    assert errors.count("RuntimeWarning: wrpo_kernels._cpu is installed but does not load") == 1
+    assert f"_cpu{EXTENSION_SUFFIXES[0]}" in errors  # the loader's own words
 
 
-@pytest.mark.parametrize("state", ["absent", "broken"])
-def test_the_report_tells_the_same(state, copy, request):
-    folder = request.getfixturevalue("broken") if state == "broken" else copy
-    done = python("import runpy; runpy.run_module('wrpo_kernels', run_name='__main__')", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    reason = "was not built" if state == "absent" else "is installed but does not load"
-    assert f"not native: wrpo_kernels._cpu {reason}" in done.stdout
+def test_a_native_module_that_does_not_load_is_an_error_where_it_was_named(with_broken_module):
+    assert "native: wrpo_kernels._cpu is installed but does not load" in with_broken_module.refusal
 
 
-def test_importing_adds_nothing_to_torch_but_ourselves():
-    """Not Triton, which takes a second and may be absent; no trainer, no data library."""
+def test_the_report_tells_the_same(without_module, with_broken_module):
+    assert "not native: wrpo_kernels._cpu was not built" in without_module.report
+    assert "not native: wrpo_kernels._cpu is installed but does not load" in with_broken_module.report
+
+
+class Traces(NamedTuple):
+    """What stayed in the process: modules after the import, modules after calls too, settings of torch changed."""
+
+    imported: list[str]
+    computed: list[str]
+    is_changed: bool
+
+
+@pytest.fixture(scope="module")
+def traces() -> Traces:
     done = python(
-        "import sys, torch; before = set(sys.modules)\n"
-        "import wrpo_kernels\n"
-        "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
-    )
-    assert done.returncode == 0, done.stderr
-    strangers = set(done.stdout.split()) - set(sys.stdlib_module_names) - {"wrpo_kernels", "torch"}
-    assert not strangers
-
-
-def test_on_the_cpu_nothing_is_compiled_for_a_new_shape():
-    """No compiler is even loaded: not Triton's, not torch's own."""
-    done = python(
-        "import sys, torch; before = set(sys.modules)\n" + COMPUTE + "print(*sorted(set(sys.modules) - before))"
-    )
-    assert done.returncode == 0, done.stderr
-    compilers = ("triton", "torch._dynamo", "torch._inductor", "torch.utils.cpp_extension")
-    assert not [name for name in done.stdout.split() if name.startswith(compilers)]
-
-
-def test_importing_leaves_the_settings_of_torch_alone():
-    done = python(
-        "import torch\n"
+        "import sys, torch, json; before = set(sys.modules)\n"
         "def settings():\n"
         "    return (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),\n"
         "            torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(),\n"
         "            torch.initial_seed(), torch.get_rng_state().sum().item())\n"
-        "torch.manual_seed(7); before = settings()\n"
+        "torch.manual_seed(7); old = settings()\n"
+        "import wrpo_kernels\n"
+        "imported = sorted(set(sys.modules) - before)\n"
         + COMPUTE.replace("randn", "ones")
-        + "assert settings() == before\n"
+        + "print(json.dumps([imported, sorted(set(sys.modules) - before), settings() != old]))\n"
     )
-    assert done.returncode == 0, done.stderr
+    return Traces(*json.loads(done.stdout))
+
+
+def test_importing_adds_nothing_to_torch_but_ourselves(traces):
+    """Not Triton, which takes a second and may be absent; no trainer, no data library."""
+    roots = {name.split(".")[0] for name in traces.imported}
+    assert "wrpo_kernels" in roots
+    assert not roots - set(sys.stdlib_module_names) - {"wrpo_kernels", "torch"}
+
+
+def test_on_the_cpu_nothing_is_compiled_for_a_new_shape(traces):
+    """No compiler is even loaded: not Triton's, not torch's own."""
+    compilers = ("triton", "torch._dynamo", "torch._inductor", "torch.utils.cpp_extension")
+    assert "wrpo_kernels" in traces.computed
+    assert not [name for name in traces.computed if name.startswith(compilers)]
+
+
+def test_importing_leaves_the_settings_of_torch_alone(traces):
+    assert not traces.is_changed
 
 
 def test_every_public_name_exists_and_no_other_is_exported():

@@ -30,10 +30,23 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory):
-    """Builds a wheel of a copy of the sources, in an environment where importing torch fails."""
-    no_torch = tmp_path_factory.mktemp("no_torch")
-    (no_torch / "torch.py").write_text("raise ImportError('the build must not import torch')")
+def surroundings(tmp_path_factory) -> dict[str, str]:
+    """Where importing torch fails, and compilers do not optimise: what they make is tested with the flags that ship."""
+    folder = tmp_path_factory.mktemp("surroundings")
+    (folder / "torch.py").write_text("raise ImportError('the build must not import torch')")
+    compilers = {"CC": ("gcc", "-O0"), "CXX": ("g++", "-O0"), "CUDACXX": ("nvcc", "-Xptxas=-O0 -Xcicc=-O0")}
+    for variable, (name, flags) in compilers.items():
+        program = shutil.which(os.environ.get(variable, name))
+        if program is not None:
+            (folder / name).write_text(f'#!/bin/sh\nexec {program} "$@" {flags}\n')
+            (folder / name).chmod(0o755)
+    here = {variable: str(folder / name) for variable, (name, _) in compilers.items() if (folder / name).exists()}
+    return {**os.environ, "PYTHONPATH": str(folder), **here}
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory, surroundings):
+    """Builds a wheel of a copy of the sources."""
 
     def run(source: Path | None = None, **variables: str) -> tuple[subprocess.CompletedProcess, Path]:
         """`source`: the copy of an earlier build, whose objects are used again. Default: a fresh one."""
@@ -43,11 +56,23 @@ def build(tmp_path_factory):
         for stale in source.glob("build/lib*"):
             shutil.rmtree(stale)  # a module of the build before would travel along
         wheels = tmp_path_factory.mktemp("wheels")
-        environment = {**os.environ, "PYTHONPATH": str(no_torch), **variables}
         options = ["--verbose", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", wheels]
         command = [sys.executable, "-m", "pip", "wheel", *options, "."]
-        done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
-        return done, wheels
+        environment = surroundings | variables
+        return subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True), wheels
+
+    return run
+
+
+@pytest.fixture
+def build_module(tmp_path, surroundings):
+    """What pip has the sources do for their native modules, without the rest of a wheel."""
+
+    def run(**variables: str) -> subprocess.CompletedProcess:
+        shutil.copytree(ROOT, tmp_path / "wrpo", ignore=LEFTOVERS)
+        command = [sys.executable, "setup.py", "build_ext"]
+        environment = surroundings | variables
+        return subprocess.run(command, cwd=tmp_path / "wrpo", env=environment, capture_output=True, text=True)
 
     return run
 
@@ -77,10 +102,9 @@ def cuda_wheel(build, built_source, native_wheel):
 
 
 def compute(wheel: Path, backend: str) -> subprocess.CompletedProcess:
-    """Installs the wheel into a folder of its own and computes there, away from the sources."""
+    """Unpacks the wheel into a folder of its own and computes there, away from the sources."""
     target = wheel.parent / "installed"
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel]
-    subprocess.run(install, check=True, capture_output=True)
+    zipfile.ZipFile(wheel).extractall(target)
     done = subprocess.run(
         [sys.executable, "-c", COMPUTE.format(backend=backend)],
         cwd=wheel.parent,
@@ -101,11 +125,11 @@ def test_a_wheel_built_without_torch_computes_with_its_native_module(native_whee
     assert done.returncode == 0, done.stderr
 
 
-def test_a_second_build_compiles_only_what_a_change_reaches(native_wheel, built_source):
+def test_a_second_build_compiles_only_what_a_change_reaches(native_wheel, built_source, surroundings):
 
     def compiled() -> set[str]:
         command = [sys.executable, "setup.py", "build_ext"]
-        environment = {**os.environ, "WRPO_BUILD": "cpu"}
+        environment = surroundings | {"WRPO_BUILD": "cpu"}
         done = subprocess.run(command, cwd=built_source, env=environment, capture_output=True, text=True, check=True)
         return set(re.findall(r"compiling \S+/(\w+\.cpp) into", done.stdout + done.stderr))
 
@@ -176,27 +200,27 @@ def test_without_nvcc_the_cpu_module_is_built_and_one_line_says_so(build, built_
     assert [name.partition(".")[0] for name in held if name.endswith(".so")] == ["wrpo_kernels/_cpu"]
 
 
-def test_a_cuda_build_asked_for_by_name_fails_without_nvcc(build):
-    done, _ = build(WRPO_BUILD="cuda", CUDACXX="false", CXX="true")
+def test_a_cuda_build_asked_for_by_name_fails_without_nvcc(build_module):
+    done = build_module(WRPO_BUILD="cuda", CUDACXX="false", CXX="true")
     assert done.returncode != 0
     assert "WRPO_BUILD=cuda" in done.stdout + done.stderr
 
 
-def test_an_architecture_that_nvcc_does_not_know_is_an_error_that_lists_the_known_ones(build):
+def test_an_architecture_that_nvcc_does_not_know_is_an_error_that_lists_the_known_ones(build_module):
     if shutil.which("nvcc") is None:
         pytest.skip("only nvcc knows its architectures, and it was not found")
-    done, _ = build(WRPO_BUILD="cuda", WRPO_CUDA_ARCHS="90;7", CXX="true")
+    done = build_module(WRPO_BUILD="cuda", WRPO_CUDA_ARCHS="90;7", CXX="true")
     assert done.returncode != 0
     assert re.search(r"WRPO_CUDA_ARCHS: .*'90'.*got \['90', '7'\]", done.stdout + done.stderr)
 
 
-def test_a_native_build_asked_for_by_name_fails_without_a_compiler(build):
-    done, _ = build(WRPO_BUILD="cpu", CC="false", CXX="false")
+def test_a_native_build_asked_for_by_name_fails_without_a_compiler(build_module):
+    done = build_module(WRPO_BUILD="cpu", CC="false", CXX="false")
     assert done.returncode != 0
 
 
-def test_an_unknown_build_is_an_error_that_names_the_choices(build):
-    done, _ = build(WRPO_BUILD="gpu")
+def test_an_unknown_build_is_an_error_that_names_the_choices(build_module):
+    done = build_module(WRPO_BUILD="gpu")
     assert done.returncode != 0
     assert all(word in done.stdout + done.stderr for word in ("WRPO_BUILD", "none", "cpu", "cuda", "gpu"))
 

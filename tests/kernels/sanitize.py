@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import tempfile
-from pathlib import Path
 
 import played
 import pytest
@@ -73,7 +71,7 @@ def main() -> None:
     parser.add_argument("--played", action="store_true", help="play the kernels on the CPU instead")
     args = parser.parse_args()
     if args.played:
-        played.use(played.build(Path(tempfile.mkdtemp())), pytest.MonkeyPatch())
+        played.use(played.module(), pytest.MonkeyPatch())
     device, calls = "cpu" if args.played else "cuda", 0
     torch.manual_seed(0)
     for dtype, vocabulary, offset in itertools.product(DTYPES, VOCABULARIES, OFFSETS):

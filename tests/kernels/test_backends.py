@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import subprocess
+import runpy
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -145,10 +145,26 @@ def test_no_gradient_work_hides_in_the_forward(native_calls):
     assert native_calls["token_logp"] >= 2
 
 
-def test_the_report_says_what_runs_here_and_why_the_others_do_not():
-    done = subprocess.run([sys.executable, "-m", "wrpo_kernels"], capture_output=True, text=True, check=True)
-    assert done.stderr == ""
-    lines = done.stdout.splitlines()
+@pytest.fixture
+def report(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """`python -m wrpo_kernels` with arguments, in this process: status, stdout, stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["wrpo_kernels", *arguments])
+        status = 0
+        try:
+            runpy.run_module("wrpo_kernels", run_name="__main__")
+        except SystemExit as ended:
+            status = ended.code
+        return (status, *capsys.readouterr())
+
+    return run
+
+
+def test_the_report_says_what_runs_here_and_why_the_others_do_not(report):
+    status, shown, errors = report()
+    assert (status, errors) == (0, "")
+    lines = shown.splitlines()
     assert any(line.split() == ["wrpo", __version__] for line in lines)
     for package in ("torch", "python", "triton", "transformers"):
         assert any(line.startswith(package) for line in lines), package
@@ -157,20 +173,19 @@ def test_the_report_says_what_runs_here_and_why_the_others_do_not():
         (line,) = (line for line in lines if line.startswith(op) and "cpu" in line)
         assert line.split()[-1] == ("native" if native else "reference")
     if native:
-        assert "simd" in done.stdout
+        assert "simd" in shown
     else:
-        assert "not native: wrpo_kernels._cpu was not built" in done.stdout
+        assert "not native: wrpo_kernels._cpu was not built" in shown
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
-def test_the_help_of_the_report_says_what_it_shows(flag):
-    done = subprocess.run([sys.executable, "-m", "wrpo_kernels", flag], capture_output=True, text=True, check=True)
-    assert done.stderr == ""
-    assert done.stdout.startswith("python -m wrpo_kernels: what would run here")
-    assert __version__ not in done.stdout
+def test_the_help_of_the_report_says_what_it_shows(flag, report):
+    status, shown, errors = report(flag)
+    assert (status, errors) == (0, "")
+    assert shown.startswith("python -m wrpo_kernels: what would run here")
+    assert __version__ not in shown
 
 
-def test_an_argument_that_the_report_does_not_know_is_one_line():
-    done = subprocess.run([sys.executable, "-m", "wrpo_kernels", "nonsense", "x"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "python -m wrpo_kernels takes no arguments but --help, got 'nonsense x'\n"
+def test_an_argument_that_the_report_does_not_know_is_one_line(report):
+    line = "python -m wrpo_kernels takes no arguments but --help, got 'nonsense x'\n"
+    assert report("nonsense", "x") == (2, "", line)

@@ -120,8 +120,8 @@ def test_a_compiled_door_is_one_graph_with_the_bits_of_the_eager_one(door, backe
 
 
 @pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"Inductor needs a C++ compiler, and {COMPILER} is missing")
-@pytest.mark.parametrize("door", DOORS)
-def test_inductor_takes_every_door(door):
+@pytest.mark.parametrize("door", OF_OPS)
+def test_inductor_takes_every_op(door):
     """The compiler that `torch.compile` takes by itself: it relies on the shapes and strides that the fakes promise."""
     size = {"vocabulary": LARGE, "width": 260} if is_second(door, "native") else {}
     function, given = doors(torch.device("cpu"), "reference", **size)[door]

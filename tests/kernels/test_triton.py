@@ -43,30 +43,43 @@ def row_kernels(device):
     return triton_kernel
 
 
-def shown(code: str, **variables: str) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+# A program that names no backend, then the one it cannot have, then asks what there is; each in lines of its own.
+PROGRAM = """
+import sys, torch
+before = set(sys.modules)
+import wrpo_kernels
+given = torch.zeros(2, 5), torch.zeros(2).long()
+wrpo_kernels.token_logp(*given)
+print([name for name in set(sys.modules) - before if name.split(".")[0] == "triton"])
+try:
+    wrpo_kernels.token_logp(*given, backend="triton")
+except RuntimeError as error:
+    print(" ".join(str(error).split()))
+from wrpo_kernels.__main__ import main
+main()
+"""
 
 
-def test_importing_the_kernels_and_running_others_imports_no_triton():
-    code = "import torch, sys; before = set(sys.modules); import wrpo_kernels; "
-    code += "wrpo_kernels.token_logp(torch.zeros(2, 5), torch.zeros(2).long()); "
-    code += "print([name for name in set(sys.modules) - before if name.split('.')[0] == 'triton'])"
-    assert shown(code).strip() == "[]"
+@pytest.fixture(scope="module")
+def shown() -> list[str]:
+    """The program's lines where Triton is not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
 
 
-def test_a_cpu_tensor_is_refused_with_the_way_to_the_interpreter():
-    code = "import torch, wrpo_kernels\\ntry: wrpo_kernels.token_logp(torch.zeros(2, 5), torch.zeros(2).long(), "
-    code += "backend='triton')\\nexcept RuntimeError as error: print(error)"
-    words = shown(code.replace("\\n", "\n"))
-    assert "triton: runs on cuda tensors, got cpu" in words
-    assert "TRITON_INTERPRET=1" in words
+def test_importing_the_kernels_and_running_others_imports_no_triton(shown):
+    assert shown[0] == "[]"
 
 
-def test_the_report_lists_triton_with_its_reason():
-    lines = shown("from wrpo_kernels.__main__ import main; main()").splitlines()
-    assert any("not triton: " in line or "runs triton" in line for line in lines)
+def test_a_cpu_tensor_is_refused_with_the_way_to_the_interpreter(shown):
+    assert "triton: runs on cuda tensors, got cpu" in shown[1]
+    assert "TRITON_INTERPRET=1" in shown[1]
+
+
+def test_the_report_lists_triton_with_its_reason(shown):
+    assert any("not triton: " in line or "runs triton" in line for line in shown[2:])
 
 
 def test_the_interpreter_runs_only_when_it_is_named(monkeypatch):

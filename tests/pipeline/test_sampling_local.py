@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import weakref
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import own_log
 from tiny_tokenizer import REFUSES_SYSTEM, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -41,28 +45,30 @@ def save_model(folder, *, head: float = 1.0, chat_template: str | None = REFUSES
     return model, tokenizer
 
 
+def sample_in(folder: Path, prompts: list, *flags: str, output: str = "out.jsonl", **source) -> int:
+    fields = {"model": "target", "kind": "transformers", "path": str(folder / "model"), "batch_size": 3}
+    (folder / "sources.yaml").write_text(json.dumps([fields | source]))
+    rows = [{"prompt_id": str(n), "prompt": prompt} for n, prompt in enumerate(prompts)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = [str(folder / "sources.yaml"), str(folder / "prompts.jsonl"), "-o", str(folder / output)]
+    return cli.main(["sample", *files, "--max-tokens", "8", *flags])
+
+
+def written_in(folder: Path, name: str = "out.jsonl") -> dict[tuple[str, int], dict]:
+    rows = [json.loads(line) for line in (folder / name).read_bytes().splitlines()]
+    found = {(row["prompt_id"], row["sample"]): row for row in rows}
+    assert len(found) == len(rows), "an answer was asked twice"
+    return found
+
+
 @pytest.fixture
 def sample(tmp_path):
-    def run(prompts: list, *flags: str, output: str = "out.jsonl", **source) -> int:
-        fields = {"model": "target", "kind": "transformers", "path": str(tmp_path / "model"), "batch_size": 3}
-        (tmp_path / "sources.yaml").write_text(json.dumps([fields | source]))
-        rows = [{"prompt_id": str(n), "prompt": prompt} for n, prompt in enumerate(prompts)]
-        (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        files = [str(tmp_path / "sources.yaml"), str(tmp_path / "prompts.jsonl"), "-o", str(tmp_path / output)]
-        return cli.main(["sample", *files, "--max-tokens", "8", *flags])
-
-    return run
+    return partial(sample_in, tmp_path)
 
 
 @pytest.fixture
 def written(tmp_path):
-    def read(name: str = "out.jsonl") -> dict[tuple[str, int], dict]:
-        rows = [json.loads(line) for line in (tmp_path / name).read_bytes().splitlines()]
-        found = {(row["prompt_id"], row["sample"]): row for row in rows}
-        assert len(found) == len(rows), "an answer was asked twice"
-        return found
-
-    return read
+    return partial(written_in, tmp_path)
 
 
 def greedy(model, tokenizer, prompt: str, limit: int) -> tuple[str, str]:
@@ -131,20 +137,30 @@ CARRIED = {
 }
 
 
+GREEDY, DRAWN = ["--temperature", "0", "--samples", "1"], ["--temperature", "1", "--top_p", "1"]
+
+
+@pytest.fixture(scope="module")
+def untold(tmp_path_factory) -> tuple[Path, list[tuple[str, str]], dict]:
+    """The folder of a model whose checkpoint says nothing of drawing, its greedy answers, and rows of drawn ones."""
+    folder = tmp_path_factory.mktemp("untold")
+    model, tokenizer = save_model(folder / "model")
+    with own_log():
+        assert sample_in(folder, PROMPTS, *DRAWN) == 0
+    return folder / "model", [greedy(model, tokenizer, prompt, 8) for prompt in PROMPTS], written_in(folder)
+
+
 @pytest.mark.parametrize("carried", CARRIED.values(), ids=CARRIED)
-def test_what_a_checkpoint_says_of_drawing_changes_no_answer(carried, sample, written, tmp_path):
-    model, tokenizer = save_model(tmp_path / "model")
-    runs = {"greedy": ["--temperature", "0", "--samples", "1"], "drawn": ["--temperature", "1", "--top_p", "1"]}
-    for name, flags in runs.items():
-        assert sample(PROMPTS, *flags, output=f"{name}.jsonl") == 0
-    own = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+def test_what_a_checkpoint_says_of_drawing_changes_no_answer(carried, untold, sample, written, tmp_path):
+    model, most_likely, drawn = untold
+    shutil.copytree(model, tmp_path / "model")
+    own = json.loads((model / "generation_config.json").read_text())
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(own | carried))
-    for name, flags in runs.items():
-        assert sample(PROMPTS, *flags, output=f"{name} again.jsonl") == 0
-        assert written(f"{name} again.jsonl") == written(f"{name}.jsonl")
-    for number, prompt in enumerate(PROMPTS):
-        row = written("greedy again.jsonl")[str(number), 0]
-        assert (row["response"], row["finish_reason"]) == greedy(model, tokenizer, prompt, 8)
+    assert sample(PROMPTS, *GREEDY, output="greedy.jsonl") == 0
+    rows = written("greedy.jsonl")
+    assert [(rows[str(n), 0]["response"], rows[str(n), 0]["finish_reason"]) for n in range(5)] == most_likely
+    assert sample(PROMPTS, *DRAWN, output="drawn.jsonl") == 0
+    assert written("drawn.jsonl") == drawn
 
 
 def test_a_run_says_how_it_draws_and_what_it_does_not_take_over(sample, tmp_path, capsys):

@@ -6,6 +6,7 @@ In rows that share prompts or are packed; the sharded model's, beside padded one
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from wrpo.data import PreferenceCollator
 from wrpo.data.layout import Layout
 from wrpo.head import install_fused_head, run_in_head
 from wrpo.head.attention import model_inputs
+from wrpo.reference.fingerprint import model_fingerprint
 from wrpo_kernels import linear_wrpo_loss
 
 PREFERENCE = {"beta": 1.0, "nll_weight": 0.3, "empty_response": "zero", "alpha": 0.4, "alpha_start": 0.2}
@@ -106,9 +108,17 @@ def sharded_gradients(rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]
     return {name: (p.grad.full_tensor(), whole.get_parameter(name).grad) for name, p in sharded.named_parameters()}
 
 
-def work(rank: int, folder: Path) -> dict[str, dict]:
+def sharded_fingerprint() -> str:
+    """Of 97 rows of vocabulary: the shards are not equally large."""
+    model = tiny_model()
+    for module in (*model.model.layers, model.lm_head, model):
+        fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+    return model_fingerprint(model, None, {})["model"]
+
+
+def work(rank: int, folder: Path) -> dict[str, Any]:
     results = {run: train(run, folder / "two", processes=2) for run in RUNS}
-    return {**results, "fsdp2": sharded_gradients(rank)}
+    return {**results, "fsdp2": sharded_gradients(rank), "fingerprint": sharded_fingerprint()}
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +171,11 @@ def test_a_sharded_model_with_a_sharded_head_gives_the_gradients_of_a_whole_one(
         largest = expected.abs().max().item()
         assert largest > 0
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * largest, msg=name)
+
+
+def test_weights_that_are_spread_over_processes_are_the_same_model(results):
+    whole = model_fingerprint(tiny_model(), None, {})["model"]
+    assert results["rank0"]["fingerprint"] == results["rank1"]["fingerprint"] == whole
 
 
 def test_the_reference_of_all_rows_was_shared_out_and_put_together(results, tmp_path_factory):

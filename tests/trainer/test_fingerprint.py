@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.multiprocessing
@@ -11,8 +9,6 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import plain_logp, preference_batch, tiny_model, tiny_rows
 from tiny_runs import wrpo_trainer
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from wrpo.reference.fingerprint import PIECE, model_fingerprint, refuse_unequal
 
@@ -79,21 +75,6 @@ def test_a_model_with_one_edited_token_gets_a_reference_of_its_own(tmp_path):
     with torch.no_grad():
         expected = plain_logp(edited.eval(), batch)
     torch.testing.assert_close(trainer.reference(trainer.model, batch).double(), expected, rtol=1e-5, atol=1e-4)
-
-
-def shard(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    model = tiny_model()  # 97 rows of vocabulary: the shards are not equally large
-    for module in (*model.model.layers, model.lm_head, model):
-        fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
-    (folder / f"{rank}.txt").write_text(fingerprint(model))
-    torch.distributed.destroy_process_group()
-
-
-def test_weights_that_are_spread_over_processes_are_the_same_model(tmp_path):
-    torch.multiprocessing.spawn(shard, args=(tmp_path,), nprocs=2)
-    assert {(tmp_path / f"{rank}.txt").read_text() for rank in range(2)} == {fingerprint(tiny_model())}
 
 
 def test_processes_with_different_models_compute_no_reference_together():

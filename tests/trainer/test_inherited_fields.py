@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_models import tiny_rows
+from tiny_models import tiny_model, tiny_rows
 from tiny_runs import training_lines, weights, wrpo_trainer
 from transformers import TrainingArguments
 
@@ -203,7 +203,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_trains_the_same(tmp_path, monke
 def test_a_compiled_model_trains_the_same(tmp_path):
     settings = {"rows": tiny_rows(2), "max_steps": 1, "beta": 1.0, "optim": "sgd", "learning_rate": 0.1}
     runs = [
-        wrpo_trainer(tmp_path, **settings, warmup_steps=0, **compiled)
+        wrpo_trainer(tmp_path, tiny_model(num_hidden_layers=1), **settings, warmup_steps=0, **compiled)
         for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "eager", "torch_compile_mode": "default"})
     ]
     for trainer in runs:

@@ -10,11 +10,11 @@ from dataclasses import MISSING, Field, fields
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn
 
 from wrpo.spelling import nearest
 
-from .fields import GROUPS, SettingsError
+from .fields import GROUPS, SettingsError, types_of_fields
 from .reading import FALSE, NONE, TRUE, Reading, Unreadable, reading_of
 
 NO_WORD = re.compile(r"^-|[./\\*?]")  # another flag, or the name of a file or a pattern of names
@@ -47,7 +47,7 @@ class Parser(ArgumentParser):
         self.readings: dict[str, Reading] = {}
         self._hides_values = hides_values
         for cls in classes:
-            hints = get_type_hints(cls)
+            hints = types_of_fields(cls)
             for field in fields(cls):
                 if field.init:
                     self.readings[field.name] = reading_of(hints[field.name], field.metadata.get("choices"))

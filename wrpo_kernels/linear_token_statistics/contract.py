@@ -15,7 +15,7 @@ from wrpo_kernels.dispatch.triton_backend import TritonBackend
 from wrpo_kernels.linear_token_logp.contract import complete, fake_gradients, rows_of
 from wrpo_kernels.linear_token_statistics import cuda, native, passes, reference
 from wrpo_kernels.linear_token_statistics.wanted import COLUMNS, Wanted
-from wrpo_kernels.lm_head.budget import Plan, row_stride, row_tile, rows_within
+from wrpo_kernels.lm_head.budget import Plan, row_stride, row_tile, rows_in_passing, rows_within
 from wrpo_kernels.lm_head.gradients import Gradients
 from wrpo_kernels.lm_head.head import Head, LabelsByPosition, no_autocast
 from wrpo_kernels.lm_head.inputs import HeadGradients, HeadOptions, HeadTensors, check_head
@@ -27,10 +27,11 @@ CANDIDATES = (native, cuda, TritonBackend("wrpo_kernels.linear_token_statistics.
 
 def plan_of(tensors: HeadTensors, options: HeadOptions) -> Plan:
     sizes = (options.budget_bytes, tensors.hidden, tensors.weight, tensors.up)
-    fit = rows_within(*sizes, options.logit_bytes(tensors.hidden))
+    is_trained = any(options.gradients)
+    fit = (rows_within if is_trained else rows_in_passing)(*sizes, options.logit_bytes(tensors.hidden))
     kept_fit = rows_within(*sizes, _kept_dtype(tensors, options).itemsize)
     number, tile = most_rows(options.num_rows, tensors.target), row_tile(tensors.hidden.device)
-    return passes.plan_rows(number, fit, kept_fit, any(options.gradients), tile)
+    return passes.plan_rows(number, fit, kept_fit, is_trained, tile)
 
 
 def shape_of_kept(tensors: HeadTensors, options: HeadOptions) -> tuple[int, int]:

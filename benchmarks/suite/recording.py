@@ -70,6 +70,10 @@ class Recorder(TorchDispatchMode):
     def scale(self, total: Tensor, factor: Tensor, out: Tensor) -> None:
         self._scaling("scale", out, total, factor)
 
+    def compact(self, labels: Tensor, _ignore_index: int, index: Tensor, kept: Tensor) -> None:
+        sizes = bytes_of(index) + bytes_of(kept)
+        self._current.append(Launch("compact", tuple(index.shape), 0, bytes_of(labels), sizes))
+
     def _scaling(self, name: str, written: Tensor, *read: Tensor | None) -> None:
         """A kernel of `wrpo_kernels.lm_head.scaling_kernel`."""
         sizes = [bytes_of(x) for x in read if x is not None]

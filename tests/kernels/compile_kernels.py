@@ -163,6 +163,7 @@ def scaling_launch(entry: str, has_index: bool) -> Callable[[], object]:
         "gather_rows": lambda: scaling.gather_rows(rows, index, coef, out),
         "scatter_rows": lambda: scaling.scatter_rows(out, index, coef, rows),
         "scale": lambda: scaling.scale(torch.zeros(4, 576), torch.zeros(()), rows),
+        "compact": lambda: scaling.compact(torch.zeros(4).long(), -100, torch.zeros(3).long(), torch.zeros(3).long()),
     }
     return calls[entry]
 
@@ -202,6 +203,7 @@ LAUNCHES = {
     "rows scaled and scattered": scaling_launch("scatter_rows", True),
     "rows scaled where they are": scaling_launch("scatter_rows", False),
     "total scaled and rounded": scaling_launch("scale", False),
+    "labels that count": scaling_launch("compact", False),
 }
 
 

@@ -34,6 +34,17 @@ def assert_rounded_once(got: Tensor, exact: Tensor) -> None:
     assert ((got.double() - exact).abs() <= half * exact.abs() + of_tiny).all()
 
 
+@pytest.mark.parametrize("number", [1, 40, 4096, 9001])
+def test_labels_that_count_are_found_in_their_order_whatever_count_is_told(number, device):
+    labels = torch.randint(0, 1000, (number,), device=device)
+    labels[torch.rand(number, device=device) < 0.3] = -100
+    places = (labels != -100).nonzero()[:, 0]
+    for size in {len(places), max(len(places) - 1, 0), min(len(places) + 3, number), number}:
+        index, kept = scaling.compacted(labels, -100, size, torch.empty(1, device=device))
+        expected = torch.cat([places, places.new_zeros(number)])[:size]
+        assert torch.equal(index, expected) and torch.equal(kept, labels[expected])
+
+
 @pytest.mark.parametrize("width", [8, 576, 1500])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_are_gathered_scaled_and_rounded_once(dtype, width, device):

@@ -37,10 +37,17 @@ class Rows:
     `low` [M, r] is what an adapter on the head multiplies beside the hidden states.
     """
 
-    def __init__(self, hidden: Tensor, target: Tensor, index: Tensor | None, low: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        hidden: Tensor,
+        target: Tensor,
+        index: Tensor | None,
+        low: Tensor | None = None,
+        kept: Tensor | None = None,
+    ) -> None:
         self._hidden, self._labels, self._low = hidden, target, low
         self.index = index
-        self.target = target.contiguous() if index is None else target[index]
+        self.target = kept if kept is not None else target.contiguous() if index is None else target[index]
 
     @classmethod
     def that_count(
@@ -60,7 +67,8 @@ class Rows:
                 raise _wrong_count(index.shape[0], num_rows)
         else:
             # A count that is too large is filled with row 0; `nan_unless_counted` tells.
-            index = torch.nonzero_static(target != ignore_index, size=num_rows, fill_value=0)[:, 0]
+            index, kept = scaling.compacted(target, ignore_index, num_rows, hidden)
+            return cls(hidden, target, index, low, kept)
         return cls(hidden, target, None if index.shape[0] == target.shape[0] else index, low)
 
     def __len__(self) -> int:

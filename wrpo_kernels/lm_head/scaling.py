@@ -15,12 +15,28 @@ from torch import Tensor
 from wrpo_kernels.dispatch import triton_backend
 from wrpo_kernels.lm_head.products import STRIPE_BYTES, scale_rows_, scaled_rows
 
+MOST_COMPACTED = 1 << 16  # 16 blocks
+
 
 def kernels(tensor: Tensor) -> ModuleType | None:
     """The Triton kernels where this tensor can have them."""
     if not tensor.is_cuda or triton_backend.refuses(tensor) is not None:
         return None
     return importlib.import_module("wrpo_kernels.lm_head.scaling_kernel")
+
+
+def compacted(labels: Tensor, ignore_index: int, number: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """index [number] int64, where in labels [M] the first that count stand, and these labels; row 0 fills what is left.
+
+    Nothing waits for the device. One launch up to MOST_COMPACTED labels, which one program reads in order.
+    """
+    fused = kernels(like) if labels.is_contiguous() and labels.numel() <= MOST_COMPACTED else None
+    if fused is not None and labels.numel():
+        index, kept = labels.new_empty(2, number)
+        fused.compact(labels, ignore_index, index, kept)
+        return index, kept
+    index = torch.nonzero_static(labels != ignore_index, size=number, fill_value=0)[:, 0]
+    return index, labels[index]
 
 
 def gathered(source: Tensor, index: Tensor | None, coef: Tensor | None = None) -> Tensor:

@@ -57,6 +57,38 @@ def _scale(total, factor, out, size, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr
         tl.store(out + at, x.to(out.dtype.element_ty), mask=at < size)
 
 
+@triton.jit(do_not_specialize=["number", "size"])
+def _compact(labels, index, kept, number, size, ignore_index, BLOCK: tl.constexpr):
+    """One program, a block of labels after the other: the places of the first `size` that count, and these labels. Of
+    fewer the rest is row 0."""
+    found = 0
+    for start in range(0, number, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        label = tl.load(labels + at, mask=at < number, other=ignore_index)
+        counts = (label != ignore_index).to(tl.int32)
+        place = found + tl.cumsum(counts, 0) - counts
+        is_kept = (counts > 0) & (place < size)
+        tl.store(index + place, at.to(tl.int64), mask=is_kept)
+        tl.store(kept + place, label, mask=is_kept)
+        found += tl.sum(counts, 0)
+    first = tl.load(labels)
+    for start in range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        is_left = (at < size) & (at >= found)
+        tl.store(index + at, tl.zeros_like(at).to(tl.int64), mask=is_left)
+        tl.store(kept + at, tl.zeros_like(at).to(tl.int64) + first, mask=is_left)
+
+
+def compact(labels: Tensor, ignore_index: int, index: Tensor, kept: Tensor) -> None:
+    """index [n], where in labels [M] int64, contiguous, the first n that count stand, and kept [n], these labels."""
+    if not index.numel():
+        return
+    with torch.cuda.device_of(labels):
+        _compact[(1,)](
+            *(labels, index, kept, labels.numel(), index.numel(), ignore_index), BLOCK=4 * BLOCK, num_warps=8
+        )
+
+
 def gather_rows(source: Tensor, index: Tensor | None, coef: Tensor | None, out: Tensor) -> None:
     """out [n, D] = coef [n, 1] * the rows of source [M, D] or [S, T, D], last dim contiguous, at `index` [n]."""
     number, width = out.shape

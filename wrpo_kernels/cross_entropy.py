@@ -80,8 +80,6 @@ def linear_cross_entropy(
 
     Compiled: label_smoothing and z_loss break the graph, for they look for the labels that count.
     Numerics: as linear_token_logp. lse is the label's logit, of 16-bit hidden states a float32 product, less its logp.
-        label_smoothing with class_weight under a softcap or an adapter means logits of `hidden`'s type, whatever
-        `logits_dtype` says.
     Memory: as linear_token_logp. label_smoothing and z_loss also hold the hidden states and the rows of the weight of
         the labels that count in float32, 8 N D bytes; label_smoothing with class_weight a float32 weight.
     Cost: of labels [S, T] reduced, without class_weight, label_smoothing and z_loss, as linear_nll_loss: no row is

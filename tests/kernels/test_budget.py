@@ -66,6 +66,8 @@ def test_on_a_cpu_logits_that_pass_take_what_malloc_keeps(vocabulary, kind, rows
     wide = torch.empty(1, 1, dtype=kind).expand(262144, 2048)
     trained = rows_before_pieces(4 << 30, wide[:1], wide, None, trains_weight=True)
     assert trained == (rows_within(4 << 30, wide[:1], wide) if kind == torch.bfloat16 else 512)
+    kept_wide = rows_before_pieces(4 << 30, wide[:1], wide[:, :1].float().expand(-1, 2048), None, trains_weight=True)
+    assert kept_wide == 512  # its dW is float32 whatever the chunks
     on_accelerator = head(vocabulary, 64)
     assert rows_in_passing(512 << 20, *on_accelerator) == rows_within(512 << 20, *on_accelerator)
 

@@ -137,6 +137,21 @@ def test_autocast_leaves_the_products_of_all_tokens_alone(weighted, softcap):
         oracle.assert_same_bits("gradient", grad, true)
 
 
+@pytest.mark.parametrize("budget", [None, 1024])
+def test_weighted_smoothing_adds_its_gradients_in_float32_in_however_many_pieces(budget):
+    hidden, weight = (1 + 0.1 * torch.randn(2048, 32)).bfloat16(), torch.randn(64, 32).bfloat16()
+    labels, options = torch.randint(0, 64, (2048,)), {"softcap": 30.0, "label_smoothing": 0.5, "reduction": "sum"}
+    options["class_weight"] = torch.rand(64)
+
+    def gradient(dtype: torch.dtype, budget: int | None = None) -> Tensor:
+        head = weight.to(dtype).requires_grad_()
+        loss = linear_cross_entropy(hidden.to(dtype), head, labels, budget_bytes=budget, **options)
+        return torch.autograd.grad(loss, head)[0].double()
+
+    exact = gradient(torch.float64)
+    assert (gradient(torch.bfloat16, budget) - exact).norm() < 0.01 * exact.norm()
+
+
 BENT = {"label_smoothing": 0.1, "softcap": 3.0, "class_weight": torch.ones(V)}
 
 

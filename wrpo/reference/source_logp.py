@@ -62,7 +62,8 @@ def mean_logp(
 
     Raises:
         DataError: a row that the model's chat template refuses.  ValueError: a token id or a position that the model
-            does not have, a layout by name that it cannot have, or a log-prob that is not finite.
+            does not have, where no sums are kept a layout by name that it cannot have, or a log-prob that is not
+            finite.
     """
     tokens = tokenize_examples(triples, tokenizer, max_length=max_length, max_prompt_length=None)
     sums = summed_logp(

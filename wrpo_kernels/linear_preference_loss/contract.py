@@ -90,7 +90,9 @@ def _chunks(tensors: HeadTensors, options: HeadOptions) -> tuple[int, int]:
     """Rows that go at once, and chunks in which the gradients are added up: two stand for any number."""
     sizes = (options.budget_bytes, tensors.hidden, tensors.weight, tensors.up)
     at_once = rows_before_pieces(*sizes, options.asked.weight, options.logit_bytes(tensors.hidden))
-    return at_once, 1 if most_rows(options.num_rows, tensors.target) <= at_once else 2
+    if most_rows(options.num_rows, tensors.target) <= at_once:
+        return at_once, 1
+    return min(at_once, rows_within(*sizes, options.logit_bytes(tensors.hidden))), 2
 
 
 def _fake(

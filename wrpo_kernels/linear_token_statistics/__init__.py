@@ -77,7 +77,7 @@ def linear_token_statistics(
 
     Raises:
         ValueError: a shape, dtype, device, option or target out of range, or an unknown output; the message names it.
-            On an accelerator a target out of range makes NaN of its own values instead, and top1 -1.
+            To "cuda" and "triton" a target out of range makes NaN of its own values instead, and top1 -1.
         TypeError: an argument is of another kind.
         RuntimeError: the backend that was asked for refuses.
 

@@ -8,7 +8,7 @@ COLUMNS = ("logp", "lse", "entropy", "mean_logits", "log_sum_sq_probs", "lse_res
 
 
 class Wanted(NamedTuple):
-    """What is made beside logp and the log-sum-exp; the others of these are 0, and -1 for `top1`."""
+    """What is made beside logp and the log-sum-exp; the others may be made too, or are 0, and -1 for `top1`."""
 
     entropy: bool
     mean_logits: bool

@@ -65,14 +65,16 @@ def rows_before_pieces(
     """Rows that loss and gradients take in one chunk where they could also go in several that leave nothing.
 
     On a CPU no more than pay; of a trained 16-bit head, for which several chunks want a float32 dW, also as many as
-    cost less than that: 2NV <= 8VD bytes, for the dW takes 4VD of new memory and the adding about as long again.
+    cost less than that: N a V <= 8VD bytes, with `a` those of a logit, for the dW takes 4VD of new memory and the
+    adding about as long again.
     """
     if hidden.device.type != "cpu":
         return rows_at_once(budget_bytes, hidden, weight, up, trains_weight, logit_bytes)
     passing = rows_in_passing(budget_bytes, hidden, weight, up, logit_bytes)
-    if not trains_weight or hidden.dtype.itemsize > 2:
+    if not trains_weight or _has_wide_total(hidden, weight):
         return passing
-    return max(passing, min(4 * weight.shape[1], rows_within(budget_bytes, hidden, weight, up, logit_bytes)))
+    worth = 8 * weight.shape[1] // (logit_bytes or hidden.dtype.itemsize)
+    return max(passing, min(worth, rows_within(budget_bytes, hidden, weight, up, logit_bytes)))
 
 
 def rows_at_once(
@@ -90,10 +92,14 @@ def rows_at_once(
     few rows, and the budget stands.
     """
     fit = rows_within(budget_bytes, hidden, weight, up, logit_bytes)
-    is_wide = hidden.dtype.itemsize > 2 or weight.dtype.itemsize > 2
-    if not trains_weight or is_wide or hidden.device.type == "cpu":
+    if not trains_weight or _has_wide_total(hidden, weight) or hidden.device.type == "cpu":
         return fit
     return max(fit, (budget_bytes + 2 * weight.numel()) // _row_bytes(hidden, weight, up, logit_bytes))
+
+
+def _has_wide_total(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether even the dW of one chunk has more than 16 bits."""
+    return hidden.dtype.itemsize > 2 or weight.dtype.itemsize > 2
 
 
 def _row_bytes(hidden: Tensor, weight: Tensor, up: Tensor | None, logit_bytes: int | None) -> int:

@@ -19,6 +19,7 @@ from wrpo_kernels.checks import (
 )
 from wrpo_kernels.lm_head.adapter import checked_adapter
 from wrpo_kernels.lm_head.budget import check_budget
+from wrpo_kernels.lm_head.exp_product.form import ExpProduct
 from wrpo_kernels.logit_transform import LogitTransform, check_transform
 
 
@@ -158,7 +159,7 @@ def checked_options(
         check_budget(budget_bytes, hidden.device),
         gradients_asked(tensors),
         check_grad_filter(grad_filter),
-        has_float32_logits(logits_dtype, hidden.dtype),
+        has_float32_logits(logits_dtype, hidden.dtype) and backend != ExpProduct.NAME,  # which has no logits to round
         backend,
     )
 

@@ -89,7 +89,7 @@ def subtracts_unrounded(dtype: torch.dtype) -> bool:
 
     oneDNN on x86 does so. What rounds first would leave nothing of the second product, in silence.
     """
-    values = torch.sin(torch.arange(2 * 64 * 64, dtype=torch.float64)).to(dtype)
+    values = torch.sin(torch.arange(2 * 64 * 64, dtype=torch.float64, device="cpu")).to(dtype)
     left, right = values.view(2, 64, 64)
     z = torch.mm(left, right)
     rest = torch.addmm(z, left, right, beta=-1)
@@ -113,8 +113,11 @@ def _twice_rounded_into(out: Tensor, left: Tensor, right: Tensor, first: bool) -
         for some, factor in zip(some_rows.split(step, 1), right.split(step, 1), strict=True):
             z, wide = (x[: some.numel()].view(some.shape) for x in (rounded, total))
             wide.copy_(torch.mm(some_left, factor, out=z))
-            z.addmm_(some_left, factor, beta=-1)
-            wide.add_(z.nan_to_num_(0.0, 0.0, 0.0))  # beside a z that is infinite
+            if z.dtype == torch.float16 and not z.isfinite().all():  # beyond 65504 there, not in float32
+                torch.mm(some_left.float(), factor.float(), out=wide)
+            else:
+                z.addmm_(some_left, factor, beta=-1)
+                wide.add_(z.nan_to_num_(0.0, 0.0, 0.0))  # beside a z that is infinite
             some.copy_(wide) if first else some.add_(wide)
 
 

@@ -50,7 +50,7 @@ class LigerFusedLinearKTOLoss(nn.Module):
         ref_bias: Tensor | None = None,
         kl: Tensor | float | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        hidden, target = sequence_operands(_input, lin_weight, target, bias)
+        hidden, target = sequence_operands(_input, lin_weight, target, bias, self.ignore_index)
         is_chosen = _checked_labels(preference_labels, target)
         reference = (ref_input, ref_weight, target, ref_bias, self.ignore_index)
         layout = kto_layout(len(target), is_chosen, 0.0, self.beta, 1.0, 1.0, hidden.device)

@@ -47,7 +47,7 @@ class _Pairs(nn.Module):
         ref_logp: Tensor | None = None,
         nll_elsewhere: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        hidden, target = sequence_operands(hidden, weight, target, bias)
+        hidden, target = sequence_operands(hidden, weight, target, bias, self.ignore_index)
         pairs = len(target) // 2
         if len(target) != 2 * pairs:
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from wrpo_kernels.checks import is_readable
 from wrpo_kernels.integrations.operands import checked_operands
 from wrpo_kernels.linear_token_logp import linear_token_logp
 from wrpo_kernels.lm_head.head import no_autocast
@@ -13,11 +14,20 @@ NAMES = ("_input", "lin_weight", "target", "bias")
 REFERENCE_NAMES = ("ref_input", "ref_weight", "target", "ref_bias")
 
 
-def sequence_operands(_input: Tensor, lin_weight: Tensor, target: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`_input` [S, T, D] as a linear layer takes it, and `target` [S, T] in int64."""
+def sequence_operands(
+    _input: Tensor, lin_weight: Tensor, target: Tensor, bias: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """`_input` [S, T, D] as a linear layer takes it, and `target` [S, T] in int64, with labels that count in each."""
     hidden, labels = checked_operands(NAMES, _input, lin_weight, target, bias)
     if labels.dim() != 2:
         raise ValueError(f"target must be [S, T], got {list(labels.shape)}")
+    if is_readable(labels):
+        is_empty = (labels == ignore_index).all(1)
+        if is_empty.any():
+            raise ValueError(
+                f"target[{int(is_empty.nonzero()[0])}] has no label that counts, so its log-prob means nothing; leave "
+                "the sequence out of the batch, and its partner"
+            )
     return hidden, labels
 
 

@@ -82,6 +82,8 @@ def test_the_loss_is_ligers_own(name):
         ({"preference_labels": IS_CHOSEN.long()}, "preference_labels must be bool, True where chosen, got torch.int64"),
         ({"preference_labels": IS_CHOSEN[:2]}, r"preference_labels must be \[S\] = \[5\], got \[2\]"),
         ({"kl": torch.zeros(S)}, r"kl must be one number for the batch, \[\] or \[1\], got \[5\]"),
+        ({"kl": torch.tensor(float("nan"))}, "kl must be a finite number, got nan"),
+        ({"kl": torch.tensor(True)}, "kl must be a float tensor or a number, got torch.bool"),
         (
             {"target": torch.full((S, T), -100)},
             r"target\[0\] has no label that counts, so its log-prob means nothing; leave the sequence out",

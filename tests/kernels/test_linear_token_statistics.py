@@ -251,6 +251,8 @@ def test_it_compiles_into_one_graph(backend, device):
     ("options", "message"),
     [
         ({"outputs": "entropy"}, "outputs must be names among.*'entropy'"),
+        ({"outputs": None}, "outputs must be names among.*None"),
+        ({"outputs": iter([[]])}, r"outputs must be names among.*\[\[\]\]"),
         ({"outputs": ("kl",)}, "outputs must be names among.*'kl'"),
         ({"backend": "triton_exp"}, "linear_token_statistics: backend must be one of.*'triton_exp'"),
         ({"temperature": 0.0}, "temperature"),

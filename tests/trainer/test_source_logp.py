@@ -163,6 +163,18 @@ def test_the_layout_that_the_command_names_is_that_of_its_model(flag, models, tm
     assert asked == ["shared"], "the second time the log-probs are there, and no model is asked"
 
 
+@pytest.mark.parametrize("flag", ["--models", "--reference"])
+def test_float32_logits_of_the_command_are_those_of_its_model_and_kept_apart(flag, models, tmp_path, monkeypatch):
+    asked, real = [], source_logp.sequence_logp
+    monkeypatch.setattr(source_logp, "sequence_logp", lambda *a, **k: asked.append(k) or real(*a, **k))
+    source, output = tmp_path / "rows.jsonl", tmp_path / "scored.jsonl"
+    source.write_text(json.dumps(ROWS[0]) + "\n")
+    command = ["logp", str(source), "-o", str(output), flag, models[1], "--overwrite", "--torch_dtype", "bfloat16"]
+    command += ["--layout", "padded"]
+    assert [cli.main(command), cli.main([*command, "--logits_dtype", "float32"])] == [0, 0]
+    assert [options["logits_dtype"] for options in asked] == [None, torch.float32], "what was kept has other logits"
+
+
 def test_a_reference_is_cut_as_training_cuts():
     settings = parse(["rows.jsonl", "-o", "out.jsonl", "--reference", "model"])
     trained = WRPOConfig(output_dir="run", use_cpu=True)

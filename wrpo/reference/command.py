@@ -73,6 +73,12 @@ class LogpSettings:
     )
     batch_size: int = knob(8, "Rows in a batch.", group="speed")
     layout: LayoutName = knob("auto", f"{LAYOUT} Each model has its own.", group="speed")
+    logits_dtype: Literal["float32"] | None = knob(
+        None,
+        "float32: logits of a 16-bit head are not rounded before their softmax. With reference as in training, or the "
+        "log-ratios begin with that rounding. Default: none, the type of the hidden states.",
+        group="speed",
+    )
     max_length: int | None = knob(
         None,
         "Most tokens in prompt + response. Default: no limit; with reference 2048, as in training.",
@@ -132,6 +138,7 @@ def column(settings: LogpSettings, triples: datasets.Dataset) -> tuple[str, Any]
             torch_dtype=settings.torch_dtype,
             batch_size=settings.batch_size,
             layout=settings.layout,
+            logits_dtype=settings.logits_dtype,
             max_length=settings.max_length,
         )
         return "source_logp", scored["source_logp"]
@@ -149,6 +156,7 @@ def column(settings: LogpSettings, triples: datasets.Dataset) -> tuple[str, Any]
         max_prompt_length=settings.max_prompt_length,
         batch_size=settings.batch_size,
         layout=settings.layout,
+        logits_dtype=settings.logits_dtype,
     )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -44,6 +45,7 @@ def mean_logp(
     cache_file: Path,
     batch_size: int = 8,
     layout: str = "auto",
+    logits_dtype: str | None = None,
     max_length: int | None = None,
     progress: bool = True,
 ) -> list[list[float]]:
@@ -56,6 +58,7 @@ def mean_logp(
         cache_file: where the sums are kept, with a fingerprint of rows, model and tokenizer (`wrpo.reference.cache`).
         batch_size: rows in a batch. Default: 8.
         layout: auto, padded, packed or shared, as `wrpo.layouts.choose_layout` takes it. Default: auto.
+        logits_dtype: "float32" for logits of a 16-bit head that are not rounded before their softmax. Default: None.
         max_length: most tokens in prompt + one response; a response that is cut is scored as far as it goes. Default:
             None, no limit.
         progress: show a progress bar. Default: True.
@@ -73,6 +76,7 @@ def mean_logp(
         cache_file=cache_file,
         batch_size=batch_size,
         layout=layout,
+        logits_dtype=logits_dtype,
         progress=progress,
     )
     rows = zip(sums, tokens["response_ids"], strict=True)
@@ -87,6 +91,7 @@ def summed_logp(
     cache_file: Path,
     batch_size: int = 8,
     layout: str = "auto",
+    logits_dtype: str | None = None,
     progress: bool = True,
 ) -> list[list[float]]:
     """For each row, each response's summed log-prob under one model, in nats.
@@ -101,15 +106,19 @@ def summed_logp(
     accelerator = Accelerator()
     model = model.to(accelerator.device).eval()
     head = install_fused_head(model)
-    fingerprint = model_fingerprint(model, tokenizer, {"dtype": str(model.dtype), "head": str(head)})
+    arithmetic = {"dtype": str(model.dtype), "head": str(head)}
+    if logits_dtype is not None:
+        arithmetic["logits_dtype"] = logits_dtype
+    fingerprint = model_fingerprint(model, tokenizer, arithmetic)
     file = ReferenceFile(tokens, cache_file, fingerprint, accelerator)
     sums = file.read()
     if sums is None:
+        kind = None if logits_dtype is None else getattr(torch, logits_dtype)
         collator = PreferenceCollator(pad_token(tokenizer, model))
         collate = in_layout(layout, collator, model, tokens, batch_size=batch_size)
 
         def logp_of(rows: list[dict]) -> Tensor:
-            return sequence_logp(model, on_device(collate(rows), accelerator.device))
+            return sequence_logp(model, on_device(collate(rows), accelerator.device), logits_dtype=kind)
 
         sums = file.compute(logp_of, batch_size=batch_size, progress=progress)
     return file.by_row(sums)
@@ -124,6 +133,7 @@ def ref_logp(
     max_prompt_length: int | None,
     batch_size: int = 8,
     layout: str = "auto",
+    logits_dtype: str | None = None,
 ) -> list[list[float]]:
     """The column `ref_logp` [R]: each response's summed log-prob under the reference model, in nats.
 
@@ -132,7 +142,7 @@ def ref_logp(
         settings: of the reference model, whose tokenizer and template the policy has too.
         cache_file: where the sums are kept.
         max_length, max_prompt_length: as in training, which must see the same tokens.
-        batch_size, layout: as `mean_logp`.
+        batch_size, layout, logits_dtype: as `mean_logp`.
 
     Raises:
         SettingsError: a model that cannot be loaded, or rows or a layout that it cannot take.
@@ -140,7 +150,8 @@ def ref_logp(
     tokenizer, model = load_tokenizer(settings, "reference"), load_model(settings, "reference")
     tokens = tokenize_examples(triples, tokenizer, max_length=max_length, max_prompt_length=max_prompt_length)
     try:
-        return summed_logp(tokens, model, tokenizer, cache_file=cache_file, batch_size=batch_size, layout=layout)
+        options: dict[str, Any] = {"batch_size": batch_size, "layout": layout, "logits_dtype": logits_dtype}
+        return summed_logp(tokens, model, tokenizer, cache_file=cache_file, **options)
     except UserError:
         raise
     except (ValueError, TypeError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -88,7 +88,8 @@ def linear_token_statistics(
         fit the budget. `ids` add 2NDK, and 4NDK in the backward. linear_token_logp costs a little less.
     Source: entropy of the policy as a bonus, arXiv:1602.01783; sum of p^2 in WPO's weights, arXiv:2406.11827.
     """
-    if isinstance(outputs, str) or not set(outputs) <= set(OUTPUTS):
+    outputs = outputs if isinstance(outputs, str) or not isinstance(outputs, Iterable) else list(outputs)
+    if not isinstance(outputs, list) or not all(name in OUTPUTS for name in outputs):
         raise ValueError(f"outputs must be names among {list(OUTPUTS)}, got {outputs!r}")
     target = int64_labels("target", target)
     tensors = checked_tensors(hidden, weight, target, bias, adapter)

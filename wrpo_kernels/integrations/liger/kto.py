@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from wrpo_kernels.checks import check_device, check_number, check_shape, check_tensor
+from wrpo_kernels.checks import check_device, check_number, check_shape, check_tensor, is_readable
 from wrpo_kernels.integrations.liger.sequences import mean_logits, reference_logp, sequence_operands
 from wrpo_kernels.kto import kto_layout
 from wrpo_kernels.linear_preference_loss import linear_preference_loss
@@ -59,7 +59,10 @@ class LigerFusedLinearKTOLoss(nn.Module):
             lin_weight,
             target,
             reference_logp(*reference) if self.use_ref_model else None,
-            **layout | {"gamma": layout["seq_weight"] * self.beta * _checked_kl(kl)},  # kto_layout's is never below 0
+            **layout
+            | {
+                "gamma": layout["seq_weight"] * self.beta * _checked_kl(kl, hidden.device)
+            },  # kto_layout's is never below 0
             length_normalize=self.average_log_prob,
             bias=bias,
             ignore_index=self.ignore_index,
@@ -81,10 +84,16 @@ def _checked_labels(preference_labels: Tensor | None, target: Tensor) -> Tensor:
     return preference_labels
 
 
-def _checked_kl(kl: Tensor | float | None) -> Tensor | float:
+def _checked_kl(kl: Tensor | float | None, device: torch.device) -> Tensor | float:
     if not isinstance(kl, Tensor):
         check_number("kl", 0.0 if kl is None else kl)
         return kl or 0.0
     if kl.numel() != 1:
         raise ValueError(f"kl must be one number for the batch, [] or [1], got {list(kl.shape)}")
-    return kl.detach().float().reshape(())
+    if not kl.is_floating_point():
+        raise ValueError(f"kl must be a float tensor or a number, got {kl.dtype}")
+    check_device("kl", kl, "target", device)
+    value = kl.detach().float().reshape(())
+    if is_readable(value):
+        check_number("kl", value.item())
+    return value

@@ -116,11 +116,10 @@ def linear_preference_loss(
     Numerics: as linear_token_logp and preference_loss. A group of weight 0 is out of the loss, but not NaN or infinity
         in its hidden states out of the head's gradient: set its labels to `ignore_index` and `empty` to "zero".
     Memory: `budget_bytes`; on a CPU 32 MiB of it or 512 rows, whichever is more (of a trained 16-bit head 4D rows),
-        unless a group is larger and either not the first such or has `nll_weight` beside a margin: then as many as
-        it has, or as fit. A 16-bit trained head whose
-        rows do not go at once keeps its dW in float32 until the backward has rounded it, and a second one while a
-        second group that does not fit by itself is added. On an accelerator rows that take no more memory at once than
-        in two pieces, for want of a float32 dW, go at once.
+        unless a group is larger and either not the first such or has `nll_weight` beside a margin: then as many as it
+        has, or as fit. A 16-bit trained head whose rows do not go at once keeps its dW in float32 until the backward
+        has rounded it, and a second one while a second group that does not fit by itself is added. On an accelerator
+        rows that take no more memory at once than in two pieces, for want of a float32 dW, go at once.
     Cost: forward alone 2NDV flops, frozen head 4NDV, trained head 6NDV, whatever the length and the budget; an adapter
         of rank r on a frozen head 4NDV and 6NrV. N counts only the labels that count. 2DV more for each row beyond the
         budget of a group with both a margin and a likelihood term (`nll_weight`), or where that costs less than adding

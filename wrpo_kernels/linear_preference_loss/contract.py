@@ -47,9 +47,7 @@ def _linear_preference_loss(
     preference.check_groups(sequences.group, num_groups)
     sequences = preference.in_dtype(logp_dtype(tensors.hidden.dtype), sequences)
     divisor = max(num_groups, 1) if averages else 1
-    at_once, chunks = _chunks(tensors, options)
-    sizes = (options.budget_bytes, tensors.hidden, tensors.weight, tensors.up, options.logit_bytes(tensors.hidden))
-    limits = one_pass.Limits(at_once, rows_in_passing(*sizes), rows_within(*sizes))
+    limits, chunks = _limits_and_chunks(tensors, options)
     with no_autocast(tensors.hidden), LabelsByPosition("labels", tensors, options.ignore_index):
         head, rows = Head(tensors, options), rows_of(tensors, options)
         gradients = Gradients(tensors.hidden, head, options.asked, chunks, options.grad_filter)
@@ -86,13 +84,15 @@ def loss_backend(name: str | None) -> str | None:
     return TritonBackend.NAME if name == ExpProduct.NAME else name
 
 
-def _chunks(tensors: HeadTensors, options: HeadOptions) -> tuple[int, int]:
-    """Rows that go at once, and chunks in which the gradients are added up: two stand for any number."""
+def _limits_and_chunks(tensors: HeadTensors, options: HeadOptions) -> tuple[one_pass.Limits, int]:
+    """With the number of chunks in which the gradients are added up: two stand for any number."""
     sizes = (options.budget_bytes, tensors.hidden, tensors.weight, tensors.up)
-    at_once = rows_before_pieces(*sizes, options.asked.weight, options.logit_bytes(tensors.hidden))
+    logit_bytes = options.logit_bytes(tensors.hidden)
+    at_once = rows_before_pieces(*sizes, options.asked.weight, logit_bytes)
     if most_rows(options.num_rows, tensors.target) <= at_once:
-        return at_once, 1
-    return min(at_once, rows_within(*sizes, options.logit_bytes(tensors.hidden))), 2
+        return one_pass.Limits(at_once, at_once, at_once), 1
+    fit = rows_within(*sizes, logit_bytes)
+    return one_pass.Limits(min(at_once, fit), rows_in_passing(*sizes, logit_bytes), fit), 2
 
 
 def _fake(
@@ -106,7 +106,7 @@ def _fake(
     has_margin: bool,
 ) -> tuple[Tensor, ...]:
     hidden, weight, _, *rest = tensors
-    wide, (_, chunks) = logp_dtype(hidden.dtype), _chunks(tensors, options)
+    wide, (_, chunks) = logp_dtype(hidden.dtype), _limits_and_chunks(tensors, options)
     dw, dup = (None if x is None else total_dtype(hidden.dtype, x.dtype, chunks) for x in (weight, tensors.up))
     logp = hidden.new_empty(sequences.seq_weight.shape[0], dtype=wide)
     kinds = HeadGradients(hidden.dtype, dw, wide, hidden.dtype, dup)

@@ -38,6 +38,11 @@ class _Pairs(nn.Module):
         self.compute_nll_loss, self.average_log_prob = compute_nll_loss, average
         self.loss = loss
 
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return self.of_pairs(lin_weight, _input, target, bias)
+
     def of_pairs(
         self,
         weight: Tensor,
@@ -145,11 +150,6 @@ class LigerFusedLinearCPOLoss(_Pairs):
     ) -> None:
         super().__init__(ignore_index, beta, alpha, compute_nll_loss, average_log_prob, label_smoothing=label_smoothing)
 
-    def forward(
-        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return self.of_pairs(lin_weight, _input, target, bias)
-
 
 class LigerFusedLinearSimPOLoss(_Pairs):
     """liger_kernel.chunked_loss.LigerFusedLinearSimPOLoss."""
@@ -168,11 +168,6 @@ class LigerFusedLinearSimPOLoss(_Pairs):
         super().__init__(
             ignore_index, beta, alpha, compute_nll_loss, True, gamma=gamma, label_smoothing=label_smoothing
         )
-
-    def forward(
-        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return self.of_pairs(lin_weight, _input, target, bias)
 
 
 class LigerFusedLinearORPOLoss(_Pairs):

@@ -135,16 +135,12 @@ def _save(
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: None) -> dict[str, Tensor]:
-    scaled = _scaled_in_place if owns_saved(ctx) else _scaled
+    scaled = _scaled_in_place if owns_saved(ctx) else scaled_to
     factor, *totals = ctx.saved_tensors
     if factor is not None and factor.dim() == 0:
         grad_loss = grad_loss * factor
     each = zip(ctx.asked._asdict().items(), totals, ctx.dtypes, strict=True)
     return {name: scaled(total, grad_loss, dtype) for (name, asked), total, dtype in each if asked}
-
-
-def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    return total * factor if total.dtype == dtype == factor.dtype else scaled_to(total, factor, dtype)
 
 
 def _scaled_in_place(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

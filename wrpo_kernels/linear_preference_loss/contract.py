@@ -51,7 +51,7 @@ def _linear_preference_loss(
     with no_autocast(tensors.hidden), LabelsByPosition("labels", tensors, options.ignore_index):
         head, rows = Head(tensors, options), rows_of(tensors, options)
         gradients = Gradients(tensors.hidden, head, options.asked, chunks, options.grad_filter)
-        kernel = choose("preference_loss", loss_backend(options.backend), preference.CANDIDATES, sequences.seq_weight)
+        kernel = choose(loss_backend(options.backend), preference.CANDIDATES, sequences.seq_weight)
         loss = LossArguments(sequences, num_groups, family)
         result, factor = one_pass.run(head, rows, loss, on_host, divisor, limits, gradients, kernel, has_margin)
         if factor is None and chunks > 1:

@@ -282,11 +282,11 @@ def test_it_waits_for_its_name_until_the_table_says_where_its_tests_have_run(dev
     hidden = torch.zeros(2, 8, dtype=BF16, device=device)
     unproved = {"proved": None}
     monkeypatch.setattr(form, "row_of", lambda name: unproved)
-    assert choose("linear_token_logp", None, CANDIDATES, hidden).NAME != "triton_exp"
+    assert choose(None, CANDIDATES, hidden).NAME != "triton_exp"
     with pytest.raises(RuntimeError, match=rf"no test has run on {name} \({Path(form.TABLE).name}\)"):
-        choose("linear_token_logp", None, CANDIDATES[:1], hidden)
+        choose(None, CANDIDATES[:1], hidden)
     monkeypatch.setattr(form, "row_of", lambda name: {"proved": "somewhere"})
-    chosen = choose("linear_token_logp", None, CANDIDATES, hidden).NAME
+    chosen = choose(None, CANDIDATES, hidden).NAME
     assert (chosen == "triton_exp") == (device.type == "cuda")
 
 

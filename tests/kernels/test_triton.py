@@ -74,7 +74,7 @@ def test_importing_the_kernels_and_running_others_imports_no_triton(shown):
 
 
 def test_a_cpu_tensor_is_refused_with_the_way_to_the_interpreter(shown):
-    assert "triton: runs on cuda tensors, got cpu" in shown[1]
+    assert "backend='triton' cannot do this call: runs on cuda tensors, got cpu" in shown[1]
     assert "TRITON_INTERPRET=1" in shown[1]
 
 

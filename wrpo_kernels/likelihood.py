@@ -99,7 +99,7 @@ def linear_nll_loss(
     check_sequences(tensors.target, cu_seqlens)
     tensors = with_shifted_labels(tensors, "labels", shift, ignore_index, cu_seqlens)
     labels = tensors.target
-    check_name("linear_nll_loss", backend, CANDIDATES)
+    check_name(backend, CANDIDATES)
     counts = Counts(labels, cu_seqlens, ignore_index, lengths, num_rows)
     one_group = torch.zeros(count_sequences(labels, cu_seqlens), dtype=torch.int64, device=HOST)
     length, group, _ = counts.with_groups(one_group)

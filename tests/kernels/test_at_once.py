@@ -54,7 +54,9 @@ def test_the_short_way_gives_the_bits_of_the_long_one(dtype, wanted, is_padded, 
 
 
 @pytest.mark.parametrize(
-    "more", [{"grad_filter": 1e-4}, {"backend": "reference"}, {"logits_dtype": torch.float32}], ids=lambda x: next(iter(x))
+    "more",
+    [{"grad_filter": 1e-4}, {"backend": "reference"}, {"logits_dtype": torch.float32}],
+    ids=lambda x: next(iter(x)),
 )
 def test_the_short_way_leaves_what_it_has_not_to_the_long_one(more, taken):
     batch = batch_of(torch.bfloat16)

@@ -35,10 +35,8 @@ def is_plain(tensors: Sequence[Tensor | None]) -> bool:
         return False
     if number_of_modes() or has_transforms() or torch.jit.is_tracing() or not PLAIN.issuperset(map(type, tensors)):
         return False
-    for x in tensors:  # whose memory must hold the values: a view may stand for their negative, meta tensors have none
-        if x is not None and (x.is_neg() or x.is_meta):
-            return False
-    return True
+    # Their memory must hold the values: a view may stand for their negative, meta tensors have none.
+    return not [x for x in tensors if x is not None and (x.is_neg() or x.is_meta)]
 
 
 def owns_saved(ctx: Any) -> bool:

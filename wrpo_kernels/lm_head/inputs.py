@@ -170,7 +170,7 @@ def _settled(
     operands: torch.dtype,
     device: torch.device,
 ) -> tuple[tuple[float, float, float], int, int, tuple[float, bool, str | None]]:
-    """The fields of HeadOptions that depend on neither rows nor gradients: the first three, two more, the last three."""
+    """What HeadOptions say of neither rows nor gradients: the transform, an index, a budget, and the last three."""
     check_scalars(logit_scale, softcap, temperature)
     check_int("ignore_index", ignore_index)
     check_backend_name(backend)

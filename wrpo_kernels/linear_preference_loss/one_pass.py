@@ -88,7 +88,9 @@ class GroupPass:
     def scaled(self, rows: Rows, loss: LossArguments, is_alone: bool) -> Result:
         """One group, whose coefficients are known but for one factor: that is what is left of them after the walk."""
         gradients = self._gradients if self._gradients.is_empty else self._gradients.apart()
-        token_logp, coef = self._walk(rows, loss.sequences.margin_share(loss.family), loss, gradients)
+        share = loss.sequences.margin_share(loss.family)
+        share = share / share.abs().max().clamp(min=torch.finfo(share.dtype).tiny)  # any size: the factor makes up
+        token_logp, coef = self._walk(rows, share, loss, gradients)
         result, final = self._values_and_coefficients(token_logp, loss)
         largest = coef.abs().argmax(0)  # of any row the same, but for rounding and where it is zero
         own, whole = coef.take(largest), final.take(largest)
@@ -96,7 +98,7 @@ class GroupPass:
         if is_alone:
             self.pending = factor
         else:
-            self._gradients.take_in_(gradients, rows, factor)
+            self._gradients.take_in_(gradients, rows, factor, factor.where(coef != 0, 0.0))
         return result
 
     def twice(self, rows: Rows, loss: LossArguments) -> Result:

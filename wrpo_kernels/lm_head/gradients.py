@@ -86,8 +86,9 @@ class Gradients:
         other.is_empty = True
         return other
 
-    def take_in_(self, other: Gradients, rows: Rows, factor: Tensor) -> None:
-        """factor [] times what `other` has of these rows, and nothing else is in `other`: self, or `apart` from it."""
+    def take_in_(self, other: Gradients, rows: Rows, factor: Tensor, of_rows: Tensor) -> None:
+        """factor [] times what `other` has of these rows, and nothing else is in `other`: self, or `apart` from it.
+        of_rows [N, 1]: the factor, 0 where a row has no coefficient."""
         for total, share in ((self.dw, other.dw), (self.db, other.db), (self.dup, other.dup)):
             if total is share is not None:
                 total.mul_(factor)
@@ -96,7 +97,7 @@ class Gradients:
         for out in (self.dh, self.dlow):
             if out is not None:
                 out = out.view(-1, out.shape[-1])
-                rows.put_scaled_(out, 0, rows.take(out), factor.expand(len(rows), 1))
+                rows.put_scaled_(out, 0, rows.take(out), of_rows)
 
     def totals(self) -> HeadGradients:
         """As they were accumulated."""

@@ -120,7 +120,7 @@ def _save(ctx: Any, outputs: tuple[Tensor, ...], logp: Tensor, sequences: Sequen
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: None) -> dict[str, Tensor]:
     group, coef = ctx.saved_tensors
-    if not group.is_cpu:  # a coefficient is NaN there where the group is out of range: its index must not be followed
+    if not is_readable(group):  # a group out of range made NaN of its coefficient: its index must not be followed
         group = group.clamp(0, grad_loss.shape[0] - 1)
     return {"logp": coef * grad_loss.index_select(0, group)}
 

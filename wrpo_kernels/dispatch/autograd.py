@@ -61,8 +61,7 @@ def register(
 
     That takes its arguments grouped, as `check`, `kernel` and `fake` do. `check` raises for shapes and types that the
     kernel would not survive, wherever torch calls the op: compiled code, an exported program or a raw call have passed
-    no door. An eager call has. Where the kernel leaves one of several outputs None the op, whose outputs are tensors,
-    returns an empty one.
+    no door. An eager call has.
     """
     op = _define(name, takes, returns, check, kernel, fake)
 
@@ -87,14 +86,14 @@ def register_differentiable(
     """The same with a derivative.
 
     `save(ctx, outputs, *groups)` runs after the forward; `backward(ctx, *grads)` returns gradients by the names of the
-    arguments.
+    arguments. Where the kernel leaves an output None the op, whose outputs are tensors, returns an empty one.
     """
 
     def set_up(ctx: Any, inputs: Sequence[Any], output: tuple) -> None:
         ctx.set_materialize_grads(False)
         save(ctx, output, *takes.grouped(inputs))
 
-    op = _define(name, takes, returns, check, kernel, fake)
+    op = _define(name, takes, returns, check, _complete(takes, kernel), fake)
     library.register_autograd(f"wrpo::{name}", _derivative(name, takes.names, backward), setup_context=set_up)
     eager = _eager(name, kernel, save, _derivative(name, takes.names[: takes.tensors], backward))
 
@@ -110,15 +109,12 @@ def register_differentiable(
     return call
 
 
-def _complete(takes: Arguments, kernel: Callable[..., Any]) -> Callable[..., Any]:
+def _complete(takes: Arguments, kernel: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple]:
     """`kernel` as torch calls it: an output that it leaves None is an empty tensor."""
 
-    def complete(*groups: Any) -> Any:
+    def complete(*groups: Any) -> tuple[Tensor, ...]:
         first, *_ = takes.flat(groups)
-        outputs = kernel(*groups)
-        if not isinstance(outputs, tuple):
-            return outputs
-        return tuple([first.new_empty(0) if x is None else x for x in outputs])
+        return tuple([first.new_empty(0) if x is None else x for x in kernel(*groups)])
 
     return complete
 
@@ -174,7 +170,7 @@ def _define(
 
     full_name = f"wrpo::{name}"
     library.define(full_name, f"({takes.schema}) -> ({returns})")
-    library.impl(full_name, "CompositeExplicitAutograd", checked(_complete(takes, kernel)))
+    library.impl(full_name, "CompositeExplicitAutograd", checked(kernel))
     library.register_fake(full_name, checked(fake))
     return getattr(torch.ops.wrpo, name).default
 

@@ -73,19 +73,19 @@ def _fake(tensors: HeadTensors, options: HeadOptions) -> tuple[Tensor, Tensor, T
 
 def _linear_token_logp_backward(
     grad_logp: Tensor, logp: Tensor, unscaled: Tensor, kept: Tensor, tensors: HeadTensors, options: HeadOptions
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor, ...]:
     hidden, asked = tensors.hidden, options.asked
     with no_autocast(hidden):
         head, rows = Head(tensors, options), rows_of(tensors, options)
         coef, logp = rows.take(grad_logp.reshape(-1, 1)), rows.take(logp.reshape(-1))
         if not asked.of_head:
             dh = rows.spread_scaled(unscaled[: len(rows)], head.coefficients(coef, logp))
-            return in_own_types(tensors, HeadGradients(dh.view(hidden.shape), None, None, None, None))
+            return complete(tensors, HeadGradients(dh.view(hidden.shape), None, None, None, None))
         plan = plan_of(tensors, options)
         chunks = (plan.keep > 0) + -(-(len(rows) - plan.keep) // max(plan.chunk, 1))
         gradients = Gradients(hidden, head, asked, chunks, options.grad_filter)
         passes.backward(head, rows, plan, kept, coef, logp, gradients)
-        return in_own_types(tensors, gradients.totals())
+        return complete(tensors, gradients.totals())
 
 
 def _check_backward(
@@ -104,11 +104,11 @@ def _check_backward(
             raise ValueError(f"{name} must be {tensors.hidden.dtype} as hidden, got {value.dtype}")
 
 
-def in_own_types(tensors: HeadTensors, found: HeadGradients) -> tuple[Tensor | None, ...]:
-    """Each gradient in the type of its tensor; None where it was not asked for."""
+def complete(tensors: HeadTensors, found: HeadGradients) -> tuple[Tensor, ...]:
+    """Each in the type of its tensor; empty where it was not asked for."""
     hidden, weight, _, *rest = tensors
     pairs = zip(found, (hidden, weight, *rest), strict=True)
-    return tuple([None if grad is None else grad.to(like.dtype) for grad, like in pairs])
+    return tuple([hidden.new_empty(0) if grad is None else grad.to(like.dtype) for grad, like in pairs])
 
 
 def _fake_backward(

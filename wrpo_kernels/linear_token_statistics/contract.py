@@ -11,7 +11,7 @@ from wrpo_kernels.checks import check_device, check_shape
 from wrpo_kernels.dispatch.autograd import register, register_differentiable
 from wrpo_kernels.dispatch.schema import Arguments
 from wrpo_kernels.dispatch.triton_backend import TritonBackend
-from wrpo_kernels.linear_token_logp.contract import fake_gradients, in_own_types, rows_of
+from wrpo_kernels.linear_token_logp.contract import complete, fake_gradients, rows_of
 from wrpo_kernels.linear_token_statistics import cuda, native, passes, reference
 from wrpo_kernels.linear_token_statistics.wanted import COLUMNS, Wanted
 from wrpo_kernels.lm_head.budget import Plan, row_stride, row_tile, rows_in_passing, rows_within
@@ -74,7 +74,7 @@ def _linear_token_statistics_backward(
         told = (rows.take(values), rows.take(grad_values))
         logits = kept[:, : tensors.weight.shape[0]]
         passes.backward(head, rows, plan, logits, *told, gradients, wanted)
-        return in_own_types(tensors, gradients.totals())
+        return complete(tensors, gradients.totals())
 
 
 def _check_backward(

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wrpo_kernels.dispatch.huge_pages import in_huge_pages
+
 # Bytes. An accelerator gets more than a CPU: each chunk reads and writes the float32 gradient of the head once, and
 # with 512 MiB that made a step 1.33 times its products, with 1 GiB 1.16 (H200, 2026-11-26, see docs/log.md). With the
 # share below the heads of the suite are one chunk there, and a card of 24 GB gives logits 0.75 GiB.
@@ -145,7 +147,7 @@ def logits_buffer(like: Tensor, num_rows: int, vocabulary: int, dtype: torch.dty
     tokens added, is odd.
     """
     stride = row_stride(like.device, vocabulary)
-    buffer = like.new_empty(num_rows, stride, dtype=dtype)
+    buffer = in_huge_pages(like.new_empty(num_rows, stride, dtype=dtype))
     return buffer if stride == vocabulary else buffer[:, :vocabulary]
 
 

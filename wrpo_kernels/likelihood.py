@@ -103,7 +103,7 @@ def linear_nll_loss(
     check_int("ignore_index", ignore_index)
     labels = shifted_labels("labels", labels, shift, ignore_index, weight.shape[0], cu_seqlens)
     tensors = tensors._replace(target=labels)
-    check_name("linear_nll_loss", backend, CANDIDATES)
+    check_name(backend, CANDIDATES)
     counts = Counts(labels, cu_seqlens, ignore_index, lengths, num_rows)
     one_group = torch.zeros(count_sequences(labels, cu_seqlens), dtype=torch.int64, device=HOST)
     length, group, _ = counts.with_groups(one_group)

@@ -102,6 +102,24 @@ double wide_score(S row, int64_t v) {
   return double(row.capped(row.linear(v)).value) * double(row.multiplier);
 }
 
+// A log-sum-exp in doubles, an element at a time: slow, and right for every score that is finite.
+struct Wide {
+  double top, relative, mine, rest;  // base 2: top + log2(mine + rest), of the label relative = log2(mine)
+
+  // log2 p of a score. One number for the log-sum-exp would leave nothing of log2(mine + rest) beside a large top.
+  double log2_p(double score) const { return score - top - log2(mine + rest); }
+};
+
+template <class S>
+Wide wide_logsumexp(S row, int64_t V, int64_t label) {
+  double top = -double(kInf), rest = 0;
+  for (int64_t v = 0; v < V; ++v) top = wide_score(row, v) > top ? wide_score(row, v) : top;
+  for (int64_t v = 0; v < V; ++v)
+    if (v != label) rest += exp2(wide_score(row, v) - top);
+  const double relative = wide_score(row, label) - top;
+  return Wide{top, relative, exp2(relative), rest};
+}
+
 // Calls f with the Scores of the right type.
 template <class F>
 void dispatch(const TokenLogp& a, F f) {

@@ -118,22 +118,7 @@ void row_delta(Scores<T, has_bias, has_softcap> row, int64_t V, LogSumExp<double
   out[target] = store<T>(of_target);
 }
 
-// The same in doubles, an element at a time: slow, and right for every score that is finite in
-// units of log 2.
-struct Wide {
-  double top, relative, mine, rest;  // log-sum-exp, base 2: top + log2(mine + rest)
-};
-
-template <class S>
-Wide wide_logsumexp(S row, int64_t V, int64_t label) {
-  double top = -double(kInf), rest = 0;
-  for (int64_t v = 0; v < V; ++v) top = wide_score(row, v) > top ? wide_score(row, v) : top;
-  for (int64_t v = 0; v < V; ++v)
-    if (v != label) rest += exp2(wide_score(row, v) - top);
-  const double relative = wide_score(row, label) - top;
-  return Wide{top, relative, exp2(relative), rest};
-}
-
+// The same in doubles.
 template <class S, class T>
 void wide_delta(S row, int64_t V, Wide total, double coef, int64_t target, T* out) {
   const double sum = total.mine + total.rest;
@@ -159,13 +144,13 @@ void forward(const TokenLogp& a, Scores<T, has_bias, has_softcap> row, int64_t n
   };
   const LogSumExp<double> others = sum_of_others(row, a.V, y);
   const float linear = row.linear(y), score = row.relative(linear, 0.f);
-  if (others.top == kInf || !(score <= kFar)) {
+  const float top = larger(score, others.top);
+  if (others.top == kInf || !(score <= kFar) || top == -kInf) {  // -inf: scores that only doubles hold
     const Wide wide = wide_logsumexp(row, a.V, y);
     write(of_label(wide.relative, wide.mine, wide.rest), (wide.top + log2(wide.mine + wide.rest)) * kLn2);
     if (overwrite) wide_delta(row, a.V, wide, outer_slope(a), y, x);
     return;
   }
-  const float top = larger(score, others.top);
   const double relative = row.relative(linear, top), mine = exp2(relative), rest = rebase(others, top).sum;
   const OfLabel label = of_label(relative, mine, rest);
   write(label, (double(top) + log2(mine + rest)) * kLn2);

@@ -68,10 +68,11 @@ Sums sums_of(S row, int64_t V, double lse2) {
 
 // The same in doubles, for scores that float32 cannot tell apart.
 template <class S>
-Sums wide_sums_of(S row, int64_t V, double lse2) {
+Sums wide_sums_of(S row, int64_t V, int64_t label) {
+  const Wide whole = wide_logsumexp(row, V, label);
   Sums total{0, 0, 0, -double(kInf), 0};
   for (int64_t v = 0; v < V; ++v) {
-    const double log2 = wide_score(row, v) - lse2, p = exp2(log2);
+    const double log2 = whole.log2_p(wide_score(row, v)), p = exp2(log2);
     if (p != 0) total.p_log2_p += p * log2;  // NaN too
     total.p_squared += p * p;
     total.score += row.capped(row.linear(v)).value;
@@ -90,7 +91,7 @@ void statistics(const TokenLogp& a, Scores<T, has_bias, has_softcap> row, int64_
   }
   row.x = static_cast<const T*>(a.logits) + n * a.row_stride;
   const double lse2 = (double(high) + double(low)) * kLog2E;
-  const Sums sums = std::fabs(lse2) <= kFar ? sums_of(row, a.V, lse2) : wide_sums_of(row, a.V, lse2);
+  const Sums sums = std::fabs(lse2) <= kFar ? sums_of(row, a.V, lse2) : wide_sums_of(row, a.V, a.target[n]);
   values[kLogp] = logp, values[kLse] = high, values[kLseRest] = low;
   values[kEntropy] = float(-sums.p_log2_p * kLn2);
   values[kMeanLogits] = float(sums.score * double(row.multiplier) * kLn2 / double(a.V));
@@ -117,8 +118,9 @@ void gradient(const TokenLogp& a, Scores<T, has_bias, has_softcap> row, int64_t 
       x[v] = store<T>(terms(pow2(l), not_below(l, kLeastLog2), row.capped(linear).slope));
     }
   } else {
+    const Wide whole = wide_logsumexp(row, a.V, y);
     for (int64_t v = 0; v < a.V; ++v) {
-      const double l = wide_score(row, v) - lse2;
+      const double l = whole.log2_p(wide_score(row, v));
       x[v] = store<T>(float(wide(exp2(l), l > kLeastLog2 ? l : kLeastLog2, row.capped(row.linear(v)).slope)));
     }
   }

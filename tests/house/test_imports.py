@@ -98,7 +98,10 @@ def test_a_native_module_that_does_not_load_warns_once_with_the_cause_and_the_re
 
 
 def test_a_native_module_that_does_not_load_is_an_error_where_it_was_named(with_broken_module):
-    assert "native: wrpo_kernels._cpu is installed but does not load" in with_broken_module.refusal
+    assert (
+        "backend='native' cannot do this call: wrpo_kernels._cpu is installed but does not load"
+        in with_broken_module.refusal
+    )
 
 
 def test_the_report_tells_the_same(without_module, with_broken_module):

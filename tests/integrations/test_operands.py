@@ -99,6 +99,20 @@ def test_labels_of_floats_are_named(name):
         call(*operands()[:2], torch.ones(S, T), None)
 
 
+def nll_of_orpo(hidden: Any, weight: Any, labels: Any, bias: Any) -> Any:
+    return liger.LigerFusedLinearORPOLoss()(weight, hidden, torch.ones(S, T).long(), bias, labels)
+
+
+@pytest.mark.parametrize("value", [V, -1])
+@pytest.mark.parametrize("name", [*CALLS, "Liger, labels of ORPO's likelihood"])
+def test_a_label_out_of_range_is_named_as_its_library_names_it(name, value):
+    call, names = CALLS.get(name, (nll_of_orpo, ("_input", "lin_weight", "nll_target", "bias")))
+    given = operands()
+    given[2][1, 0] = value
+    with pytest.raises(ValueError, match=rf"^{names[2]}\[3\] .*V={V}\) or ignore_index=-100, got {value}"):
+        call(*given)
+
+
 def class_weights(value: Tensor) -> list[tuple[str, Callable[..., Any]]]:
     module = liger.LigerFusedLinearCrossEntropyLoss(ce_weight=value)
     return [

@@ -125,14 +125,14 @@ def test_without_a_name_the_reference_takes_what_the_others_refuse(door):
 @pytest.mark.parametrize("door", DOORS)
 def test_a_named_backend_that_cannot_raises_with_its_reason(door):
     pytest.importorskip("wrpo_kernels._cpu", reason="the native module was not built here")
-    with pytest.raises(RuntimeError, match=r"native: takes float32.*got torch\.float64"):
+    with pytest.raises(RuntimeError, match=r"^backend='native' cannot do this call: takes float32.*got torch\.float64"):
         calls(torch.float64)[door](backend="native")
 
 
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("name", ["fast", "", "Native", "triton "])
 def test_an_unknown_backend_is_an_error_that_lists_the_known_ones(door, name):
-    with pytest.raises(ValueError, match=rf"backend must be .*'native'.*'reference'.*got '{name}'"):
+    with pytest.raises(ValueError, match=rf"^backend must be .*'native'.*'reference'.*got '{name}'"):
         calls()[door](backend=name)
 
 

@@ -141,9 +141,9 @@ def test_token_statistics_through_the_head_are_made_by_their_kernels(budget, pla
 
 
 def test_the_backend_says_why_it_does_not_run_here():
-    with pytest.raises(RuntimeError, match="cuda: runs on cuda tensors, got cpu"):
+    with pytest.raises(RuntimeError, match="backend='cuda' cannot do this call: runs on cuda tensors, got cpu"):
         token_logp(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), backend="cuda")
-    with pytest.raises(RuntimeError, match=r"cuda: takes float32.* got torch\.float64"):
+    with pytest.raises(RuntimeError, match=r"backend='cuda' cannot do this call: takes float32.* got torch\.float64"):
         token_logp(torch.zeros(1, 2).double(), torch.zeros(1, dtype=torch.int64), backend="cuda")
 
 

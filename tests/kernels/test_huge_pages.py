@@ -59,9 +59,7 @@ def mappings() -> Iterator[Mapping]:
 
 def bytes_that_asked(start: int, size: int) -> int:
     """How many bytes of [start, start + size) asked for huge pages."""
-    return sum(
-        max(0, min(some.last, start + size) - max(some.first, start)) for some in mappings() if some.has_asked
-    )
+    return sum(max(0, min(some.last, start + size) - max(some.first, start)) for some in mappings() if some.has_asked)
 
 
 def has_asked(tensor: Tensor) -> bool:

@@ -32,7 +32,7 @@ REFUSED = {
     "the backend of linear_token_logp alone": (
         {"backend": "triton_fused"},
         ValueError,
-        r"linear_preference_loss: backend.*'native', 'cuda', 'triton', 'reference', 'triton_exp'\].*'triton_fused'",
+        r"backend.*'native', 'cuda', 'triton', 'reference', 'triton_exp'\].*'triton_fused'",
     ),
     "a backend that is a number": ({"backend": 1}, TypeError, "backend.*name of a backend.*int"),
     "labels of another type": ({"labels": [[0]]}, TypeError, "labels.*list"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from cost import budget_of, product_flops
@@ -200,3 +202,49 @@ def test_every_loss_has_the_gradients_of_one_chunk_in_float64(name, adding_is_fr
 @pytest.mark.parametrize("wanted", [("weight",), ("hidden", "up"), ("bias",), ("hidden", "low"), ("up",)])
 def test_whichever_gradients_are_asked_for(wanted, adding_is_free):
     assert_same(Batch(HEAD, torch.float64, torch.device("cpu")), 9, wanted)
+
+
+ONE_GROUP = {"group": torch.zeros(8, dtype=torch.int64), "num_groups": 1}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("groups", [{}, ONE_GROUP], ids=["three groups", "one group"])
+def test_a_hidden_state_that_is_no_number_reaches_the_rows_of_its_own_group_alone(groups, value, backend, device):
+    for rows in (None, 20, 9, 1):
+        batch = Batch(HEAD, torch.float32, device)
+        batch.hidden[1, 2, 3] = value  # its label counts
+        options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in groups.items()}
+        grads = gradients(batch, rows, ("hidden", "low"), backend, **options)
+        group = (batch.options | options)["group"]
+        reached = batch.counts & (group == group[1])[:, None]
+        assert grads["loss"].isnan()
+        for name in ("hidden", "low"):
+            assert torch.equal(grads[name].isnan().any(-1), reached), f"{name}, {rows} rows"
+            assert (grads[name][~batch.counts] == 0).all()
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf], ids=str)
+def test_what_comes_from_above_reaches_no_row_that_does_not_count(factor, backend, device):
+    for rows in (None, 9):
+        batch = Batch(HEAD, torch.float32, device)
+        leaves = {name: x.requires_grad_() for name, x in batch.tensors(bias=False).items()}
+        budget = None if rows is None else batch.budget(rows)
+        out = linear_preference_loss(
+            labels=batch.labels, beta=0.1, budget_bytes=budget, backend=backend, **leaves, **batch.options
+        )
+        (grad,) = torch.autograd.grad(out.loss, leaves["hidden"], out.loss.new_full((), factor), retain_graph=rows == 9)
+        assert (grad[~batch.counts] == 0).all()
+        assert not grad[batch.counts].isfinite().all(-1).any()
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e30, 3e38])
+@pytest.mark.parametrize("groups", [{}, ONE_GROUP], ids=["three groups", "one group"])
+def test_sequences_of_any_weight_have_the_gradients_of_one_chunk(groups, size, backend, adding_is_free):
+    """In float32, where a product of the hidden states with such a weight has long overflowed."""
+    batch = Batch(HEAD, torch.float32, torch.device("cpu"))
+    options = {"seq_weight": batch.options["seq_weight"] * size, "beta": 1e-2 / size, **groups}
+    whole = gradients(batch, None, NAMES, backend, **options)
+    for rows in (9, 1):
+        for name, value in gradients(batch, rows, NAMES, backend, **options).items():
+            assert value.isfinite().all() and whole[name].abs().max() > 0
+            torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-5 * float(whole[name].abs().max()))

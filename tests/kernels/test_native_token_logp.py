@@ -88,6 +88,15 @@ def test_scores_beyond_the_digits_of_float32_still_end_in_probabilities(size):
         assert_within("delta", delta, expected.double(), torch.tensor(EPS))
 
 
+@pytest.mark.parametrize("value", [3e38, -3e38])
+def test_equal_scores_that_only_doubles_hold_are_equally_probable(value):
+    for _ in each_level():
+        logp, _, delta = Call(torch.full((2, 4), value), torch.tensor([0, 3])).delta()
+        assert_within("logp", logp, torch.full((2,), 0.25, dtype=torch.float64).log(), torch.tensor(EPS))
+        exact = torch.eye(4, dtype=torch.float64)[[0, 3]] - 0.25
+        assert_within("delta", delta, exact, torch.tensor(EPS))
+
+
 def test_an_impossible_target_has_logp_of_minus_infinity():
     logits = torch.tensor([[0.0, -torch.inf, 1.0]])
     for _ in each_level():

@@ -103,12 +103,13 @@ def test_token_log_probs_and_their_gradients_read_nothing_back(asked, num_rows, 
 @pytest.mark.parametrize("num_rows", [N, M])
 def test_token_statistics_and_their_gradients_read_nothing_back(num_rows, budget, tensors):
     given, wanted = options(ASKED["head"], num_rows, budget), Wanted(*[True] * 4)
-    head, rows, plan = Head(tensors, given), rows_of(tensors, given), statistics.plan_of(tensors, given)
-    kernel, kept = statistics.kernel_of(tensors, given), tensors.hidden.new_empty(plan.keep, V)
-    values, top1 = statistics.passes.forward(head, rows, plan, kept, wanted, kernel)
+    head, rows = Head(tensors, given, statistics.CANDIDATES), rows_of(tensors, given)
+    plan = statistics.plan_of(tensors, given)
+    kept = tensors.hidden.new_empty(plan.keep, V)
+    values, top1 = statistics.passes.forward(head, rows, plan, kept, wanted)
     assert (rows.spread(values).shape, rows.spread(top1).shape) == ((M, 6), (M,))
     gradients = Gradients(tensors.hidden, head, given.asked, 2)
-    statistics.passes.backward(head, rows, plan, kept, values, values, gradients, wanted, kernel)
+    statistics.passes.backward(head, rows, plan, kept, values, values, gradients, wanted)
     assert all(total.is_meta for total in gradients.totals() if total is not None)
 
 
@@ -121,7 +122,7 @@ def test_one_pass_reads_nothing_back_while_the_rows_fit(num_rows, backend, tenso
     size, number = torch.empty(S, device="meta"), torch.empty(S, dtype=torch.int64, device="meta")
     sequences = Sequences(None, size, number, number, None, None, None, None)
     loss = LossArguments(sequences, 2, Family(0.1, 0.0, "sigmoid", 0.0, 0.05, False))
-    kernel = choose("preference_loss", "triton", CANDIDATES, size)
+    kernel = choose("triton", CANDIDATES, size)
     result, _ = one_pass.run(head, rows, loss, None, 2, one_pass.Limits(N + M, N + M, N + M), gradients, kernel)
     assert result.loss.shape == (2,) and result.logp.shape == (S,)
 
@@ -135,7 +136,7 @@ def test_groups_beyond_the_budget_are_planned_by_what_the_host_knows(lengths, nl
     size, number = torch.empty(S, device="meta"), torch.empty(S, dtype=torch.int64, device="meta")
     sequences = Sequences(None, size, number, number, size if nll else None, None, None, None)
     loss = LossArguments(sequences, 2, Family(0.1, 0.0, "sigmoid", 0.0, 0.05, False))
-    kernel = choose("preference_loss", "triton", CANDIDATES, size)
+    kernel = choose("triton", CANDIDATES, size)
     on_host = torch.tensor([lengths, [0, 0, 0, 1, 1, 1]])
     result, _ = one_pass.run(head, rows, loss, on_host, 2, one_pass.Limits(3, 3, 3), gradients, kernel)
     assert result.loss.shape == (2,) and result.logp.shape == (S,)

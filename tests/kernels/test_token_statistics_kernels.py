@@ -35,7 +35,7 @@ class Found(NamedTuple):
 def run(
     backend: str, logits: Tensor, target: Tensor, coef: Tensor, transform: Transform, wanted: Wanted = ALL
 ) -> Found:
-    kernel = choose("linear_token_statistics", backend, contract.CANDIDATES, logits)
+    kernel = choose(backend, contract.CANDIDATES, logits)
     told = (target, IGNORED, transform_of(transform), wanted)
     values = torch.empty(len(target), len(COLUMNS), device=logits.device)
     top1 = torch.empty(len(target), dtype=torch.int64, device=logits.device)
@@ -119,6 +119,22 @@ def test_a_scale_below_zero_turns_the_order_round(backend, device):
     check(backend, *rows_of(Case("", (5,), 131), torch.float32, device), Transform(logit_scale=-0.7))
 
 
+@pytest.mark.parametrize("size", [1e7, 1e20, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_of_scores_beyond_the_digits_of_float32_the_statistics_are_those_of_their_differences(
+    dtype, size, backend, device
+):
+    """One that dominates leaves an entropy of 0, k equal ones log k."""
+    rows = [[1.0, -1.0, 0.0, 0.5], [0.0, 0.0, 1.0, 1.0], [-1.0, -1.0, -1.0, -2.0], [1.0, 1.0, 1.0, 1.0]]
+    logits, target = (size * torch.tensor(rows, device=device)).to(dtype), torch.tensor([0, 3, 1, 2], device=device)
+    found = run(backend, logits, target, coefficients(target), Transform()).values
+    counts = torch.tensor([1.0, 2.0, 3.0, 4.0], device=device)
+    expected = {"logp": -counts.log(), "entropy": counts.log(), "log_sum_sq_probs": -counts.log()}
+    for name, value in expected.items():
+        torch.testing.assert_close(found[:, COLUMNS.index(name)], value, atol=1e-6, rtol=0)
+    check(backend, logits, target)
+
+
 WANTED = {name: Wanted(**{**dict.fromkeys(Wanted._fields, False), name: True}) for name in Wanted._fields}
 WANTED["nothing"] = Wanted(*[False] * 4)
 
@@ -145,7 +161,7 @@ def test_what_is_asked_for_has_the_same_bits_whatever_else_is_and_the_rest_is_em
 def test_log_probs_and_their_log_sum_exp_have_the_bits_of_the_other_op(vocabulary, backend, device):
     logits, target = rows_of(Case("", (2,), vocabulary, target="ends"), torch.bfloat16, device)
     got = run(backend, logits, target, coefficients(target), Transform(softcap=9.0)).values
-    kernel = choose("token_logp", backend, token_logp.CANDIDATES, logits)
+    kernel = choose(backend, token_logp.CANDIDATES, logits)
     logp, lse = torch.empty(2, device=device), torch.empty(2, 2, device=device)
     kernel.forward(logits, target, IGNORED, transform_of(Transform(softcap=9.0)), logp, lse)
     for name, expected in (("logp", logp), ("lse", lse[0]), ("lse_rest", lse[1])):
@@ -212,7 +228,7 @@ def test_nothing_around_the_rows_and_their_values_is_written(backend, device):
     whole, values = (torch.full(size, 7.0, device=device) for size in ((9, 140), (9, 6)))
     top1 = torch.full((9,), 7, device=device)
     target = torch.tensor([5, 0, -100, 130, 1, 2, 3], device=device)
-    kernel = choose("linear_token_statistics", backend, contract.CANDIDATES, whole)
+    kernel = choose(backend, contract.CANDIDATES, whole)
     told = (whole[1:8, 4:135], target, IGNORED, transform_of(Transform()), ALL, values[1:8])
     kernel.statistics(*told, top1[1:8])
     assert (whole == 7.0).all()

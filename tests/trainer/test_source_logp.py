@@ -20,6 +20,7 @@ from wrpo.data import load_examples, tokenize_examples
 from wrpo.reference import source_logp
 from wrpo.reference.command import parse
 from wrpo.reference.source_logp import with_source_logp
+from wrpo.training import command as training_command
 
 ROWS = [
     {"prompt": "2 + 3?", "source_chosen": ["five, of course", "5"], "target_chosen": "5.", "rejected": "what is the"},
@@ -173,6 +174,44 @@ def test_float32_logits_of_the_command_are_those_of_its_model_and_kept_apart(fla
     command += ["--layout", "padded"]
     assert [cli.main(command), cli.main([*command, "--logits_dtype", "float32"])] == [0, 0]
     assert [options["logits_dtype"] for options in asked] == [None, torch.float32], "what was kept has other logits"
+
+
+@pytest.mark.parametrize("brought_by", ["command", "trainer"])
+def test_a_run_says_that_the_reference_it_is_brought_was_rounded_otherwise(brought_by, models, tmp_path, capsys):
+    """Of a 16-bit head; the rounding would be in the log-ratios from the first step on."""
+    source = tmp_path / "rows.jsonl"
+    source.write_text(json.dumps(ROWS[0]) + "\n")
+    files = {}
+    for name, flags in {"rounded": [], "exact": ["--logits_dtype", "float32"], "wide": []}.items():
+        files[name] = tmp_path / f"{name}.jsonl"
+        dtype = "float32" if name == "wide" else "bfloat16"
+        command = ["logp", str(source), "-o", str(files[name]), "--reference", models[1], "--torch_dtype", dtype]
+        assert cli.main(command + flags) == 0
+    files["alone"] = tmp_path / "alone.jsonl"
+    files["alone"].write_text(files["exact"].read_text())
+    said = {}
+    for name in files:
+        for logits_dtype in (None, "float32"):
+            capsys.readouterr()
+            open_rows(brought_by, str(files[name]), models[1], tmp_path, logits_dtype)
+            said[name, logits_dtype] = [line for line in capsys.readouterr().err.splitlines() if "ref_logp" in line]
+    asks = {key for key, lines in said.items() if lines}
+    assert asks == {("rounded", "float32"), ("exact", None), ("alone", "float32")}
+    (line,) = said["rounded", "float32"]
+    assert line.startswith(f"{files['rounded']}: ref_logp was made with logits_dtype none and this run has float32")
+    (line,) = said["alone", "float32"]
+    assert "`wrpo logp --logits_dtype float32`" in line
+
+
+def open_rows(brought_by: str, file: str, model: str, folder: Path, logits_dtype: str | None) -> None:
+    settings = {**SETTINGS, "output_dir": str(folder / "run"), "logits_dtype": logits_dtype}
+    if brought_by == "trainer":
+        WRPOTrainer(model, WRPOConfig(**settings), train_dataset=file)
+    else:
+        flags = [] if logits_dtype is None else ["--logits_dtype", logits_dtype]
+        words = [file, "--model_name_or_path", model, "--output_dir", str(folder / "run"), *flags]
+        _, data, config = training_command.parse("train", WRPOConfig, words)
+        training_command._tokenised(file, "train", tiny_tokenizer(), config, data, "preference")
 
 
 def test_a_reference_is_cut_as_training_cuts():

@@ -39,6 +39,7 @@ from wrpo.settings import (
 from wrpo.settings.model import check_template
 from wrpo.user_error import UserError
 
+from .brought import sums_beside
 from .source_logp import ref_logp, with_source_logp
 
 OF_REFERENCE = ("chat_template", "chat_template_file", "max_prompt_length")
@@ -151,7 +152,7 @@ def column(settings: LogpSettings, triples: datasets.Dataset) -> tuple[str, Any]
     return "ref_logp", ref_logp(
         triples,
         model,
-        output.with_name(f"{output.name}.reference.safetensors"),
+        sums_beside(output),
         max_length=settings.max_length,
         max_prompt_length=settings.max_prompt_length,
         batch_size=settings.batch_size,

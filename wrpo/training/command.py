@@ -11,6 +11,7 @@ from transformers import set_seed
 from wrpo.data import load_examples, tokenize_examples
 from wrpo.data.loading import load_hub
 from wrpo.pretrained import check_adapter, load_model, load_tokenizer, require_template, warn_of_coarse_weights
+from wrpo.reference.brought import warn_of_other_logits
 from wrpo.settings import DataSettings, ModelSettings, parse_settings
 from wrpo.user_error import UserError
 
@@ -112,7 +113,7 @@ def _sources(data: DataSettings) -> dict[str, tuple[Any, str]]:
 
 
 def _tokenised(source: Any, split: str, tokenizer: Any, config: Any, data: DataSettings, stage: str) -> Any:
-    return tokenize_examples(
+    rows = tokenize_examples(
         load_examples(source, split=split, skip_bad_rows=data.skip_bad_rows, stage=stage, from_scores=data.from_scores),
         tokenizer,
         max_length=config.max_length,
@@ -121,6 +122,9 @@ def _tokenised(source: Any, split: str, tokenizer: Any, config: Any, data: DataS
         chat_template_kwargs=data.template_options(),
         num_proc=data.tokenize_processes if data.tokenize_processes > 1 else None,
     )
+    if stage == "preference":
+        warn_of_other_logits(source, rows, config.logits_dtype)
+    return rows
 
 
 def _print_paths(folder: Path) -> None:

@@ -51,19 +51,19 @@ def _waits_of(module: Backend) -> Callable | None:
     return getattr(module, "waits_to_be_named", None)
 
 
-def check_name(op: str, backend: str | None, candidates: tuple[Backend, ...]) -> None:
+def check_name(backend: str | None, candidates: tuple[Backend, ...]) -> None:
     if backend is not None and backend not in (names := [module.NAME for module in candidates]):
-        raise ValueError(f"{op}: backend must be one of {names} or None, got {backend!r}")
+        raise ValueError(f"backend must be one of {names} or None, got {backend!r}")
 
 
-def choose(op: str, backend: str | None, candidates: tuple[Backend, ...], *facts: object) -> Backend:
+def choose(backend: str | None, candidates: tuple[Backend, ...], *facts: object) -> Backend:
     """The implementation that runs: the one named, or the first that does not refuse.
 
     Raises:
         ValueError: no candidate has that name.
         RuntimeError: the named backend refuses, or all do; the message holds each reason.
     """
-    check_name(op, backend, candidates)
+    check_name(backend, candidates)
     reasons = []
     for module in candidates:
         if backend not in (None, module.NAME):
@@ -71,5 +71,7 @@ def choose(op: str, backend: str | None, candidates: tuple[Backend, ...], *facts
         reason = module.refuses(*facts) if backend else why_not(module, *facts)
         if reason is None:
             return module
+        if backend:
+            raise RuntimeError(f"backend={backend!r} cannot do this call: {reason}")
         reasons.append(f"{module.NAME}: {reason}")
-    raise RuntimeError(f"{op}: no backend can do this call; " + "; ".join(reasons))
+    raise RuntimeError("no backend can do this call; " + "; ".join(reasons))

@@ -62,7 +62,7 @@ def linear_cross_entropy(
     if vocab_parallel_options is not None:
         raise NotImplementedError("vocab_parallel_options: a head split over devices is not supported here")
     head: dict[str, Any] = {"bias": bias, "ignore_index": ignore_index, "softcap": softcap, "shift": shift}
-    e, targets = checked_operands(("e", "c", "targets", "bias"), e, c, targets, bias)
+    e, targets = checked_operands(("e", "c", "targets", "bias"), e, c, targets, bias, ignore_index)
     if not return_lse:
         loss = cross_entropy(e, c, targets, reduction=reduction, **head)
         return _predicted(loss, shift) if reduction == "none" else loss

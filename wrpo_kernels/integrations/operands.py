@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wrpo_kernels.checks import int64_labels
+from wrpo_kernels.checks import check_int, check_labels, int64_labels, is_readable
 from wrpo_kernels.lm_head.inputs import check_tensors
 from wrpo_kernels.logit_transform import check_bias
 
@@ -14,13 +14,17 @@ Names = tuple[str, str, str, str]  # what the caller calls hidden states, weight
 
 
 def checked_operands(
-    names: Names, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None
+    names: Names, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """`hidden` [..., D] as a linear layer takes it, and `labels` [...] in int64, of a head `weight` [V, D]."""
+    """`hidden` [..., D] as a linear layer takes it, and `labels` [...] in int64, of a head `weight` [V, D]. Values of
+    labels are read where that waits for no device."""
     of_hidden, of_weight, of_labels, of_bias = names
     labels = int64_labels(of_labels, labels)
     check_tensors(hidden, weight, labels, (of_hidden, of_weight, of_labels))
     check_bias(of_bias, bias, hidden, weight.shape[0])
+    check_int("ignore_index", ignore_index)
+    if is_readable(labels):
+        check_labels(of_labels, labels.reshape(-1), ignore_index, weight.shape[0])
     return as_linear_takes_it(hidden), labels
 
 

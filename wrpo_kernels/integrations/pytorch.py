@@ -52,7 +52,8 @@ def linear_cross_entropy(
     if options is not None:
         raise NotImplementedError("options belong to torch's own kernel; leave them out")
     names = ("input", "linear_weight", "target", "linear_bias")
-    hidden, target = checked_operands(names, input, linear_weight, target, linear_bias)
+    ignore_index = -100 if ignore_index is None else ignore_index
+    hidden, target = checked_operands(names, input, linear_weight, target, linear_bias, ignore_index)
     if weight is not None:
         check_class_weight("weight", weight, len(linear_weight), target.device)
     return cross_entropy(
@@ -62,6 +63,6 @@ def linear_cross_entropy(
         bias=linear_bias,
         class_weight=weight,
         reduction=reduction,
-        ignore_index=-100 if ignore_index is None else ignore_index,
+        ignore_index=ignore_index,
         label_smoothing=label_smoothing,
     )

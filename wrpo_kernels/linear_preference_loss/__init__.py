@@ -157,7 +157,7 @@ def linear_preference_loss(
         num_groups=num_groups,
         empty=empty,
     )
-    check_name("linear_preference_loss", backend, contract.CANDIDATES)
+    check_name(backend, contract.CANDIDATES)
     transform = (logit_scale, softcap, temperature)
     options = checked_options(
         tensors, *transform, ignore_index, counts.rows(), budget_bytes, grad_filter, logits_dtype, backend

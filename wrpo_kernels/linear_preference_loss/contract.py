@@ -51,7 +51,7 @@ def _linear_preference_loss(
     with no_autocast(tensors.hidden), LabelsByPosition("labels", tensors, options.ignore_index):
         head, rows = Head(tensors, options), rows_of(tensors, options)
         gradients = Gradients(tensors.hidden, head, options.asked, chunks, options.grad_filter)
-        kernel = choose("preference_loss", loss_backend(options.backend), preference.CANDIDATES, sequences.seq_weight)
+        kernel = choose(loss_backend(options.backend), preference.CANDIDATES, sequences.seq_weight)
         loss = LossArguments(sequences, num_groups, family)
         result, factor = one_pass.run(head, rows, loss, on_host, divisor, limits, gradients, kernel, has_margin)
         if factor is None and chunks > 1:
@@ -135,16 +135,12 @@ def _save(
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: None) -> dict[str, Tensor]:
-    scaled = _scaled_in_place if owns_saved(ctx) else _scaled
+    scaled = _scaled_in_place if owns_saved(ctx) else scaled_to
     factor, *totals = ctx.saved_tensors
     if factor is not None and factor.dim() == 0:
         grad_loss = grad_loss * factor
     each = zip(ctx.asked._asdict().items(), totals, ctx.dtypes, strict=True)
     return {name: scaled(total, grad_loss, dtype) for (name, asked), total, dtype in each if asked}
-
-
-def _scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    return total * factor if total.dtype == dtype == factor.dtype else scaled_to(total, factor, dtype)
 
 
 def _scaled_in_place(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

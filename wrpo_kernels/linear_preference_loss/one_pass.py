@@ -92,19 +92,23 @@ class GroupPass:
         is_first = self._gradients.is_empty
         takes_along = is_first and self._gradients.takes_factor
         gradients = self._gradients if is_first else self._gradients.apart()
-        token_logp, coef, last_piece = self._walk(rows, loss.sequences.margin_share(loss.family), loss, gradients)
+        share = loss.sequences.margin_share(loss.family)
+        share = share / share.abs().max().clamp(min=torch.finfo(share.dtype).tiny)  # any size: the factor makes up
+        token_logp, coef, last_piece = self._walk(rows, share, loss, gradients)
         if not takes_along:
             self._add(gradients, rows, *last_piece, coef, token_logp)
         result, final = self._values_and_coefficients(token_logp, loss)
         largest = coef.abs().argmax(0)  # of any row the same, but for rounding and where it is zero
         own, whole = coef.take(largest), final.take(largest)
         factor = (whole / own).where(own != 0, whole).reshape(())
+        of_rows = factor.where(coef != 0, 0.0)
         if takes_along:
+            gradients.scale_rows_(rows, of_rows[: last_piece[0]])
             self._add(gradients, rows, *last_piece, final, token_logp, factor.item())
         elif is_alone:
             self.pending = factor
         else:
-            self._gradients.take_in_(gradients, rows, factor)
+            self._gradients.take_in_(gradients, rows, factor, of_rows)
         return result
 
     def twice(self, rows: Rows, loss: LossArguments) -> Result:
@@ -149,8 +153,8 @@ class GroupPass:
         token_logp: Tensor,
         factor: float = 1.0,
     ) -> None:
-        """The gradients of the piece at `first`, of the coefficients [N, 1] of all rows, beside `factor` times those
-        before it."""
+        """The gradients of the piece at `first`, of the coefficients [N, 1] of all rows; those of the head beside
+        `factor` times what is there."""
         last = first + len(delta)
         some = self._head.coefficients(slice_rows(coef, first, last), token_logp[first:last])
         gradients.add(rows, first, delta, some, factor)

@@ -98,7 +98,7 @@ def linear_token_statistics(
     tensors = tensors._replace(target=target)
     counted = count_labels(target.reshape(1, -1), ignore_index)
     rows = count_rows(counted, target.numel(), num_rows)
-    check_name("linear_token_statistics", backend, contract.CANDIDATES)
+    check_name(backend, contract.CANDIDATES)
     transform = (logit_scale, softcap, temperature)
     options = checked_options(tensors, *transform, ignore_index, rows, budget_bytes, None, logits_dtype, backend)
     wanted = Wanted(*(name in outputs for name in Wanted._fields))

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from wrpo_kernels.checks import check_device, check_shape
 from wrpo_kernels.dispatch.autograd import register, register_differentiable
-from wrpo_kernels.dispatch.backends import Backend, choose
 from wrpo_kernels.dispatch.huge_pages import in_huge_pages
 from wrpo_kernels.dispatch.schema import Arguments
 from wrpo_kernels.dispatch.triton_backend import TritonBackend
@@ -49,19 +48,16 @@ def _kept_dtype(tensors: HeadTensors, options: HeadOptions) -> torch.dtype:
     return torch.float32 if options.has_float32_logits else tensors.hidden.dtype
 
 
-def kernel_of(tensors: HeadTensors, options: HeadOptions) -> Backend:
-    return choose("linear_token_statistics", options.backend, CANDIDATES, tensors.hidden)
-
-
 def _linear_token_statistics(
     tensors: HeadTensors, options: HeadOptions, wanted: Wanted
 ) -> tuple[Tensor, Tensor, Tensor]:
     """values [M, 6] of COLUMNS and top1 [M] of all M positions, and the logits that are kept."""
     with no_autocast(tensors.hidden), LabelsByPosition("target", tensors, options.ignore_index):
-        head, rows, plan = Head(tensors, options), rows_of(tensors, options), plan_of(tensors, options)
+        head = Head(tensors, options, CANDIDATES)
+        rows, plan = rows_of(tensors, options), plan_of(tensors, options)
         kept = _empty_kept(tensors, options)
         logits = kept[:, : tensors.weight.shape[0]]
-        values, top1 = passes.forward(head, rows, plan, logits, wanted, kernel_of(tensors, options))
+        values, top1 = passes.forward(head, rows, plan, logits, wanted)
         return rows.spread(values), rows.spread(top1 + 1) - 1, kept
 
 
@@ -76,12 +72,13 @@ def _linear_token_statistics_backward(
 ) -> tuple[Tensor, ...]:
     hidden = tensors.hidden
     with no_autocast(hidden):
-        head, rows, plan = Head(tensors, options), rows_of(tensors, options), plan_of(tensors, options)
+        head = Head(tensors, options, CANDIDATES)
+        rows, plan = rows_of(tensors, options), plan_of(tensors, options)
         chunks = 1 if len(rows) <= plan.chunk else 2
         gradients = Gradients(hidden, head, options.asked, chunks)
         told = (rows.take(values), rows.take(grad_values))
         logits = kept[:, : tensors.weight.shape[0]]
-        passes.backward(head, rows, plan, logits, *told, gradients, wanted, kernel_of(tensors, options))
+        passes.backward(head, rows, plan, logits, *told, gradients, wanted)
         return complete(tensors, gradients.totals())
 
 

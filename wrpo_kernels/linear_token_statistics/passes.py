@@ -13,7 +13,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wrpo_kernels.dispatch.backends import Backend
 from wrpo_kernels.linear_token_logp.passes import chunks
 from wrpo_kernels.linear_token_statistics.wanted import COLUMNS, Wanted
 from wrpo_kernels.lm_head.budget import Plan, even_chunk, logits_buffer
@@ -34,7 +33,7 @@ def plan_rows(num_rows: int, fit: int, kept_fit: int, is_trained: bool, tile: in
     return Plan(min(num_rows, kept_fit * (fit - work) // fit), work)
 
 
-def forward(head: Head, rows: Rows, plan: Plan, kept: Tensor, wanted: Wanted, kernel: Backend) -> tuple[Tensor, Tensor]:
+def forward(head: Head, rows: Rows, plan: Plan, kept: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor]:
     """Returns values [N, 6] and top1 [N]; leaves the logits of the first rows in `kept` [keep, V]."""
     number, weight = len(rows), head.weight
     values = weight.new_empty(number, len(COLUMNS), dtype=head.logp_dtype)
@@ -46,7 +45,7 @@ def forward(head: Head, rows: Rows, plan: Plan, kept: Tensor, wanted: Wanted, ke
     for first, last, out in pieces:
         logits = _logits(head, rows, first, last, out)
         told = (rows.target[first:last], head.ignore_index, head.transform, wanted)
-        kernel.statistics(logits, *told, values[first:last], top1[first:last])
+        head.kernel.statistics(logits, *told, values[first:last], top1[first:last])
     return values, top1
 
 
@@ -59,7 +58,6 @@ def backward(
     coef: Tensor,
     gradients: Gradients,
     wanted: Wanted,
-    kernel: Backend,
 ) -> None:
     """Adds the gradients of the rows from their kept or newly made logits; coef [N, 6] is d loss / d values."""
     number = len(rows)
@@ -76,7 +74,7 @@ def backward(
         else:
             _logits(head, rows, first, last, logits)
         told = (rows.target[first:last], head.ignore_index, head.transform, wanted)
-        kernel.grad_(logits, *told, values[first:last], coef[first:last])
+        head.kernel.grad_(logits, *told, values[first:last], coef[first:last])
         gradients.add(rows, first, head.narrowed(logits, len(buffer)), size[first:last])
 
 

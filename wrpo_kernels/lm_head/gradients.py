@@ -68,8 +68,8 @@ class Gradients:
         return self._weight.is_cpu and self._weight.dtype.itemsize > 2
 
     def add(self, rows: Rows, first: int, delta: Tensor, coef: Tensor, factor: float = 1.0) -> None:
-        """The share of rows [first, first + n): delta [n, V], coef [n, 1]; what is there, of rows [0, first) and no
-        others, is multiplied by `factor`."""
+        """The share of rows [first, first + n): delta [n, V], coef [n, 1]; to dW, db and dup beside `factor` times what
+        is there."""
         last = first + delta.shape[0]
         columns = None
         if self._filter and not (self.dh is self.dw is None):
@@ -84,8 +84,6 @@ class Gradients:
             self._put_rows(self.dlow, rows, first, delta, coef, self._up, None)
         if self.dup is not None:
             self._add_weight(self.dup, delta, scaled_rows(rows.low(first, last), coef), None, factor)
-        if factor != 1.0:
-            self._scale_rows(rows, first, coef.new_tensor(factor))
         self.is_empty = False
         self._has_rows = True
 
@@ -97,14 +95,22 @@ class Gradients:
         other.is_empty = True
         return other
 
-    def take_in_(self, other: Gradients, rows: Rows, factor: Tensor) -> None:
-        """factor [] times what `other` has of these rows, and nothing else is in `other`: self, or `apart` from it."""
+    def take_in_(self, other: Gradients, rows: Rows, factor: Tensor, of_rows: Tensor) -> None:
+        """factor [] times what `other` has of these rows, and nothing else is in `other`: self, or `apart` from it.
+        of_rows [N, 1]: the factor, 0 where a row has no coefficient."""
         for total, share in ((self.dw, other.dw), (self.db, other.db), (self.dup, other.dup)):
             if total is share is not None:
                 total.mul_(factor)
             elif total is not None:
                 total.addcmul_(share, factor)
-        self._scale_rows(rows, len(rows), factor)
+        self.scale_rows_(rows, of_rows)
+
+    def scale_rows_(self, rows: Rows, factor: Tensor) -> None:
+        """factor [n, 1] times dh and dlow of the first n rows."""
+        for out in (self.dh, self.dlow):
+            if out is not None:
+                out = out.view(-1, out.shape[-1])
+                rows.put_scaled_(out, 0, rows.take(out, 0, len(factor)), factor)
 
     def totals(self) -> HeadGradients:
         """As they were accumulated."""
@@ -131,16 +137,7 @@ class Gradients:
         column_filter.grad_hidden_into(share, delta, operand, columns)
         rows.put_scaled_(out, first, share, coef)
 
-    def _scale_rows(self, rows: Rows, last: int, factor: Tensor) -> None:
-        """factor [] times dh and dlow of rows [0, last)."""
-        for out in (self.dh, self.dlow):
-            if out is not None:
-                out = out.view(-1, out.shape[-1])
-                rows.put_scaled_(out, 0, rows.take(out, 0, last), factor.expand(last, 1))
-
-    def _add_weight(
-        self, total: Tensor, delta: Tensor, scaled: Tensor, columns: Tensor | None, factor: float
-    ) -> None:
+    def _add_weight(self, total: Tensor, delta: Tensor, scaled: Tensor, columns: Tensor | None, factor: float) -> None:
         is_sum = columns is None and total.dtype == delta.dtype
         if factor == 0.0 or (factor != 1.0 and not is_sum):  # times 0, addmm would hide what is not finite
             total.mul_(factor)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wrpo_kernels.checks import check_labels
-from wrpo_kernels.dispatch.backends import choose
+from wrpo_kernels.dispatch.backends import Backend, choose
 from wrpo_kernels.dispatch.triton_backend import FusedTritonBackend
 from wrpo_kernels.lm_head.budget import logits_buffer
 from wrpo_kernels.lm_head.exp_product.form import ExpProduct
@@ -53,14 +53,16 @@ class Head:
             beside them, in the type in which it is multiplied.
     """
 
-    def __init__(self, tensors: HeadTensors, options: HeadOptions) -> None:
+    def __init__(
+        self, tensors: HeadTensors, options: HeadOptions, candidates: tuple[Backend, ...] = CANDIDATES
+    ) -> None:
         hidden, weight, up = tensors.hidden, tensors.weight, tensors.up
         self.weight_dtype, self.up_dtype = weight.dtype, None if up is None else up.dtype  # as the caller has them
         self.weight = weight if weight.dtype == hidden.dtype else weight.to(hidden.dtype)
         self.up = None if up is None else up.to(hidden.dtype)
         self.transform = options.transform(tensors.bias)
         self.ignore_index = options.ignore_index
-        self.kernel = choose("linear_token_logp", options.backend, CANDIDATES, hidden)
+        self.kernel = choose(options.backend, candidates, hidden)
         self.logp_dtype = logp_dtype(hidden.dtype)
         self._powers = self.kernel if isinstance(self.kernel, ExpProduct) else None
         self.writes_in_place = self._powers is not None or not options.has_float32_logits  # powers are of float32 sums

@@ -89,7 +89,7 @@ def _preference_loss(
     logp: Tensor, sequences: Sequences, num_groups: int, family: Family, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_groups(sequences.group, num_groups)
-    kernel = choose("preference_loss", backend, CANDIDATES, logp)
+    kernel = choose(backend, CANDIDATES, logp)
     return kernel.forward(logp, LossArguments(in_dtype(logp.dtype, sequences), num_groups, family))
 
 

@@ -86,7 +86,7 @@ def _contiguous_rows(logits: Tensor) -> Tensor:
 def _token_logp(
     logits: Tensor, target: Tensor, transform: LogitTransform, ignore_index: int, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    kernel = choose("token_logp", backend, CANDIDATES, logits)
+    kernel = choose(backend, CANDIDATES, logits)
     logp = logits.new_empty(logits.shape[0], dtype=logp_dtype(logits.dtype))
     lse = logp.new_empty(2, len(logp))
     kernel.forward(_contiguous_rows(logits), target.contiguous(), ignore_index, transform, logp, lse)
@@ -110,7 +110,7 @@ def _token_logp_backward(
     ignore_index: int,
     backend: str | None,
 ) -> Tensor:
-    kernel = choose("token_logp", backend, CANDIDATES, logits)
+    kernel = choose(backend, CANDIDATES, logits)
     grad_logits = in_huge_pages(torch.empty(logits.shape, dtype=logits.dtype, device=logits.device))
     rows, grads = _contiguous_rows(logits), grad_logp.contiguous()
     kernel.grad(rows, target.contiguous(), ignore_index, transform, logp, lse, grads, grad_logits)

@@ -59,7 +59,7 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
     ) -> Tensor | CrossEntropyOutput:
-        hidden, target = checked_operands(NAMES, _input, lin_weight, target, bias)
+        hidden, target = checked_operands(NAMES, _input, lin_weight, target, bias, self.head["ignore_index"])
         if self.ce_weight is not None:
             check_class_weight("ce_weight", self.ce_weight, len(lin_weight), target.device)
         given = (hidden, lin_weight, target)

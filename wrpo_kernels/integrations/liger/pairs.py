@@ -202,7 +202,7 @@ class LigerFusedLinearORPOLoss(_Pairs):
         loss, logged = self.of_pairs(lin_weight, _input, target, bias, nll_elsewhere=own is not None)
         chosen, rejected, *means, nll, chosen_reward, rejected_reward = logged
         if own is not None:
-            hidden, own = checked_operands(NLL_NAMES, _input, lin_weight, own, bias)
+            hidden, own = checked_operands(NLL_NAMES, _input, lin_weight, own, bias, self.ignore_index)
             half = slice(len(chosen))
             nll = linear_cross_entropy(hidden[half], lin_weight, own[half], bias=bias, ignore_index=self.ignore_index)
             loss = loss + nll

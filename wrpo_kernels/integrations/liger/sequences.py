@@ -18,7 +18,7 @@ def sequence_operands(
     _input: Tensor, lin_weight: Tensor, target: Tensor, bias: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     """`_input` [S, T, D] as a linear layer takes it, and `target` [S, T] in int64, with labels that count in each."""
-    hidden, labels = checked_operands(NAMES, _input, lin_weight, target, bias)
+    hidden, labels = checked_operands(NAMES, _input, lin_weight, target, bias, ignore_index)
     if labels.dim() != 2:
         raise ValueError(f"target must be [S, T], got {list(labels.shape)}")
     if is_readable(labels):
@@ -38,7 +38,7 @@ def reference_logp(
     """[S] float32, the summed log-prob of each sequence under the reference."""
     if ref_input is None or ref_weight is None:
         raise ValueError("ref_input and ref_weight must be given with use_ref_model=True")
-    hidden, labels = checked_operands(REFERENCE_NAMES, ref_input, ref_weight, target, ref_bias)
+    hidden, labels = checked_operands(REFERENCE_NAMES, ref_input, ref_weight, target, ref_bias, ignore_index)
     return linear_token_logp(hidden, ref_weight, labels, bias=ref_bias, ignore_index=ignore_index).sum(1)
 
 

@@ -19,9 +19,15 @@ LIMIT, LN2 = tl.constexpr(form.LIMIT), tl.constexpr(math.log(2))
 
 
 @triton.jit
-def _left_the_range(logp, n, in_rows):
-    """Whether the sum of the powers overflowed, or is so large that it might in a product; NaN too."""
-    return in_rows & ~(tl.load(logp + n, mask=in_rows, other=0.0) > LIMIT)
+def _rows_that_left(logp, N, ROWS: tl.constexpr):
+    """Of a program: its first row, all its rows, which of them left the range, and whether any did.
+
+    Their sum of powers overflowed, or is so large that it might in a product; or it is NaN.
+    """
+    row = tl.program_id(0) * ROWS
+    n = row + tl.arange(0, ROWS)
+    wrong = (n < N) & ~(tl.load(logp + n, mask=n < N, other=0.0) > LIMIT)
+    return row, n, wrong, tl.max(wrong.to(tl.int32), 0) > 0
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -52,10 +58,8 @@ def _exp_repair_sums_fwd(
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    row = tl.program_id(0) * BLOCK_N
-    n = row + tl.arange(0, BLOCK_N)
-    wrong = _left_the_range(logp, n, n < N)
-    if tl.max(wrong.to(tl.int32), 0) > 0:
+    row, n, wrong, is_concerned = _rows_that_left(logp, N, BLOCK_N)
+    if is_concerned:
         for tile_v in range(tl.program_id(1), tl.cdiv(V, BLOCK_V), tl.num_programs(1)):
             z, _bend = tile_scores(
                 hidden, weight, low, up, bias, row, tile_v * BLOCK_V, N, V, D, rank, stride_hn, stride_wv, stride_ln,
@@ -81,9 +85,8 @@ def _exp_repair_merge_fwd(
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    wrong = _left_the_range(logp, n, n < N)
-    if tl.max(wrong.to(tl.int32), 0) > 0:
+    _row, n, wrong, is_concerned = _rows_that_left(logp, N, ROWS)
+    if is_concerned:
         top = tl.full([ROWS], LOWEST, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         for first in range(0, tiles, TILES):
@@ -134,10 +137,8 @@ def _exp_repair_store_fwd(
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    row = tl.program_id(0) * BLOCK_N
-    n = row + tl.arange(0, BLOCK_N)
-    wrong = _left_the_range(logp, n, n < N)
-    if tl.max(wrong.to(tl.int32), 0) > 0:
+    row, n, wrong, is_concerned = _rows_that_left(logp, N, BLOCK_N)
+    if is_concerned:
         whole = tl.load(lse + n, mask=wrong, other=0.0)
         label = tl.load(target + n, mask=wrong, other=-1)
         is_token = wrong & (label >= 0) & (label < V)

@@ -101,12 +101,13 @@ class GroupPass:
         largest = coef.abs().argmax(0)  # of any row the same, but for rounding and where it is zero
         own, whole = coef.take(largest), final.take(largest)
         factor = (whole / own).where(own != 0, whole).reshape(())
+        if is_alone and not takes_along:
+            self.pending = factor
+            return result
         of_rows = factor.where(coef != 0, 0.0)
         if takes_along:
             gradients.scale_rows_(rows, of_rows[: last_piece[0]])
             self._add(gradients, rows, *last_piece, final, token_logp, factor.item())
-        elif is_alone:
-            self.pending = factor
         else:
             self._gradients.take_in_(gradients, rows, factor, of_rows)
         return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections.abc import Callable
@@ -25,6 +26,7 @@ def run_in_two_processes(work: Callable[[int, Path], Any], folder: Path) -> list
 
 def _process(rank: int, work: Callable[[int, Path], Any], folder: Path, port: int) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported, as in tests/conftest.py
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()}, CUDA_VISIBLE_DEVICES="")
     torch.save(work(rank, folder), folder / f"rank{rank}.pt")

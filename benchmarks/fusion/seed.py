@@ -141,8 +141,8 @@ class SeedRun:
         waiting = {row["prompt"] for row in build_rows(sources, BuildSettings(stage="sft", seed=self.seed)).prompts}
         tasks = [task for task in self.prompts if task.prompt in waiting]
         own = self.candidates(self.folder / f"target-{count}.jsonl", {"target": self.fine_tuned(count)}, tasks)
-        several = BuildSettings(seed=self.seed, num_sources=count, weight_temperature=WEIGHT_TEMPERATURE)
-        return build_rows([*sources, *own], several if keeps_each else BuildSettings(seed=self.seed))
+        several = {"num_sources": count, "weight_temperature": WEIGHT_TEMPERATURE} if keeps_each and count > 1 else {}
+        return build_rows([*sources, *own], BuildSettings(seed=self.seed, **several))
 
     # -- arms ---------------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "huge_pages.h"
 #include "preference_loss.h"
 #include "sequence_sum.h"
 #include "simd.h"
@@ -226,6 +227,8 @@ void count_labels(Pointer labels, int64_t S, int64_t T, int64_t stride_s, int64_
 
 // the machine
 
+bool advise_huge_pages(Pointer start, int64_t bytes) { return wrpo::advise_huge_pages(as<void>(start), bytes); }
+
 py::dict features() {
 #if defined(_OPENMP)
   const char* threads = "openmp";
@@ -247,6 +250,8 @@ PYBIND11_MODULE(_cpu, m) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   m.doc() = "CPU kernels over raw pointers; the functions of wrpo_kernels check and call them.";
   m.def("features", &features, "What this build and this machine offer.");
+  m.def("advise_huge_pages", &advise_huge_pages, Unlocked(), "start"_a, "bytes"_a,
+        "Ask for huge pages under this memory; False where the system has none to give.");
   m.def("set_simd", &wrpo::use_level, "level"_a, "Choose the instruction set: generic, avx2 or avx512.");
   m.def("token_logp", &token_logp<&wrpo::Level::token_logp>, Unlocked(), "logits"_a, "dtype"_a, "n"_a, "V"_a,
         "row_stride"_a, "target"_a, "ignore_index"_a, "bias"_a, "scale"_a, "softcap"_a, "inv_temperature"_a, "logp"_a,

@@ -14,6 +14,7 @@ from torch import Tensor
 from wrpo_kernels.dispatch.backends import load_extension
 from wrpo_kernels.linear_token_logp.contract import rows_of
 from wrpo_kernels.lm_head import products
+from wrpo_kernels.lm_head.budget import logits_buffer
 from wrpo_kernels.lm_head.inputs import HeadGradients, HeadOptions, HeadTensors
 from wrpo_kernels.preference_loss.family import LossArguments
 from wrpo_kernels.token_logp import native
@@ -36,7 +37,7 @@ def run(
     weight, rows = tensors.weight, rows_of(tensors, options)
     number = len(rows)
     hidden = rows.hidden(0, number)
-    delta = products.logits_into(hidden.new_empty(number, weight.shape[0]), hidden, weight)
+    delta = products.logits_into(logits_buffer(weight, number, weight.shape[0]), hidden, weight)
     *values, coef = _values_and_delta_(delta, rows.target, options, loss, divisor)
     dh = dw = None
     if options.asked.hidden:

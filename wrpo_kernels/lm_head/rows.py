@@ -94,12 +94,14 @@ class Rows:
         """[last - first, r] of an adapter, in the type of the hidden states."""
         if self._low is None:
             return None
-        low = slice_rows(self._low, first, last) if self.index is None else self._low[self.index[first:last]]
-        return low.to(self._hidden.dtype)
+        return self.take(self._low, first, last).to(self._hidden.dtype)
 
-    def take(self, values: Tensor) -> Tensor:
-        """[M, ...] -> [N, ...]"""
-        return values if self.index is None else values.index_select(0, self.index)
+    def take(self, values: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+        """[M, ...] -> [N, ...], or of rows [first, last) alone; a view where nothing was left out."""
+        last = len(self) if last is None else last
+        if self.index is None:
+            return slice_rows(values, first, last)
+        return values.index_select(0, slice_rows(self.index, first, last))
 
     def output_for(self, out: Tensor, first: int, last: int) -> Tensor:
         """Where values of rows [first, last) are to be written: in `out` [M, ...] itself if nothing was left out."""

@@ -12,10 +12,8 @@ from wrpo_kernels.checks import (
     check_constant,
     check_device,
     check_float,
-    check_int,
     check_shape,
     check_tensor,
-    int64_labels,
 )
 from wrpo_kernels.dispatch.backends import check_name
 from wrpo_kernels.layout import HOST, count_sequences
@@ -29,7 +27,7 @@ from wrpo_kernels.linear_preference_loss import (
 from wrpo_kernels.linear_preference_loss.contract import CANDIDATES
 from wrpo_kernels.linear_preference_loss.lengths import Counts
 from wrpo_kernels.lm_head.inputs import checked_options, checked_tensors
-from wrpo_kernels.lm_head.labels import shifted_labels
+from wrpo_kernels.lm_head.labels import with_shifted_labels
 from wrpo_kernels.preference_loss.reduction import reduce_loss
 from wrpo_kernels.token_logp.contract import logp_dtype
 
@@ -97,12 +95,10 @@ def linear_nll_loss(
     Source: ours.
     """
     check_backend_name(backend)
-    labels = int64_labels("labels", labels)
     tensors = checked_tensors(hidden, weight, labels, bias, adapter, "labels")
-    check_sequences(labels, cu_seqlens)
-    check_int("ignore_index", ignore_index)
-    labels = shifted_labels("labels", labels, shift, ignore_index, weight.shape[0], cu_seqlens)
-    tensors = tensors._replace(target=labels)
+    check_sequences(tensors.target, cu_seqlens)
+    tensors = with_shifted_labels(tensors, "labels", shift, ignore_index, cu_seqlens)
+    labels = tensors.target
     check_name(backend, CANDIDATES)
     counts = Counts(labels, cu_seqlens, ignore_index, lengths, num_rows)
     one_group = torch.zeros(count_sequences(labels, cu_seqlens), dtype=torch.int64, device=HOST)

@@ -40,6 +40,10 @@ def check_transform(
     bias: Tensor | None, logit_scale: float, softcap: float | None, temperature: float, like: Tensor, vocabulary: int
 ) -> None:
     check_bias("bias", bias, like, vocabulary)
+    check_scalars(logit_scale, softcap, temperature)
+
+
+def check_scalars(logit_scale: float, softcap: float | None, temperature: float) -> None:
     check_number("logit_scale", logit_scale)
     if softcap is not None:
         check_number("softcap", softcap, least=0.0)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 # Lowest first: a room imports those before it. A file at the root of a package is a room of its own.
 ROOMS = {
-    "wrpo_kernels": "version checks layout logit_transform dispatch token_logp lm_head linear_token_logp "
+    "wrpo_kernels": "version checks remembered layout logit_transform dispatch token_logp lm_head linear_token_logp "
     "linear_token_statistics preference_loss linear_preference_loss likelihood weighted_reward pairwise kto "
     "cross_entropy integrations environment __init__ __main__",
     "wrpo": "user_error spelling picture_style settings pretrained rows data head layouts reference training sampling "

@@ -86,7 +86,7 @@ class Parser(ArgumentParser):
             if argument.startswith("--") and argument.split("=")[0] not in ("--", *self._option_string_actions):
                 raise SettingsError(self._no_such(argument))
         try:
-            given, loose = self.parse_known_args([*self._with_values(spelt)])
+            given, loose = self.parse_known_args([*self._with_values([*self._with_commas(spelt)])])
         except ArgumentError as error:
             name, is_bare = (error.argument_name or "").split("--")[-1], error.message.endswith("one argument")
             raise SettingsError(f"{name}: {'expected a value, got none' if is_bare else error.message}") from error
@@ -133,6 +133,17 @@ class Parser(ArgumentParser):
                     f"{action.dest}: expected true or false, got {following!r}, which is no file either"
                 )
             yield f"{argument}=true" if is_bare else argument
+
+    def _with_commas(self, arguments: list[str]) -> Iterator[str]:
+        """Choices behind a flag that takes several, in one word: what stands after them may be a file's name."""
+        words = [*arguments]
+        while words:
+            argument, taken = words.pop(0), []
+            action = self._option_string_actions.get(argument)
+            reading = None if action is None else self.readings.get(action.dest)
+            while reading and reading.is_one_or_several and words and words[0] in reading.choices:
+                taken.append(words.pop(0))
+            yield f"{argument}={','.join(taken)}" if taken else argument
 
     def _no_such(self, name: str) -> str:
         bare = name.lstrip("-").split("=")[0]

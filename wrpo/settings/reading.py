@@ -43,10 +43,17 @@ class Reading:
     def __call__(self, text: str) -> Any:
         if self.reads_none and text.lower() in NONE:
             return None
+        if self.is_one_or_several and "," in text:
+            return [self(one.strip()) for one in text.split(",")]
         try:
             return self.parse(text)
         except (ValueError, TypeError, KeyError, RecursionError):
             raise Unreadable(f"expected {self.expected}") from None
+
+    @property
+    def is_one_or_several(self) -> bool:
+        """Whether one of the choices is a value, and so is a list of them, in text with commas."""
+        return bool(self.choices) and self.is_list and not self.is_only_list
 
     @property
     def is_bool(self) -> bool:

@@ -83,8 +83,8 @@ class WRPOConfig(FusedHeadConfig):
         "sigmoid: -log sigmoid(m), the paper's; hinge: max(0, 1 - m); ipo: ((m - 1/2) / beta)^2; simpo: sigmoid with "
         "each log-prob divided by its length and no reference; dpo: sigmoid with alpha 0, where a row that has a "
         "target leaves its sources out; cpo: sigmoid without a reference, and sft; orpo: the odds ratio without a "
-        "reference, and sft. The other names are TRL's, with formulas in docs/losses.md; ipo_norm is TRL's ipo. In a "
-        "settings file or in Python also a list of names, whose losses are added up. Default: sigmoid.",
+        "reference, and sft. The other names are TRL's, with formulas in docs/losses.md; ipo_norm is TRL's ipo. "
+        "Several names, in a file or in Python a list of them, are losses that are added up. Default: sigmoid.",
         group="loss",
     )
     loss_weights: list[float] | None = knob(

@@ -33,13 +33,10 @@ def is_plain(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a call is eager and of ordinary tensors, and nobody but autograd wants to see the op."""
     if is_compiling() or number_of_modes is None or has_transforms is None:
         return False
-    is_seen = number_of_modes() or has_transforms() or torch.jit.is_tracing()
-    return not is_seen and PLAIN.issuperset(map(type, tensors)) and all(x is None or _has_values(x) for x in tensors)
-
-
-def _has_values(tensor: Tensor) -> bool:
-    """Whether its memory holds the values; a view may stand for their negative, and meta tensors have none."""
-    return not (tensor.is_neg() or tensor.is_meta)
+    if number_of_modes() or has_transforms() or torch.jit.is_tracing() or not PLAIN.issuperset(map(type, tensors)):
+        return False
+    # Their memory must hold the values: a view may stand for their negative, meta tensors have none.
+    return not [x for x in tensors if x is not None and (x.is_neg() or x.is_meta)]
 
 
 def owns_saved(ctx: Any) -> bool:
@@ -97,9 +94,8 @@ def register_differentiable(
         save(ctx, output, *takes.grouped(inputs))
 
     op = _define(name, takes, returns, check, _complete(takes, kernel), fake)
-    derivative = _derivative(name, takes, backward)
-    library.register_autograd(f"wrpo::{name}", derivative, setup_context=set_up)
-    eager = _eager(name, takes, kernel, save, derivative)
+    library.register_autograd(f"wrpo::{name}", _derivative(name, takes.names, backward), setup_context=set_up)
+    eager = _eager(name, kernel, save, _derivative(name, takes.names[: takes.tensors], backward))
 
     def call(*groups: Any) -> Any:
         flat = takes.flat(groups)
@@ -123,19 +119,19 @@ def _complete(takes: Arguments, kernel: Callable[..., tuple[Tensor | None, ...]]
     return complete
 
 
-def _derivative(name: str, takes: Arguments, backward: Callable[..., Mapping[str, Tensor | None]]) -> Callable:
+def _derivative(name: str, arguments: list[str], backward: Callable[..., Mapping[str, Tensor | None]]) -> Callable:
     """`backward` as autograd calls it: one gradient an argument, in their order."""
 
     def derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # in a backward that is with create_graph only
             raise RuntimeError(f"wrpo::{name} has one derivative; it cannot be differentiated twice (create_graph)")
         found = {} if grads[0] is None else backward(ctx, *grads)
-        return tuple([found.get(argument) for argument in takes.names])
+        return tuple([found.get(argument) for argument in arguments])
 
     return derivative
 
 
-def _eager(name: str, takes: Arguments, kernel: Callable[..., tuple], save: Callable, derivative: Callable) -> Any:
+def _eager(name: str, kernel: Callable[..., tuple], save: Callable, derivative: Callable) -> Any:
     """Kernel and derivative as a `torch.autograd.Function` of the groups and, once more, of the tensors in them."""
 
     def forward(ctx: Any, groups: tuple, *_tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -146,7 +142,7 @@ def _eager(name: str, takes: Arguments, kernel: Callable[..., tuple], save: Call
         return outputs
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *derivative(ctx, *grads)[: takes.tensors]
+        return None, *derivative(ctx, *grads)
 
     def jvp(ctx: Any, *_tangents: Any) -> None:
         _refuse_tangents(name)

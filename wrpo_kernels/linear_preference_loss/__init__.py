@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from wrpo_kernels.checks import check_backend_name, check_int, int64_labels
+from wrpo_kernels.checks import check_backend_name
 from wrpo_kernels.dispatch.backends import check_name
 from wrpo_kernels.linear_preference_loss import contract
 from wrpo_kernels.linear_preference_loss.lengths import Counts, Lengths, per_sequence
@@ -16,7 +16,7 @@ from wrpo_kernels.linear_token_logp import contract as token_contract
 from wrpo_kernels.lm_head.budget import rows_before_pieces
 from wrpo_kernels.lm_head.head import LabelsByPosition
 from wrpo_kernels.lm_head.inputs import HeadOptions, HeadTensors, checked_options, checked_tensors
-from wrpo_kernels.lm_head.labels import shifted_labels
+from wrpo_kernels.lm_head.labels import with_shifted_labels
 from wrpo_kernels.lm_head.rows import most_rows
 from wrpo_kernels.preference_loss import PreferenceOutput, loss_arguments, loss_of_sequences
 from wrpo_kernels.preference_loss.family import Family, LossArguments, Sequences
@@ -127,12 +127,10 @@ def linear_preference_loss(
     Source: WRPO, arXiv:2412.03187.
     """
     check_backend_name(backend)
-    labels = int64_labels("labels", labels)
     tensors = checked_tensors(hidden, weight, labels, bias, adapter, "labels")
-    check_sequences(labels, cu_seqlens)
-    check_int("ignore_index", ignore_index)
-    labels = shifted_labels("labels", labels, shift, ignore_index, weight.shape[0], cu_seqlens)
-    tensors = tensors._replace(target=labels)
+    check_sequences(tensors.target, cu_seqlens)
+    tensors = with_shifted_labels(tensors, "labels", shift, ignore_index, cu_seqlens)
+    labels = tensors.target
     counts = Counts(labels, cu_seqlens, ignore_index, lengths, num_rows)
     length, group, on_host = counts.with_groups(group)
     loss, mixture, counted = loss_arguments(

@@ -18,7 +18,7 @@ from wrpo_kernels.dispatch.autograd import owns_saved, register, register_differ
 from wrpo_kernels.dispatch.backends import choose
 from wrpo_kernels.dispatch.schema import Arguments
 from wrpo_kernels.dispatch.triton_backend import TritonBackend
-from wrpo_kernels.linear_preference_loss import one_pass
+from wrpo_kernels.linear_preference_loss import at_once, one_pass
 from wrpo_kernels.linear_token_logp.contract import rows_of
 from wrpo_kernels.lm_head import scaling
 from wrpo_kernels.lm_head.budget import rows_before_pieces, rows_in_passing, rows_within
@@ -48,11 +48,14 @@ def _linear_preference_loss(
     sequences = preference.in_dtype(logp_dtype(tensors.hidden.dtype), sequences)
     divisor = max(num_groups, 1) if averages else 1
     limits, chunks = _limits_and_chunks(tensors, options)
+    loss = LossArguments(sequences, num_groups, family)
     with no_autocast(tensors.hidden), LabelsByPosition("labels", tensors, options.ignore_index):
+        if chunks == 1 and at_once.takes(tensors, options):
+            (total, _, *values), grads = at_once.run(tensors, options, loss, divisor)
+            return total, *values, None, *grads
         head, rows = Head(tensors, options), rows_of(tensors, options)
         gradients = Gradients(tensors.hidden, head, options.asked, chunks, options.grad_filter)
         kernel = choose(loss_backend(options.backend), preference.CANDIDATES, sequences.seq_weight)
-        loss = LossArguments(sequences, num_groups, family)
         result, factor = one_pass.run(head, rows, loss, on_host, divisor, limits, gradients, kernel, has_margin)
         if factor is None and chunks > 1:
             factor = torch.ones_like(result.total)
@@ -139,8 +142,8 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: None) -> dict[str, Tensor]:
     factor, *totals = ctx.saved_tensors
     if factor is not None and factor.dim() == 0:
         grad_loss = grad_loss * factor
-    each = zip(ctx.asked._asdict().items(), totals, ctx.dtypes, strict=True)
-    return {name: scaled(total, grad_loss, dtype) for (name, asked), total, dtype in each if asked}
+    each = zip(HeadGradients._fields, ctx.asked, totals, ctx.dtypes, strict=True)
+    return {name: scaled(total, grad_loss, dtype) for name, asked, total, dtype in each if asked}
 
 
 def _scaled_in_place(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

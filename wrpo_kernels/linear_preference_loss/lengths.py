@@ -56,10 +56,12 @@ class Counts:
     def with_groups(self, group: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Lengths [S] and groups [S] on the device of the labels, by one copy, and [2, S] on the CPU where the host
         knows both of labels on another device."""
+        device = self._labels[0].device
+        if device.type == "cpu":
+            return self.on_device(), group, None
         check_tensor("group", group)
         check_int64("group", group)
-        device = self._labels[0].device
-        is_known = group.device.type == "cpu" != device.type
+        is_known = group.device.type == "cpu"
         if self.told is None or not is_known:
             return self.on_device(), to_device(group, torch.int64, device) if is_known else group, None
         check_shape("group", group, "[S]", len(self.told))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wrpo_kernels.checks import check_int, int64_labels
 from wrpo_kernels.linear_token_logp import contract
 from wrpo_kernels.lm_head.inputs import checked_options, checked_tensors
-from wrpo_kernels.lm_head.labels import shifted_labels
+from wrpo_kernels.lm_head.labels import with_shifted_labels
 from wrpo_kernels.lm_head.rows import count_labels, count_rows, nan_unless_counted
 
 
@@ -104,11 +103,9 @@ def linear_token_logp(
         logits and for each of its gradients; on a frozen head deltas are then kept as for a trained one.
     Source: WRPO, arXiv:2412.03187; online softmax, arXiv:1805.02867.
     """
-    target = int64_labels("target", target)
     tensors = checked_tensors(hidden, weight, target, bias, adapter)
-    check_int("ignore_index", ignore_index)
-    target = shifted_labels("target", target, shift, ignore_index, weight.shape[0])
-    tensors = tensors._replace(target=target)
+    tensors = with_shifted_labels(tensors, "target", shift, ignore_index)
+    target = tensors.target
     counted = count_labels(target.reshape(1, -1), ignore_index)
     rows = count_rows(counted, target.numel(), num_rows)
     transform = (logit_scale, softcap, temperature)

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wrpo_kernels.checks import check_device, check_int, check_int64, int64_labels, is_readable
+from wrpo_kernels.checks import check_device, check_int64, int64_labels, is_readable
 from wrpo_kernels.dispatch.backends import check_name
 from wrpo_kernels.linear_token_statistics import contract
 from wrpo_kernels.linear_token_statistics.wanted import COLUMNS, Wanted
 from wrpo_kernels.lm_head.head import no_autocast
 from wrpo_kernels.lm_head.inputs import HeadOptions, HeadTensors, checked_options, checked_tensors
-from wrpo_kernels.lm_head.labels import shifted_labels
+from wrpo_kernels.lm_head.labels import with_shifted_labels
 from wrpo_kernels.lm_head.rows import count_labels, count_rows, nan_unless_counted
 from wrpo_kernels.token_logp.reference import scores_of
 
@@ -91,11 +91,9 @@ def linear_token_statistics(
     outputs = outputs if isinstance(outputs, str) or not isinstance(outputs, Iterable) else list(outputs)
     if not isinstance(outputs, list) or not all(name in OUTPUTS for name in outputs):
         raise ValueError(f"outputs must be names among {list(OUTPUTS)}, got {outputs!r}")
-    target = int64_labels("target", target)
     tensors = checked_tensors(hidden, weight, target, bias, adapter)
-    check_int("ignore_index", ignore_index)
-    target = shifted_labels("target", target, shift, ignore_index, weight.shape[0])
-    tensors = tensors._replace(target=target)
+    tensors = with_shifted_labels(tensors, "target", shift, ignore_index)
+    target = tensors.target
     counted = count_labels(target.reshape(1, -1), ignore_index)
     rows = count_rows(counted, target.numel(), num_rows)
     check_name(backend, contract.CANDIDATES)

@@ -17,10 +17,12 @@ from wrpo_kernels.lm_head.exp_product.self_check import require
 from wrpo_kernels.lm_head.inputs import HeadOptions, HeadTensors
 from wrpo_kernels.lm_head.products import logits_into
 from wrpo_kernels.lm_head.rows import Rows, slice_rows
+from wrpo_kernels.token_logp import native
 from wrpo_kernels.token_logp.contract import CANDIDATES as ROW_KERNELS
 from wrpo_kernels.token_logp.contract import logp_dtype
 
-CANDIDATES = (ExpProduct(), *ROW_KERNELS, FusedTritonBackend("wrpo_kernels.lm_head.triton_kernel"))
+# The CPU's own first: a toy feels how long the others take to say no.
+CANDIDATES = (native, ExpProduct(), *ROW_KERNELS[1:], FusedTritonBackend("wrpo_kernels.lm_head.triton_kernel"))
 
 
 def no_autocast(like: Tensor) -> AbstractContextManager:

@@ -16,11 +16,13 @@ from wrpo_kernels.checks import (
     check_int64,
     check_shape,
     check_tensor,
+    int64_labels,
 )
 from wrpo_kernels.lm_head.adapter import checked_adapter
 from wrpo_kernels.lm_head.budget import check_budget
 from wrpo_kernels.lm_head.exp_product.form import ExpProduct
-from wrpo_kernels.logit_transform import LogitTransform, check_transform
+from wrpo_kernels.logit_transform import LogitTransform, check_bias, check_scalars, check_transform
+from wrpo_kernels.remembered import remembered
 
 
 class HeadTensors(NamedTuple):
@@ -79,7 +81,7 @@ class HeadOptions(NamedTuple):
 
     @property
     def asked(self) -> Asked:
-        return Asked(*self.gradients)
+        return self.gradients if isinstance(self.gradients, Asked) else Asked(*self.gradients)
 
     def transform(self, bias: Tensor | None) -> LogitTransform:
         return LogitTransform(bias, self.logit_scale, self.softcap, self.temperature)
@@ -93,6 +95,8 @@ def checked_tensors(
     adapter: tuple[Tensor, Tensor] | None,
     target_name: str = "target",
 ) -> HeadTensors:
+    """Of the arguments of a door; labels in int32 are widened."""
+    target = int64_labels(target_name, target)
     check_tensors(hidden, weight, target, ("hidden", "weight", target_name))
     return HeadTensors(hidden, weight, target, bias, *checked_adapter(adapter, hidden, weight))
 
@@ -146,22 +150,35 @@ def checked_options(
     backend: str | None,
 ) -> HeadOptions:
     """`num_rows` labels count, or UNCOUNTED; the others are as the user gives them."""
-    hidden, weight = tensors.hidden, tensors.weight
-    check_transform(tensors.bias, logit_scale, softcap, temperature, hidden, weight.shape[0])
+    hidden, weight, _, bias, _, _ = tensors
+    check_bias("bias", bias, hidden, weight.shape[0])
+    given = (logit_scale, softcap, temperature, ignore_index, budget_bytes, grad_filter, logits_dtype, backend)
+    transform, ignored, budget, rest = _settled(*given, hidden.dtype, hidden.device)
+    return HeadOptions(*transform, ignored, num_rows, budget, gradients_asked(tensors), *rest)
+
+
+@remembered
+def _settled(
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    budget_bytes: int | None,
+    grad_filter: float | None,
+    logits_dtype: torch.dtype | None,
+    backend: str | None,
+    operands: torch.dtype,
+    device: torch.device,
+) -> tuple[tuple[float, float, float], int, int, tuple[float, bool, str | None]]:
+    """What HeadOptions say of neither rows nor gradients: the transform, an index, a budget, and the last three."""
+    check_scalars(logit_scale, softcap, temperature)
     check_int("ignore_index", ignore_index)
     check_backend_name(backend)
-    return HeadOptions(
-        float(logit_scale),
-        float(softcap or 0.0),
-        float(temperature),
-        int(ignore_index),
-        num_rows,
-        check_budget(budget_bytes, hidden.device),
-        gradients_asked(tensors),
-        check_grad_filter(grad_filter),
-        has_float32_logits(logits_dtype, hidden.dtype) and backend != ExpProduct.NAME,  # which has no logits to round
-        backend,
-    )
+    transform = (float(logit_scale), float(softcap or 0.0), float(temperature))
+    # "triton_exp" has no logits to round.
+    wide = has_float32_logits(logits_dtype, operands) and backend != ExpProduct.NAME
+    rest = (check_grad_filter(grad_filter), wide, backend)
+    return transform, int(ignore_index), check_budget(budget_bytes, device), rest
 
 
 def has_float32_logits(logits_dtype: torch.dtype | None, operands: torch.dtype) -> bool:

@@ -7,6 +7,15 @@ from torch import Tensor
 
 from wrpo_kernels.checks import check_int, check_labels, is_readable
 from wrpo_kernels.dispatch.transfer import to_device
+from wrpo_kernels.lm_head.inputs import HeadTensors
+
+
+def with_shifted_labels(
+    tensors: HeadTensors, name: str, shift: bool | int, ignore_index: int, cu_seqlens: Tensor | None = None
+) -> HeadTensors:
+    labels, vocabulary = tensors.target, tensors.weight.shape[0]
+    moved = shifted_labels(name, labels, shift, ignore_index, vocabulary, cu_seqlens)
+    return tensors if moved is labels else tensors._replace(target=moved)
 
 
 def shifted_labels(
@@ -19,6 +28,7 @@ def shifted_labels(
 ) -> Tensor:
     """[..., T] with labels[..., t + shift] at t and `ignore_index` where no label is left: the last `shift` positions,
     of packed labels [N] those of each sequence. The hidden states stay where they are."""
+    check_int("ignore_index", ignore_index)
     if not isinstance(shift, bool):
         check_int("shift", shift)
         if shift < 0:

@@ -25,6 +25,7 @@ from wrpo_kernels.preference_loss.catalogue import Mixture, check_mixture, famil
 from wrpo_kernels.preference_loss.divergence import Divergence
 from wrpo_kernels.preference_loss.family import Family, LossArguments, Sequences
 from wrpo_kernels.preference_loss.reduction import reduce_loss
+from wrpo_kernels.remembered import remembered
 
 MOST_GROUPS = 1 << 31
 
@@ -199,12 +200,65 @@ def loss_arguments(
     `like` [S] has the shape and the device of the log-probs, `dtype` is theirs; `lengths` [S] are those of `length` on
     the CPU, where the caller knows them.
     """
-    check_bool("length_normalize", length_normalize)
     num_groups = count_groups(group, num_groups)
-    nll_weight = spread_nll_weight(nll_weight, like, dtype)
     beta, group_beta = _of_all_or_of_each("beta", beta, 1.0, above=0.0)
     gamma, group_gamma = _of_all_or_of_each("gamma", gamma, 0.0)
+    family, mixture = _checked_family(
+        like,
+        num_groups,
+        ref_logp,
+        seq_weight,
+        group,
+        length,
+        nll_weight,
+        group_weight,
+        group_beta,
+        group_gamma,
+        beta,
+        gamma,
+        loss_type,
+        loss_weights,
+        f_divergence_type,
+        f_alpha_divergence_coef,
+        label_smoothing,
+        discopop_tau,
+        length_normalize,
+    )
+    nll_weight = _spread(nll_weight, like, dtype)
     sequences = Sequences(ref_logp, seq_weight, group, length, nll_weight, group_weight, group_beta, group_gamma)
+    loss = LossArguments(sequences, num_groups, family)
+    loss, counted = checked_lengths(empty, loss, dtype, length if lengths is None else lengths)
+    return loss, mixture, counted
+
+
+@remembered
+def _checked_family(
+    like: Tensor,
+    num_groups: int,
+    ref_logp: Tensor | None,
+    seq_weight: Tensor,
+    group: Tensor,
+    length: Tensor | None,
+    nll_weight: float | Tensor,
+    group_weight: Tensor | None,
+    group_beta: Tensor | None,
+    group_gamma: Tensor | None,
+    beta: float,
+    gamma: float,
+    loss_type: str | Sequence[str],
+    loss_weights: Sequence[float] | None,
+    f_divergence_type: str,
+    f_alpha_divergence_coef: float,
+    label_smoothing: float,
+    discopop_tau: float,
+    length_normalize: bool,
+) -> tuple[Family, Mixture | None]:
+    """The loss, after all checks that read no value of a tensor."""
+    check_bool("length_normalize", length_normalize)
+    of_each = nll_weight if isinstance(nll_weight, Tensor) else None
+    if of_each is None:
+        check_number("nll_weight", nll_weight, least=0.0, most=LARGEST_FLOAT32)
+    sequences = Sequences(ref_logp, seq_weight, group, length, of_each, group_weight, group_beta, group_gamma)
     divergence = Divergence(f_divergence_type, f_alpha_divergence_coef)
     name, mixture = family_or_mixture(loss_type, loss_weights, divergence)
     family = Family(beta, gamma, name, label_smoothing, discopop_tau, length_normalize)
@@ -212,8 +266,7 @@ def loss_arguments(
     contract.check(like, loss)
     if mixture is not None:
         check_mixture(mixture, loss)
-    loss, counted = checked_lengths(empty, loss, dtype, length if lengths is None else lengths)
-    return loss, mixture, counted
+    return family, mixture
 
 
 def loss_of_sequences(
@@ -265,10 +318,9 @@ def _of_all_or_of_each(
     return unused, value
 
 
-def spread_nll_weight(nll_weight: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor | None:
+def _spread(nll_weight: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor | None:
     if isinstance(nll_weight, Tensor):
         return nll_weight
-    check_number("nll_weight", nll_weight, least=0.0, most=LARGEST_FLOAT32)
     # A product, since a number that fills a tensor would be a constant to torch.compile.
     return torch.ones_like(like, dtype=dtype, requires_grad=False) * nll_weight if nll_weight else None
 

@@ -33,6 +33,12 @@ def check_shape(name: str, value: Tensor, letters: str, *expected: int) -> None:
         raise ValueError(f"{name} must be {letters} = {list(expected)}, got {list(value.shape)}")
 
 
+def check_vector(name: str, value: Tensor, letters: str) -> None:
+    check_tensor(name, value)
+    if value.dim() != 1:
+        raise ValueError(f"{name} must be {letters}, got {list(value.shape)}")
+
+
 def check_float(name: str, value: Tensor) -> None:
     if value.dtype not in FLOATS:
         raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
@@ -70,6 +76,11 @@ def check_number(
         bound = f" > {above:g}" if above > -math.inf else f" >= {least:g}" if least > -math.inf else ""
         bound += f" and <= {most:g}" if most < LARGEST else ""
         raise ValueError(f"{name} must be a finite number{bound}, got {_shown(value)}")
+
+
+def as_float(value: float) -> float:
+    """A checked number for a tensor, which takes no int beyond int64. To a compiler a float may be a symbol."""
+    return value if isinstance(value, float) else float(value)
 
 
 def _as_number(name: str, value: object) -> str:

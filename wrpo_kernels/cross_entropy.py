@@ -8,21 +8,26 @@ import torch
 from torch import Tensor
 
 from wrpo_kernels.checks import (
+    as_float,
     check_constant,
     check_device,
     check_float,
+    check_int,
+    check_labels,
     check_number,
     check_shape,
     check_tensor,
     int64_labels,
+    is_readable,
 )
 from wrpo_kernels.likelihood import linear_nll_loss
 from wrpo_kernels.linear_token_logp import linear_token_logp
 from wrpo_kernels.linear_token_statistics import linear_token_statistics
 from wrpo_kernels.lm_head.head import no_autocast
+from wrpo_kernels.lm_head.inputs import check_tensors
 from wrpo_kernels.lm_head.labels import shifted_labels
 from wrpo_kernels.lm_head.weighted_logits import weighted_mean_logits
-from wrpo_kernels.logit_transform import LogitTransform
+from wrpo_kernels.logit_transform import LogitTransform, check_scalars
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -90,9 +95,13 @@ def linear_cross_entropy(
     Source: label smoothing, arXiv:1512.00567; z-loss, arXiv:2204.02311.
     """
     labels = int64_labels("labels", labels)
-    smoothed = bool(label_smoothing or z_loss)
+    check_tensors(hidden, weight, labels, ("hidden", "weight", "labels"))
+    check_scalars(logit_scale, softcap, temperature)
     is_linear = not softcap and adapter is None
     _check_options(reduction, class_weight, label_smoothing, z_loss, is_linear, grad_filter, labels, weight)
+    z_loss = as_float(z_loss)
+    smoothed = bool(label_smoothing or z_loss)
+    check_int("ignore_index", ignore_index)
     options: dict[str, Any] = {
         "bias": bias,
         "adapter": adapter,
@@ -110,6 +119,8 @@ def linear_cross_entropy(
         total = linear_nll_loss(hidden, weight, labels, normalizer=1.0, grad_filter=grad_filter, **options).loss
         counts = shifted_labels("labels", labels, shift, ignore_index, weight.shape[0]) != ignore_index
         return total if reduction == "sum" else total / counts.sum()
+    if is_readable(labels):  # under the caller's name for them
+        check_labels("labels", labels.reshape(-1), ignore_index, weight.shape[0])
     if smoothed and not is_linear:
         found = linear_token_statistics(hidden, weight, labels, outputs=("lse", "mean_logits"), **options)
         logp = found.logp
@@ -150,7 +161,7 @@ def _check_options(
     labels: Tensor,
     weight: Tensor,
 ) -> None:
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if class_weight is not None:
         check_tensor("weight", weight)

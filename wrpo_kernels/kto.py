@@ -9,11 +9,13 @@ from torch import Tensor
 
 from wrpo_kernels.checks import (
     LARGEST_FLOAT32,
+    as_float,
     check_constant,
     check_device,
     check_number,
     check_shape,
     check_tensor,
+    check_vector,
     is_readable,
 )
 from wrpo_kernels.layout import count_sequences
@@ -66,7 +68,7 @@ def kto_loss(
     Memory: a few floats a sequence.
     Source: KTO, arXiv:2402.01306.
     """
-    check_tensor("logp", logp)
+    check_vector("logp", logp, "[S]")
     layout = kto_layout(len(logp), is_desirable, kl, beta, desirable_weight, undesirable_weight, logp.device)
     return preference_loss(logp, ref_logp, **layout, reduction=reduction, normalizer=normalizer, backend=backend)
 
@@ -177,11 +179,11 @@ def kto_layout(
     return {
         "loss_type": "kto",
         "beta": beta,
-        "gamma": sign * (beta * _checked_kl(kl)),
+        "gamma": sign * (as_float(beta) * _checked_kl(kl)),
         "seq_weight": sign,
         "group": torch.arange(number, device=device),
         "num_groups": number,
-        "group_weight": torch.where(is_desirable, desirable_weight, undesirable_weight).float(),
+        "group_weight": torch.where(is_desirable, as_float(desirable_weight), as_float(undesirable_weight)).float(),
     }
 
 

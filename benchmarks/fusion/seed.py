@@ -13,7 +13,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +141,10 @@ class SeedRun:
         waiting = {row["prompt"] for row in build_rows(sources, BuildSettings(stage="sft", seed=self.seed)).prompts}
         tasks = [task for task in self.prompts if task.prompt in waiting]
         own = self.candidates(self.folder / f"target-{count}.jsonl", {"target": self.fine_tuned(count)}, tasks)
-        several = BuildSettings(seed=self.seed, num_sources=count, weight_temperature=WEIGHT_TEMPERATURE)
-        return build_rows([*sources, *own], several if keeps_each else BuildSettings(seed=self.seed))
+        settings = BuildSettings(seed=self.seed)
+        if keeps_each and count > 1:
+            settings = replace(settings, num_sources=count, weight_temperature=WEIGHT_TEMPERATURE)
+        return build_rows([*sources, *own], settings)
 
     # -- arms ---------------------------------------------------------------------------------------------------------
 

@@ -212,7 +212,13 @@ REFUSED = {
         "grad_filter.*z_loss.*softcap",
     ),
     "negative z-loss": ({"z_loss": -1.0}, ValueError, "z_loss.*-1"),
-    "labels of another shape": ({"labels": torch.zeros(3).long()}, ValueError, "labels|target"),
+    "labels of another shape": ({"labels": torch.zeros(3).long()}, ValueError, "^labels"),
+    "float labels": ({"labels": torch.zeros(2)}, ValueError, "^labels must be int64"),
+    "a label V": ({"labels": torch.full((2,), 5)}, ValueError, r"^labels\[0\].*V=5.*got 5"),
+    "a label V, smoothed": ({"labels": torch.full((2,), 5), "label_smoothing": 0.1}, ValueError, r"^labels\[0\]"),
+    "several softcaps": ({"softcap": torch.ones(2)}, TypeError, "^softcap must be a number"),
+    "several z-losses": ({"z_loss": torch.ones(2)}, TypeError, "^z_loss must be a number"),
+    "several smoothings": ({"label_smoothing": torch.ones(2)}, TypeError, "^label_smoothing must be a number"),
 }
 
 

@@ -58,8 +58,9 @@ def test_from_hidden_states_it_is_the_loss_of_their_log_probs():
         ({"kl": -1.0}, "kl.*>= 0"),
         ({"kl": torch.tensor(math.nan)}, "kl.*finite"),
         ({"desirable_weight": -0.5}, "desirable_weight.*>= 0"),
+        ({"logp": torch.zeros(())}, r"^logp must be \[S\], got \[\]"),
     ],
 )
 def test_a_wrong_argument_is_named(changes, words):
     with pytest.raises(ValueError, match=words):
-        kto_loss(torch.zeros(5), **{"is_desirable": GOOD, **changes})
+        kto_loss(**{"logp": torch.zeros(5), "is_desirable": GOOD, **changes})

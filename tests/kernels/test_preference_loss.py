@@ -10,7 +10,7 @@ import torch
 from conftest import HERE, PLAYED
 from torch import Tensor
 
-from wrpo_kernels import preference_loss
+from wrpo_kernels import kto_loss, linear_cross_entropy, preference_loss
 
 PLACES = (*HERE, PLAYED)
 DPO = {"seq_weight": torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0]), "group": torch.tensor([0, 1, 2, 0, 1, 2])}
@@ -351,6 +351,13 @@ def test_strided_inputs(layout, backend, device):
 GOOD = {"logp": torch.zeros(6), "beta": 0.1, **DPO}
 REFUSED = {
     "logp of another type": ({"logp": [0.0]}, TypeError, "logp.*list"),
+    "one group for all": (
+        {"group": torch.tensor(0), "num_groups": None},
+        ValueError,
+        r"^group must be \[S\], got \[\]",
+    ),
+    "beta of another type": ({"beta": torch.ones(3, dtype=torch.complex64)}, ValueError, "^beta must be float"),
+    "gamma of whole numbers": ({"gamma": torch.ones(3).long()}, ValueError, "^gamma must be float"),
     "logp a matrix": ({"logp": torch.zeros(3, 2)}, ValueError, r"logp.*\[S\].*\[3, 2\]"),
     "half-precision logp": ({"logp": torch.zeros(6).bfloat16()}, ValueError, "logp.*float32.*bfloat16"),
     "ref_logp of another length": ({"ref_logp": torch.zeros(3)}, ValueError, r"ref_logp.*\[S\].*\[6\].*\[3\]"),
@@ -459,3 +466,16 @@ def test_a_float64_normalizer_leaves_the_loss_in_float32():
     assert (
         preference_loss(logp, seq_weight=weight, group=group, beta=1.0, normalizer=normalizer).loss.dtype == logp.dtype
     )
+
+
+LARGE = 10**30  # beyond int64, within float32
+
+
+@pytest.mark.parametrize("name", ["nll_weight", "desirable_weight", "undesirable_weight", "z_loss"])
+def test_a_large_whole_number_is_the_number_that_it_is(name):
+    logp, head = -torch.rand(6), (torch.randn(6, 4), torch.randn(5, 4), torch.arange(6) % 5)
+    call = {
+        "nll_weight": lambda **option: preference_loss(logp, beta=0.1, **DPO, **option).loss,
+        "z_loss": lambda **option: linear_cross_entropy(*head, **option),
+    }.get(name, lambda **option: kto_loss(logp, is_desirable=torch.arange(6) % 2 == 0, **option).loss)
+    assert torch.equal(call(**{name: LARGE}), call(**{name: float(LARGE)}))

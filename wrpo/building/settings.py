@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wrpo.rows.shards import Shard
-from wrpo.settings import REQUIRED, check_choices, check_range, knob
+from wrpo.settings import REQUIRED, check_choices, check_range, knob, refuse_idle
 
 
 @dataclass
@@ -119,6 +119,10 @@ class BuildSettings:
                 f"ties: source needs rejected target, got rejected {self.rejected}. A tied answer of the "
                 "target is what is rejected."
             )
+        refuse_idle(self, self.ties == "source", "ties source", "ties_margin")
+        refuse_idle(self, self.num_sources > 1, "num_sources of 2 or more", "weight_temperature")
+        has_limit = self.max_tokens is not None or self.max_prompt_tokens is not None
+        refuse_idle(self, has_limit, "max_tokens or max_prompt_tokens", "tokenizer")
         if self.tokenizer is None and (self.max_tokens is not None or self.max_prompt_tokens is not None):
             raise ValueError("tokenizer: expected a folder or hub name, got none. Limits in tokens are counted by it.")
         _in_order(self, "min_target_gap", "max_target_gap")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from wrpo.scoring.settings import RewardModelSettings, ScorerSettings
-from wrpo.settings import SettingsError, parse_settings
+from wrpo.settings import SettingsError, parse_settings, refuse_idle
 from wrpo.user_error import UserError
 
 from .answers import Answer, groups_of, scores_of
@@ -40,6 +40,7 @@ def parse(arguments: list[str]) -> tuple[EvalSettings, ScorerSettings, TriplesSe
         raise SettingsError(
             "nothing to evaluate: name files of answers, sources with prompts, or triples with policy and reference"
         )
+    refuse_idle(scorer, settings.has_answers, "answers, or sources and prompts", *vars(scorer))
     if scorer.verifier and settings.solved_at is None:
         settings.solved_at = 1.0
     return settings, scorer, triples

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from wrpo.settings import LAYOUT, REQUIRED, LayoutName, check_choices, check_range, knob
+from wrpo.settings import LAYOUT, REQUIRED, LayoutName, check_choices, check_range, knob, refuse_idle
 
 
 @dataclass
@@ -46,6 +47,8 @@ class EvalSettings:
         check_range(self, "solved_at")
         if (self.sources is None) != (not self.prompts):
             raise ValueError("sources and prompts go together: which models, and what they are asked")
+        refuse_idle(self, self.sources is not None, "sources", "samples", "temperature", "max_tokens", "keep")
+        refuse_idle(self, self.has_answers, "answers", "baseline", "group_by", "solved_at")
         if self.export and not self.has_answers:
             raise ValueError("export needs files of answers, or sources and prompts")
 
@@ -86,5 +89,7 @@ class TriplesSettings:
         check_range(self, "beta", low=0, open_low=True)
         check_range(self, "max_length", low=2)
         check_range(self, "max_prompt_length", "batch_size", low=1)
+        of_triples = (field.name for field in dataclasses.fields(self) if field.metadata["group"] == "triples")
+        refuse_idle(self, self.triples is not None, "triples", *of_triples)
         if self.triples is not None and None in (self.policy, self.reference):
             raise ValueError("triples needs policy and reference, the model before preference optimisation")

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from wrpo.rows.shards import in_shard
-from wrpo.settings import ModelSettings, SettingsError, describe_fields, parse_settings
+from wrpo.settings import ModelSettings, SettingsError, describe_fields, parse_settings, refuse_idle
 
 from .candidates import Candidates
 from .judge import Judge, JudgeSource, read_judge
@@ -40,6 +40,7 @@ def parse(arguments: list[str]) -> tuple[ScoreSettings, ScorerSettings, RewardMo
     )
     if not scorer.is_given:
         raise SettingsError(f"{', '.join(vars(scorer))}: expected one of them, got none")
+    refuse_idle(reward_model, scorer.reward_model is not None, "reward_model", *vars(reward_model))
     return settings, scorer, reward_model
 
 

@@ -12,7 +12,17 @@ from __future__ import annotations
 
 from .command_line import describe_fields, parse_settings, settings_from
 from .data import DataSettings
-from .fields import GROUPS, REQUIRED, SettingsError, check_choice, check_choices, check_range, choices_of, knob
+from .fields import (
+    GROUPS,
+    REQUIRED,
+    SettingsError,
+    check_choice,
+    check_choices,
+    check_range,
+    choices_of,
+    knob,
+    refuse_idle,
+)
 from .layout import LAYOUT, LayoutName
 from .model import ModelSettings
 
@@ -31,5 +41,6 @@ __all__ = [
     "describe_fields",
     "knob",
     "parse_settings",
+    "refuse_idle",
     "settings_from",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from .fields import check_range, knob
+from .fields import check_range, knob, refuse_idle
 
 
 @dataclass
@@ -66,6 +66,9 @@ class DataSettings:
             raise ValueError(f"dataset_test_split, eval_file: expected one of the two, got {got}")
         if self.dataset_test_split is not None and self.dataset_name is None:
             raise ValueError("dataset_test_split needs dataset_name, the data set that it is a split of")
+        refuse_idle(self, self.dataset_name is not None, "dataset_name", "dataset_split")
+        refuse_idle(self, self.train_file is not None, "train_file", "train_split")
+        refuse_idle(self, self.eval_file is not None, "eval_file", "eval_split")
         check_range(self, "tokenize_processes", low=1)
         self.template_options()
 

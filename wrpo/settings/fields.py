@@ -114,6 +114,23 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
 
 
+def refuse_idle(settings: Any, is_asked: bool, by: str, *names: str) -> None:
+    """Refuse fields that were set though nothing reads them.
+
+    Args:
+        is_asked: whether something does.
+        by: what would.
+
+    Raises:
+        SettingsError: one of the fields has not its default.
+    """
+    for field in dataclasses.fields(settings):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if field.name in names and not is_asked and getattr(settings, field.name) != default:
+            value = getattr(settings, field.name)
+            raise SettingsError(f"{field.name} is for {by}; {value!r} would change nothing. Leave it out")
+
+
 def choices_of(hint: Any) -> tuple[Any, ...]:
     """Those of a `Literal`, of a list of one, and of either or None, each once; none where any text will do."""
     parts = get_args(hint)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from wrpo_kernels.checks import (
     LARGEST_FLOAT32,
+    as_float,
+    check_bool,
     check_constant,
     check_device,
     check_int64,
@@ -37,6 +39,7 @@ def pair_arguments(
     check_tensor("rejected_logp", rejected_logp)
     if chosen_logp.dim() != 1:
         raise ValueError(f"chosen_logp must be [B], got {list(chosen_logp.shape)}")
+    check_bool("length_normalize", length_normalize)
     if length_normalize and chosen_length is None and rejected_length is None:
         raise ValueError("length_normalize=True needs chosen_length and rejected_length, numbers of counted tokens [B]")
     return {
@@ -72,7 +75,7 @@ def _of_chosen(nll_weight: float | Tensor, pairs: int, device: torch.device) -> 
         if not nll_weight:
             return 0.0
         # A product, since a number that fills a tensor would be a constant to torch.compile.
-        nll_weight = torch.ones(pairs, dtype=torch.float64, device=device) * nll_weight
+        nll_weight = torch.ones(pairs, dtype=torch.float64, device=device) * as_float(nll_weight)
     check_shape("nll_weight", nll_weight, "[B]", pairs)
     return torch.cat([nll_weight, torch.zeros_like(nll_weight)])
 

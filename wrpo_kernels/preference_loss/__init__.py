@@ -12,12 +12,15 @@ from torch.compiler import is_compiling
 
 from wrpo_kernels.checks import (
     LARGEST_FLOAT32,
+    as_float,
     check_backend_name,
     check_bool,
+    check_float,
     check_int,
     check_int64,
     check_number,
     check_tensor,
+    check_vector,
     is_readable,
 )
 from wrpo_kernels.preference_loss import contract
@@ -287,7 +290,7 @@ def loss_of_sequences(
 
 def count_groups(group: Tensor, num_groups: int | None) -> int:
     if num_groups is None:
-        check_tensor("group", group)
+        check_vector("group", group, "[S]")
         check_int64("group", group)
         if is_compiling():
             raise ValueError("num_groups must be given: torch.compile cannot read the number of groups from `group`")
@@ -309,6 +312,7 @@ def _of_all_or_of_each(
     if not isinstance(value, Tensor):
         return value, None
     check_tensor(name, value)
+    check_float(name, value)
     is_right = value.isfinite() & (value > above)
     if not is_readable(value):
         return unused, value.where(is_right, torch.nan)
@@ -322,7 +326,7 @@ def _spread(nll_weight: float | Tensor, like: Tensor, dtype: torch.dtype) -> Ten
     if isinstance(nll_weight, Tensor):
         return nll_weight
     # A product, since a number that fills a tensor would be a constant to torch.compile.
-    return torch.ones_like(like, dtype=dtype, requires_grad=False) * nll_weight if nll_weight else None
+    return torch.ones_like(like, dtype=dtype, requires_grad=False) * as_float(nll_weight) if nll_weight else None
 
 
 def checked_lengths(

@@ -25,7 +25,7 @@ def _checked_normalizer(normalizer: Tensor, loss: Tensor) -> Tensor:
 
 def reduce_loss(loss: Tensor, reduction: str, normalizer: float | Tensor | None, counted: int | Tensor) -> Tensor:
     """[G], or their sum [], -> the scalar that `reduction` and `normalizer` name."""
-    if reduction not in ("mean", "sum", "none"):
+    if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if normalizer is not None:
         if reduction != "mean":

@@ -70,6 +70,45 @@ def test_one_group_alone_is_three_products_without_a_second_total(backend, devic
         assert products(HEAD, rows, backend, device, pairs=1) == 3
 
 
+def of_a_pair(rows: int, dtype: torch.dtype, **options) -> dict[str, Tensor]:
+    """Loss and gradients of one pair on the CPU, with a budget for `rows` of its rows."""
+    vocabulary, width = HEAD
+    hidden = options.pop("hidden", torch.randn(2, COUNTED, width)).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, width).to(dtype).requires_grad_()
+    labels = torch.randint(0, vocabulary, (2, COUNTED))
+    options |= {"seq_weight": torch.tensor([1.0, -1.0]), "group": torch.zeros(2, dtype=torch.int64), "beta": 0.1}
+    loss = linear_preference_loss(hidden, weight, labels, budget_bytes=budget_of(rows, *HEAD, dtype), **options).loss
+    dh, dw = torch.autograd.grad(loss, (hidden, weight))
+    return {"loss": loss.detach(), "hidden": dh, "weight": dw}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [GROUP - 1, 3])
+def test_a_group_in_pieces_leaves_a_cpu_nothing_to_multiply(rows, dtype, monkeypatch):
+    """A 16-bit head multiplies its float32 dW where it rounds it."""
+    left = []
+
+    def recorded(*arguments, run=one_pass.run, **options):
+        result, factor = run(*arguments, **options)
+        left.append(factor)
+        return result, factor
+
+    monkeypatch.setattr(one_pass, "run", recorded)
+    of_a_pair(rows, dtype)
+    assert [factor is None for factor in left] == [dtype == torch.float32]
+
+
+@pytest.mark.parametrize("rows", [GROUP - 1, 3])
+def test_a_slope_of_zero_or_nan_reaches_all_pieces(rows):
+    satisfied = of_a_pair(rows, torch.float32, loss_type="hinge", ref_logp=torch.tensor([-1e4, 1e4]))
+    assert all((satisfied[name] == 0).all() for name in ("loss", "hidden", "weight"))
+    for broken in (0, 2 * COUNTED - 1):  # a row of the first piece, and of the last
+        hidden = torch.randn(2 * COUNTED, HEAD[1])
+        hidden[broken, 0] = torch.nan
+        found = of_a_pair(rows, torch.float32, hidden=hidden.view(2, COUNTED, -1))
+        assert all(value.isnan().all() for value in found.values())
+
+
 def test_with_a_likelihood_term_the_rows_beyond_the_budget_are_computed_once_more(backend, device):
     for rows in (GROUP, GROUP - 1, 4):
         assert products(HEAD, rows, backend, device, nll_weight=0.1) == pytest.approx(4 - rows / GROUP)

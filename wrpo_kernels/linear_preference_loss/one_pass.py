@@ -81,24 +81,35 @@ class GroupPass:
         """No log-prob counts in a margin, so that the coefficients are there before any of them."""
         share = loss.sequences.likelihood_share(loss.family)
         share = share if self._divisor == 1 else share / self._divisor
-        token_logp, _ = self._walk(rows, share, loss, self._gradients)
+        token_logp, coef, last_piece = self._walk(rows, share, loss, self._gradients)
+        self._add(self._gradients, rows, *last_piece, coef, token_logp)
         result, _ = self._values_and_coefficients(token_logp, loss)
         return result
 
     def scaled(self, rows: Rows, loss: LossArguments, is_alone: bool) -> Result:
-        """One group, whose coefficients are known but for one factor: that is what is left of them after the walk."""
-        gradients = self._gradients if self._gradients.is_empty else self._gradients.apart()
+        """One group, whose coefficients are known but for one factor. The gradients of the last piece take it along
+        where they can; elsewhere it is what is left of all of them after the walk."""
+        is_first = self._gradients.is_empty
+        takes_along = is_first and self._gradients.takes_factor
+        gradients = self._gradients if is_first else self._gradients.apart()
         share = loss.sequences.margin_share(loss.family)
         share = share / share.abs().max().clamp(min=torch.finfo(share.dtype).tiny)  # any size: the factor makes up
-        token_logp, coef = self._walk(rows, share, loss, gradients)
+        token_logp, coef, last_piece = self._walk(rows, share, loss, gradients)
+        if not takes_along:
+            self._add(gradients, rows, *last_piece, coef, token_logp)
         result, final = self._values_and_coefficients(token_logp, loss)
         largest = coef.abs().argmax(0)  # of any row the same, but for rounding and where it is zero
         own, whole = coef.take(largest), final.take(largest)
         factor = (whole / own).where(own != 0, whole).reshape(())
-        if is_alone:
+        if is_alone and not takes_along:
             self.pending = factor
+            return result
+        of_rows = factor.where(coef != 0, 0.0)
+        if takes_along:
+            gradients.scale_rows_(rows, of_rows[: last_piece[0]])
+            self._add(gradients, rows, *last_piece, final, token_logp, factor.item())
         else:
-            self._gradients.take_in_(gradients, rows, factor, factor.where(coef != 0, 0.0))
+            self._gradients.take_in_(gradients, rows, factor, of_rows)
         return result
 
     def twice(self, rows: Rows, loss: LossArguments) -> Result:
@@ -118,18 +129,36 @@ class GroupPass:
             self._gradients.add(rows, first, delta, coef[first:last])
         return result
 
-    def _walk(self, rows: Rows, share: Tensor, loss: LossArguments, gradients: Gradients) -> tuple[Tensor, Tensor]:
-        """Adds the gradients with the coefficient share [S] of each row's sequence, a piece at a time; returns the
-        log-probs [N] and the coefficients [N, 1]."""
+    def _walk(
+        self, rows: Rows, share: Tensor, loss: LossArguments, gradients: Gradients
+    ) -> tuple[Tensor, Tensor, tuple[int, Tensor]]:
+        """Adds the gradients with the coefficient share [S] of each row's sequence, a piece at a time but for the last;
+        returns the log-probs [N], the coefficients [N, 1], and the first row and the delta of the last piece."""
         number, coef = len(rows), None
         token_logp = share.new_empty(number)
         for first, last in chunks(0, number, even_chunk(number, len(self.buffer), row_tile(share.device))):
             delta = self._head.delta_into(token_logp[first:last], rows, first, last, self.buffer)
             if coef is None:  # behind the first product, which then waits for nothing that is as small
                 coef = share.repeat_interleave(loss.sequences.length, output_size=number)[:, None]
-            some = self._head.coefficients(slice_rows(coef, first, last), token_logp[first:last])
-            gradients.add(rows, first, delta, some)
-        return token_logp, coef
+            if last < number:
+                self._add(gradients, rows, first, delta, coef, token_logp)
+        return token_logp, coef, (first, delta)
+
+    def _add(
+        self,
+        gradients: Gradients,
+        rows: Rows,
+        first: int,
+        delta: Tensor,
+        coef: Tensor,
+        token_logp: Tensor,
+        factor: float = 1.0,
+    ) -> None:
+        """The gradients of the piece at `first`, of the coefficients [N, 1] of all rows; those of the head beside
+        `factor` times what is there."""
+        last = first + len(delta)
+        some = self._head.coefficients(slice_rows(coef, first, last), token_logp[first:last])
+        gradients.add(rows, first, delta, some, factor)
 
     def _values_and_coefficients(self, token_logp: Tensor, loss: LossArguments) -> tuple[Result, Tensor]:
         """The values, and coef [N, 1] = d total / d token_logp; a backend may make them in one call."""

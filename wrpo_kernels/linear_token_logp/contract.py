@@ -8,6 +8,7 @@ from torch import Tensor
 
 from wrpo_kernels.checks import check_shape
 from wrpo_kernels.dispatch.autograd import register, register_differentiable
+from wrpo_kernels.dispatch.huge_pages import in_huge_pages
 from wrpo_kernels.dispatch.schema import Arguments
 from wrpo_kernels.linear_token_logp import passes
 from wrpo_kernels.lm_head.budget import (
@@ -63,7 +64,7 @@ def for_the_backward(tensors: HeadTensors, options: HeadOptions) -> tuple[Tensor
     hidden, vocabulary = tensors.hidden, tensors.weight.shape[0]
     number = most_rows(options.num_rows, tensors.target) if options.asked.only_hidden else 0
     kept = hidden.new_empty(rows_kept(tensors, options), row_stride(hidden.device, vocabulary))
-    return hidden.new_empty(number, hidden.shape[-1]), kept
+    return in_huge_pages(hidden.new_empty(number, hidden.shape[-1])), in_huge_pages(kept)
 
 
 def _fake(tensors: HeadTensors, options: HeadOptions) -> tuple[Tensor, Tensor, Tensor]:

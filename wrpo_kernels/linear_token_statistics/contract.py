@@ -9,6 +9,7 @@ from torch import Tensor
 
 from wrpo_kernels.checks import check_device, check_shape
 from wrpo_kernels.dispatch.autograd import register, register_differentiable
+from wrpo_kernels.dispatch.huge_pages import in_huge_pages
 from wrpo_kernels.dispatch.schema import Arguments
 from wrpo_kernels.dispatch.triton_backend import TritonBackend
 from wrpo_kernels.linear_token_logp.contract import complete, fake_gradients, rows_of
@@ -38,6 +39,11 @@ def shape_of_kept(tensors: HeadTensors, options: HeadOptions) -> tuple[int, int]
     return plan_of(tensors, options).keep, row_stride(tensors.hidden.device, tensors.weight.shape[0])
 
 
+def _empty_kept(tensors: HeadTensors, options: HeadOptions) -> Tensor:
+    empty = tensors.hidden.new_empty(shape_of_kept(tensors, options), dtype=_kept_dtype(tensors, options))
+    return in_huge_pages(empty)
+
+
 def _kept_dtype(tensors: HeadTensors, options: HeadOptions) -> torch.dtype:
     return torch.float32 if options.has_float32_logits else tensors.hidden.dtype
 
@@ -49,7 +55,7 @@ def _linear_token_statistics(
     with no_autocast(tensors.hidden), LabelsByPosition("target", tensors, options.ignore_index):
         head = Head(tensors, options, CANDIDATES)
         rows, plan = rows_of(tensors, options), plan_of(tensors, options)
-        kept = tensors.hidden.new_empty(shape_of_kept(tensors, options), dtype=_kept_dtype(tensors, options))
+        kept = _empty_kept(tensors, options)
         logits = kept[:, : tensors.weight.shape[0]]
         values, top1 = passes.forward(head, rows, plan, logits, wanted)
         return rows.spread(values), rows.spread(top1 + 1) - 1, kept
@@ -58,8 +64,7 @@ def _linear_token_statistics(
 def _fake(tensors: HeadTensors, options: HeadOptions, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor]:
     hidden, number = tensors.hidden, tensors.target.numel()
     values = hidden.new_empty(number, len(COLUMNS), dtype=logp_dtype(hidden.dtype))
-    kept = hidden.new_empty(shape_of_kept(tensors, options), dtype=_kept_dtype(tensors, options))
-    return values, tensors.target.new_empty(number), kept
+    return values, tensors.target.new_empty(number), _empty_kept(tensors, options)
 
 
 def _linear_token_statistics_backward(

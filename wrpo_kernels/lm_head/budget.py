@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wrpo_kernels.dispatch.huge_pages import in_huge_pages
+
 # Bytes. An accelerator gets more than a CPU: each chunk reads and writes the float32 gradient of the head once, and
 # with 512 MiB that made a step 1.33 times its products, with 1 GiB 1.16 (H200, 2026-11-26, see docs/log.md). With the
 # share below the heads of the suite are one chunk there, and a card of 24 GB gives logits 0.75 GiB.
@@ -17,10 +19,11 @@ SHARE_OF_ACCELERATOR = 32  # one part in so many of its memory
 LARGEST_BUDGET = (1 << 63) - 1  # what the ops' int64 holds
 ROW_TILE = 128  # of the products of an accelerator
 ALIGNED = 64  # elements: 128 bytes of 16-bit logits
-# A CPU's malloc keeps blocks of up to 32 MiB for the next call and takes larger ones from the kernel page by page, each
-# time anew: forward alone, V = 8192, D = 256, took 1.4 (float32) and 1.6 (bfloat16) times as long with 512 MiB as with
-# 16. But a product of few rows reads the weight for little: 170 of V = 49152 took 1.24 times as long as 660 (AMX
-# machine, CPU time of one thread, 2026-11-30, see docs/log.md).
+# A CPU's malloc keeps blocks of up to 32 MiB for the next call and takes larger ones from the kernel, each time anew,
+# which has to clear them, in huge pages too: forward alone, V = 8192, D = 256, took 1.5 (float32) and 1.3 (bfloat16)
+# times as long with 512 MiB as with 32. But a product of few rows reads the weight for little: 170 of V = 49152 took
+# 1.2 (1.3) times as long as 512, and those as long as 1024 (AMX machine, CPU time of one thread, 2026-11-30, see
+# docs/log.md).
 KEPT_BY_MALLOC = 32 << 20
 FEWEST_ROWS = 512
 
@@ -145,7 +148,7 @@ def logits_buffer(like: Tensor, num_rows: int, vocabulary: int, dtype: torch.dty
     tokens added, is odd.
     """
     stride = row_stride(like.device, vocabulary)
-    buffer = like.new_empty(num_rows, stride, dtype=dtype)
+    buffer = in_huge_pages(like.new_empty(num_rows, stride, dtype=dtype))
     return buffer if stride == vocabulary else buffer[:, :vocabulary]
 
 

@@ -13,6 +13,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
+from wrpo_kernels.dispatch.huge_pages import in_huge_pages
 from wrpo_kernels.lm_head import column_filter
 from wrpo_kernels.lm_head.head import Head
 from wrpo_kernels.lm_head.inputs import Asked, HeadGradients
@@ -43,24 +44,32 @@ class Gradients:
 
     def __init__(self, hidden: Tensor, head: Head, asked: Asked, chunks: int, grad_filter: float = 0.0) -> None:
         weight, up, products = head.weight, head.up, hidden.dtype
-        self.dh = hidden.new_empty(hidden.shape) if asked.hidden else None
+        self.dh = in_huge_pages(hidden.new_empty(hidden.shape)) if asked.hidden else None
         self.dw = self.db = self.dlow = self.dup = None
         if asked.weight:
             dtype = total_dtype(products, head.weight_dtype, chunks)
-            self.dw = weight.new_empty(weight.shape, dtype=dtype)
+            self.dw = in_huge_pages(weight.new_empty(weight.shape, dtype=dtype))
         if asked.bias:
             self.db = torch.zeros(weight.shape[0], dtype=logp_dtype(products), device=weight.device)
         if asked.low:
-            self.dlow = hidden.new_empty(*hidden.shape[:-1], up.shape[1])
+            self.dlow = in_huge_pages(hidden.new_empty(*hidden.shape[:-1], up.shape[1]))
         if asked.up:
-            self.dup = up.new_empty(up.shape, dtype=total_dtype(products, head.up_dtype, chunks))
+            dtype = total_dtype(products, head.up_dtype, chunks)
+            self.dup = in_huge_pages(up.new_empty(up.shape, dtype=dtype))
         self._weight, self._up = weight, up
         self._filter = grad_filter
         self.is_empty = True  # nothing is in the totals of the head
         self._has_rows = False  # dh and dlow are zero where no row has come
 
-    def add(self, rows: Rows, first: int, delta: Tensor, coef: Tensor) -> None:
-        """The share of rows [first, first + n): delta [n, V], coef [n, 1]."""
+    @property
+    def takes_factor(self) -> bool:
+        """Whether `add` multiplies a dW for nothing: in the product of a CPU, which knows the number. Totals in float32
+        of 16-bit products are scaled where they are cast to the type of their tensor."""
+        return self._weight.is_cpu and self._weight.dtype.itemsize > 2
+
+    def add(self, rows: Rows, first: int, delta: Tensor, coef: Tensor, factor: float = 1.0) -> None:
+        """The share of rows [first, first + n): delta [n, V], coef [n, 1]; to dW, db and dup beside `factor` times what
+        is there."""
         last = first + delta.shape[0]
         columns = None
         if self._filter and not (self.dh is self.dw is None):
@@ -68,20 +77,20 @@ class Gradients:
         if self.dh is not None:
             self._put_rows(self.dh, rows, first, delta, coef, self._weight, columns)
         if self.dw is not None:
-            self._add_weight(self.dw, delta, rows.hidden(first, last, coef), columns)
+            self._add_weight(self.dw, delta, rows.hidden(first, last, coef), columns, factor)
         if self.db is not None:
-            self._add_bias(delta, coef)
+            self._add_bias(delta, coef, factor)
         if self.dlow is not None:
             self._put_rows(self.dlow, rows, first, delta, coef, self._up, None)
         if self.dup is not None:
-            self._add_weight(self.dup, delta, scaled_rows(rows.low(first, last), coef), None)
+            self._add_weight(self.dup, delta, scaled_rows(rows.low(first, last), coef), None, factor)
         self.is_empty = False
         self._has_rows = True
 
     def apart(self) -> Gradients:
         """The same dh and dlow, and dW, db and dup of their own."""
         other = copy(self)
-        other.dw, other.dup = (None if x is None else torch.empty_like(x) for x in (self.dw, self.dup))
+        other.dw, other.dup = (None if x is None else in_huge_pages(torch.empty_like(x)) for x in (self.dw, self.dup))
         other.db = None if self.db is None else torch.zeros_like(self.db)
         other.is_empty = True
         return other
@@ -94,10 +103,14 @@ class Gradients:
                 total.mul_(factor)
             elif total is not None:
                 total.addcmul_(share, factor)
+        self.scale_rows_(rows, of_rows)
+
+    def scale_rows_(self, rows: Rows, factor: Tensor) -> None:
+        """factor [n, 1] times dh and dlow of the first n rows."""
         for out in (self.dh, self.dlow):
             if out is not None:
                 out = out.view(-1, out.shape[-1])
-                rows.put_scaled_(out, 0, rows.take(out), of_rows)
+                rows.put_scaled_(out, 0, rows.take(out, 0, len(factor)), factor)
 
     def totals(self) -> HeadGradients:
         """As they were accumulated."""
@@ -124,7 +137,11 @@ class Gradients:
         column_filter.grad_hidden_into(share, delta, operand, columns)
         rows.put_scaled_(out, first, share, coef)
 
-    def _add_weight(self, total: Tensor, delta: Tensor, scaled: Tensor, columns: Tensor | None) -> None:
+    def _add_weight(self, total: Tensor, delta: Tensor, scaled: Tensor, columns: Tensor | None, factor: float) -> None:
+        is_sum = columns is None and total.dtype == delta.dtype
+        if factor == 0.0 or (factor != 1.0 and not is_sum):  # times 0, addmm would hide what is not finite
+            total.mul_(factor)
+            factor = 1.0
         if columns is not None:
             if self.is_empty:
                 total.zero_()
@@ -136,7 +153,7 @@ class Gradients:
         elif self.is_empty:
             grad_weight_into(total, delta, scaled)
         else:
-            total.addmm_(delta.t(), scaled)
+            total.addmm_(delta.t(), scaled, beta=factor)
 
     def _widen_in_stripes(self, total: Tensor, delta: Tensor, scaled: Tensor) -> None:
         """Where a product of 16-bit matrices cannot write float32: a stripe of the vocabulary at a time is widened."""
@@ -148,7 +165,9 @@ class Gradients:
             grad_weight_into(part[: len(some)], delta[:, first : first + step], scaled)
             some.copy_(part[: len(some)]) if self.is_empty else some.add_(part[: len(some)])
 
-    def _add_bias(self, delta: Tensor, coef: Tensor) -> None:
+    def _add_bias(self, delta: Tensor, coef: Tensor, factor: float) -> None:
+        if factor != 1.0:
+            self.db *= factor
         step = stripe_of(len(delta), self.db.dtype)
         for first in range(0, delta.shape[1], step):
             part = delta[:, first : first + step].to(self.db.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from wrpo_kernels.checks import check_labels
 from wrpo_kernels.dispatch.backends import Backend, choose
+from wrpo_kernels.dispatch.huge_pages import in_huge_pages
 from wrpo_kernels.dispatch.triton_backend import FusedTritonBackend
 from wrpo_kernels.lm_head.budget import logits_buffer
 from wrpo_kernels.lm_head.exp_product.form import ExpProduct
@@ -60,7 +61,9 @@ class Head:
     ) -> None:
         hidden, weight, up = tensors.hidden, tensors.weight, tensors.up
         self.weight_dtype, self.up_dtype = weight.dtype, None if up is None else up.dtype  # as the caller has them
-        self.weight = weight if weight.dtype == hidden.dtype else weight.to(hidden.dtype)
+        self.weight = weight
+        if weight.dtype != hidden.dtype:
+            self.weight = in_huge_pages(torch.empty_like(weight, dtype=hidden.dtype)).copy_(weight)
         self.up = None if up is None else up.to(hidden.dtype)
         self.transform = options.transform(tensors.bias)
         self.ignore_index = options.ignore_index

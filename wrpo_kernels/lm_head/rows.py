@@ -94,12 +94,14 @@ class Rows:
         """[last - first, r] of an adapter, in the type of the hidden states."""
         if self._low is None:
             return None
-        low = slice_rows(self._low, first, last) if self.index is None else self._low[self.index[first:last]]
-        return low.to(self._hidden.dtype)
+        return self.take(self._low, first, last).to(self._hidden.dtype)
 
-    def take(self, values: Tensor) -> Tensor:
-        """[M, ...] -> [N, ...]"""
-        return values if self.index is None else values.index_select(0, self.index)
+    def take(self, values: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+        """[M, ...] -> [N, ...], or of rows [first, last) alone; a view where nothing was left out."""
+        last = len(self) if last is None else last
+        if self.index is None:
+            return slice_rows(values, first, last)
+        return values.index_select(0, slice_rows(self.index, first, last))
 
     def output_for(self, out: Tensor, first: int, last: int) -> Tensor:
         """Where values of rows [first, last) are to be written: in `out` [M, ...] itself if nothing was left out."""
@@ -133,7 +135,7 @@ class Rows:
 
 def count_labels(labels: Tensor, ignore_index: int) -> Tensor:
     """[S, T] -> [S] int64, how many labels of each sequence count."""
-    module = load_extension("_cpu")[0] if is_plain((labels,)) and labels.is_cpu else None
+    module = load_extension("_cpu")[0] if labels.is_cpu and is_plain((labels,)) else None
     if module is None:
         return (labels != ignore_index).sum(1)
     counts = labels.new_empty(labels.shape[0])
@@ -152,10 +154,10 @@ def count_rows(length: Tensor, most: int, num_rows: int | None) -> int:
             raise ValueError(f"num_rows must be in [0, {most}], the number of labels, got {num_rows}")
     if is_compiling() or length.is_meta:
         return UNCOUNTED if num_rows is None else num_rows
-    if num_rows is not None and length.device.type != "cpu":
+    if num_rows is not None and not length.is_cpu:
         return num_rows
     # Small tensors are added up by Python, past the dispatcher.
-    counted = sum(length.tolist()) if length.device.type == "cpu" else int(length.sum())
+    counted = sum(length.tolist()) if length.is_cpu else int(length.sum())
     if num_rows not in (None, counted):
         raise _wrong_count(counted, num_rows)
     return counted

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from wrpo_kernels.dispatch import triton_backend
+from wrpo_kernels.dispatch.huge_pages import in_huge_pages
 from wrpo_kernels.lm_head.products import STRIPE_BYTES, scale_rows_, scaled_rows
 
 MOST_COMPACTED = 1 << 16  # 16 blocks
@@ -78,7 +79,7 @@ def put_scaled_(out: Tensor, index: Tensor | None, share: Tensor, coef: Tensor) 
 def scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """factor [] * total, rounded to `dtype`: no float32 copy of the whole. Zeros stay zeros, whatever the factor: what
     no row has reached gets nothing of a loss that is NaN."""
-    out = torch.empty_like(total, dtype=dtype)
+    out = in_huge_pages(torch.empty_like(total, dtype=dtype))
     fused = kernels(total) if total.is_contiguous() else None
     if fused is not None:
         fused.scale(total, factor, out)

@@ -18,6 +18,7 @@ from wrpo_kernels.checks import (
 )
 from wrpo_kernels.dispatch.autograd import register, register_differentiable
 from wrpo_kernels.dispatch.backends import choose
+from wrpo_kernels.dispatch.huge_pages import in_huge_pages
 from wrpo_kernels.dispatch.schema import Arguments
 from wrpo_kernels.dispatch.triton_backend import TritonBackend
 from wrpo_kernels.logit_transform import LogitTransform, check_transform
@@ -110,7 +111,7 @@ def _token_logp_backward(
     backend: str | None,
 ) -> Tensor:
     kernel = choose(backend, CANDIDATES, logits)
-    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    grad_logits = in_huge_pages(torch.empty(logits.shape, dtype=logits.dtype, device=logits.device))
     rows, grads = _contiguous_rows(logits), grad_logp.contiguous()
     kernel.grad(rows, target.contiguous(), ignore_index, transform, logp, lse, grads, grad_logits)
     return grad_logits

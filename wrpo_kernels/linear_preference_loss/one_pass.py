@@ -12,6 +12,7 @@ A group that is larger than the budget is taken in pieces: `passes` says in whic
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -79,9 +80,7 @@ class GroupPass:
 
     def known(self, rows: Rows, loss: LossArguments) -> Result:
         """No log-prob counts in a margin, so that the coefficients are there before any of them."""
-        share = loss.sequences.likelihood_share(loss.family)
-        share = share if self._divisor == 1 else share / self._divisor
-        token_logp, coef, last_piece = self._walk(rows, share, loss, self._gradients)
+        token_logp, coef, last_piece = self._walk(rows, self._likelihood_share, loss, self._gradients)
         self._add(self._gradients, rows, *last_piece, coef, token_logp)
         result, _ = self._values_and_coefficients(token_logp, loss)
         return result
@@ -92,9 +91,7 @@ class GroupPass:
         is_first = self._gradients.is_empty
         takes_along = is_first and self._gradients.takes_factor
         gradients = self._gradients if is_first else self._gradients.apart()
-        share = loss.sequences.margin_share(loss.family)
-        share = share / share.abs().max().clamp(min=torch.finfo(share.dtype).tiny)  # any size: the factor makes up
-        token_logp, coef, last_piece = self._walk(rows, share, loss, gradients)
+        token_logp, coef, last_piece = self._walk(rows, self._margin_share, loss, gradients)
         if not takes_along:
             self._add(gradients, rows, *last_piece, coef, token_logp)
         result, final = self._values_and_coefficients(token_logp, loss)
@@ -130,19 +127,28 @@ class GroupPass:
         return result
 
     def _walk(
-        self, rows: Rows, share: Tensor, loss: LossArguments, gradients: Gradients
+        self, rows: Rows, share: Callable[[LossArguments], Tensor], loss: LossArguments, gradients: Gradients
     ) -> tuple[Tensor, Tensor, tuple[int, Tensor]]:
-        """Adds the gradients with the coefficient share [S] of each row's sequence, a piece at a time but for the last;
-        returns the log-probs [N], the coefficients [N, 1], and the first row and the delta of the last piece."""
+        """Adds the gradients with the coefficient share(loss) [S] of each row's sequence, a piece at a time but for the
+        last; returns the log-probs [N], the coefficients [N, 1], and the first row and the delta of the last piece."""
         number, coef = len(rows), None
-        token_logp = share.new_empty(number)
-        for first, last in chunks(0, number, even_chunk(number, len(self.buffer), row_tile(share.device))):
+        token_logp = loss.sequences.seq_weight.new_empty(number)
+        for first, last in chunks(0, number, even_chunk(number, len(self.buffer), row_tile(token_logp.device))):
             delta = self._head.delta_into(token_logp[first:last], rows, first, last, self.buffer)
             if coef is None:  # behind the first product, which then waits for nothing that is as small
-                coef = share.repeat_interleave(loss.sequences.length, output_size=number)[:, None]
+                coef = share(loss).repeat_interleave(loss.sequences.length, output_size=number)[:, None]
             if last < number:
                 self._add(gradients, rows, first, delta, coef, token_logp)
         return token_logp, coef, (first, delta)
+
+    def _likelihood_share(self, loss: LossArguments) -> Tensor:
+        share = loss.sequences.likelihood_share(loss.family)
+        return share if self._divisor == 1 else share / self._divisor
+
+    def _margin_share(self, loss: LossArguments) -> Tensor:
+        """Over the largest: weights of any size are walked, and the factor makes up for it."""
+        share = loss.sequences.margin_share(loss.family)
+        return share / share.abs().max().clamp(min=torch.finfo(share.dtype).tiny)
 
     def _add(
         self,

@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import ModuleType
 
 # Before torch is imported, and for every process that a test starts: workers share the cores. Two pools of threads on
@@ -54,6 +55,7 @@ PLAYED = ("cuda", "cpu")
 HERE = tuple(place for place in PLACES if place[1] == "cpu" or torch.cuda.is_available())
 
 
+@cache
 def refusal(backend: str, device: str) -> str | None:
     """Why a backend cannot run here, in its own words; None when it can."""
     if (backend, device) == ("triton", "cpu") and not triton_backend.missing():
@@ -129,11 +131,20 @@ def longest_first(items: list[pytest.Item]) -> list[pytest.Item]:
     return sorted(items, key=lambda item: (item.path not in slow, -count[item.path], item.path))
 
 
-def pytest_collection_finish() -> None:
-    """What is imported and collected stays: a collection of garbage, of which accelerate asks for one after each
-    training, no longer walks over it."""
+def what_is_here_stays() -> None:
+    """A collection of garbage, of which accelerate asks for one after each training, no longer walks over it."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    what_is_here_stays()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_a_file_imported_and_compiled_stays():
+    yield
+    what_is_here_stays()
 
 
 def pytest_unconfigure() -> None:

@@ -128,7 +128,7 @@ def check_backend_name(value: object) -> None:
 
 def is_readable(value: Tensor) -> bool:
     """Whether to look at the values costs no wait for a device, and no compiler is tracing, which has none."""
-    return value.device.type == "cpu" and not is_compiling()
+    return value.is_cpu and not is_compiling()
 
 
 def check_labels(name: str, labels: Tensor, ignore_index: int, vocabulary: int) -> None:

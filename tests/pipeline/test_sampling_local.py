@@ -125,16 +125,16 @@ def test_a_models_own_top_k_does_not_narrow_what_was_asked_for(sample, written, 
 
 
 CARRIED = {
-    "repetition_penalty": {"repetition_penalty": 1.5},
-    "n-grams": {"no_repeat_ngram_size": 2},
-    "beams": {"num_beams": 3},
+    "penalties": {
+        "repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "exponential_decay_length_penalty": [1, 3.0],
+        "temperature": 5.0, "top_k": 2, "do_sample": True,
+    },
+    "beams in a dictionary": {"num_beams": 3, "return_dict_in_generate": True, "output_scores": True},
     "cut-offs": {"min_p": 0.5, "typical_p": 0.5, "epsilon_cutoff": 0.1, "do_sample": True},
-    "forced": {"forced_eos_token_id": 3, "suppress_tokens": [40, 41, 42], "min_new_tokens": 5},
-    "a dictionary": {"return_dict_in_generate": True, "output_scores": True},
-    "stop strings": {"stop_strings": ["e"]},
-    "decay": {"exponential_decay_length_penalty": [1, 3.0]},
-    "temperature": {"temperature": 5.0, "top_k": 2, "do_sample": True},
-}
+    "forced": {
+        "forced_eos_token_id": 3, "suppress_tokens": [40, 41, 42], "min_new_tokens": 5, "stop_strings": ["e"],
+    },
+}  # fmt: skip
 
 
 GREEDY, DRAWN = ["--temperature", "0", "--samples", "1"], ["--temperature", "1", "--top_p", "1"]

@@ -26,7 +26,7 @@ pytestmark = [
 ]
 
 PROMPTS = ["What is 2 + 3?", "Say hello.", "Name a colour.", "Is ice cold?"]
-SAMPLES = 60  # more than are answered before either is killed
+SAMPLES = 40  # more than are answered before either is killed
 PATIENCE = 3000  # ticks of 0.1 s that any one step may take on a machine that is busy with other things
 
 

@@ -2,8 +2,8 @@
 
     logits = h W^T -> log-probs and delta -> values and one coefficient c a row -> dh = c (delta W), dW = delta^T (c h)
 
-The same calls of the same kernels as in `one_pass`, without the objects that hold a head and its gradients for any
-number of chunks: a toy takes 0.04 to 0.07 of plain torch's time less (AMX machine, 2026-11-30, see docs/log.md).
+The same kernels as in `one_pass`, in one call, without the objects that hold a head and its gradients for any number of
+chunks: a toy takes 0.04 to 0.07 of plain torch's time less (AMX machine, 2026-11-30, see docs/log.md).
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from wrpo_kernels.dispatch.backends import load_extension
 from wrpo_kernels.linear_token_logp.contract import rows_of
 from wrpo_kernels.lm_head import products
+from wrpo_kernels.lm_head.budget import logits_buffer
 from wrpo_kernels.lm_head.inputs import HeadGradients, HeadOptions, HeadTensors
-from wrpo_kernels.preference_loss import native as native_loss
 from wrpo_kernels.preference_loss.family import LossArguments
-from wrpo_kernels.token_logp import native as native_rows
+from wrpo_kernels.token_logp import native
 
 
 def takes(tensors: HeadTensors, options: HeadOptions) -> bool:
@@ -24,23 +25,20 @@ def takes(tensors: HeadTensors, options: HeadOptions) -> bool:
     hidden, weight, _, bias, low, _ = tensors
     if not (bias is low is None and weight.dtype == hidden.dtype and options.num_rows > 0):
         return False
-    if options.grad_filter or options.has_float32_logits or options.backend not in (None, native_rows.NAME):
+    if options.grad_filter or options.has_float32_logits or options.backend not in (None, native.NAME):
         return False
-    return native_rows.refuses(hidden) is None
+    return native.refuses(hidden) is None
 
 
 def run(
     tensors: HeadTensors, options: HeadOptions, loss: LossArguments, divisor: int
 ) -> tuple[tuple[Tensor, ...], HeadGradients]:
-    """total [], loss [G], logp [S], reward [S] and margin [G]; and the gradients of the total."""
+    """total [], logp [S], reward [S] and margin [G]; and the gradients of the total."""
     weight, rows = tensors.weight, rows_of(tensors, options)
     number = len(rows)
     hidden = rows.hidden(0, number)
-    delta = products.logits_into(hidden.new_empty(number, weight.shape[0]), hidden, weight)
-    token_logp = hidden.new_empty(number, dtype=torch.float32)
-    lse = token_logp.new_empty(2, number)
-    native_rows.delta_(delta, rows.target, options.ignore_index, options.transform(None), token_logp, lse)
-    *values, coef = native_loss.of_rows(token_logp, loss, divisor)
+    delta = products.logits_into(logits_buffer(weight, number, weight.shape[0]), hidden, weight)
+    *values, coef = _values_and_delta_(delta, rows.target, options, loss, divisor)
     dh = dw = None
     if options.asked.hidden:
         share = products.grad_hidden_into(hidden.new_empty(hidden.shape), delta, weight)
@@ -49,3 +47,36 @@ def run(
         dw = weight.new_empty(weight.shape)
         products.grad_weight_into(dw, delta, products.scaled_rows(hidden, coef))
     return tuple(values), HeadGradients(dh, dw, None, None, None)
+
+
+def _values_and_delta_(
+    logits: Tensor, target: Tensor, options: HeadOptions, loss: LossArguments, divisor: int
+) -> tuple[Tensor, ...]:
+    """The values, and coef [N, 1] = d total / d log-prob; delta takes the place of the logits [N, V]."""
+    module, _ = load_extension("_cpu")
+    sequences, num_groups, family = loss
+    num_rows, vocabulary = logits.shape
+    (num_sequences,) = sequences.length.shape
+    like = sequences.seq_weight
+    out = [like.new_empty(size) for size in ((), num_sequences, num_sequences, num_groups, (num_rows, 1))]
+    inputs = [None if x is None else x.contiguous() for x in sequences]  # alive until the kernel returns
+    module.preference_loss_of_logits_(
+        logits.data_ptr(),
+        native.DTYPE_TAG[logits.dtype],
+        num_rows,
+        vocabulary,
+        logits.stride(0),
+        target.data_ptr(),
+        options.ignore_index,
+        options.logit_scale,
+        options.softcap,
+        1.0 / options.temperature,
+        torch.get_num_threads(),
+        *[0 if x is None else x.data_ptr() for x in inputs],
+        num_sequences,
+        num_groups,
+        *family.scalars,
+        divisor,
+        *[x.data_ptr() for x in out],
+    )
+    return tuple(out)

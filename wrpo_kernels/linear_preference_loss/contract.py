@@ -51,8 +51,8 @@ def _linear_preference_loss(
     loss = LossArguments(sequences, num_groups, family)
     with no_autocast(tensors.hidden), LabelsByPosition("labels", tensors, options.ignore_index):
         if chunks == 1 and at_once.takes(tensors, options):
-            (total, _, *values), grads = at_once.run(tensors, options, loss, divisor)
-            return total, *values, None, *grads
+            values, grads = at_once.run(tensors, options, loss, divisor)
+            return *values, None, *grads
         head, rows = Head(tensors, options), rows_of(tensors, options)
         gradients = Gradients(tensors.hidden, head, options.asked, chunks, options.grad_filter)
         kernel = choose(loss_backend(options.backend), preference.CANDIDATES, sequences.seq_weight)

@@ -41,7 +41,7 @@ class Counts:
     ) -> None:
         self._labels, self._num_rows = (labels, cu_seqlens, ignore_index), num_rows
         self._given = None if lengths is None else _checked(lengths, labels, cu_seqlens, num_rows)
-        self.told = None if labels.device.type == "cpu" else self._given
+        self.told = None if labels.is_cpu else self._given
         self.length = _counted(*self._labels) if self.told is None else None
         if self._given is not None and self.length is not None and is_readable(self.length):
             _refuse_other(self._given.tolist(), self.length.tolist())
@@ -56,9 +56,10 @@ class Counts:
     def with_groups(self, group: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Lengths [S] and groups [S] on the device of the labels, by one copy, and [2, S] on the CPU where the host
         knows both of labels on another device."""
-        device = self._labels[0].device
-        if device.type == "cpu":
+        labels, *_ = self._labels
+        if labels.is_cpu:
             return self.on_device(), group, None
+        device = labels.device
         check_tensor("group", group)
         check_int64("group", group)
         is_known = group.device.type == "cpu"

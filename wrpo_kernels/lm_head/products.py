@@ -219,10 +219,17 @@ def stripe_of(width: int, dtype: torch.dtype) -> int:
 
 def scaled_rows(rows: Tensor, coef: Tensor) -> Tensor:
     """coef [n, 1] * rows [n, D], rounded once: a coefficient rounded to 16 bits first would bias its whole sequence."""
-    scaled = rows * coef
+    scaled = _product(rows, coef)
     return scaled if scaled.dtype == rows.dtype else scaled.to(rows.dtype)
 
 
 def scale_rows_(rows: Tensor, coef: Tensor) -> Tensor:
     """The same in place."""
-    return rows.mul_(coef)
+    return rows.mul_(coef) if rows.dtype == coef.dtype else rows.copy_(_product(rows, coef))
+
+
+def _product(rows: Tensor, coef: Tensor) -> Tensor:
+    """In the type of the coefficients. 16-bit rows are widened first on a CPU, whose product of two types is slow: with
+    the rounding that follows 0.67 and 0.22 of its time for 512 rows of 576 and of 1024 (one core with AMX, 2026-11-30).
+    """
+    return rows * coef if rows.dtype == coef.dtype or not rows.is_cpu else rows.to(coef.dtype).mul_(coef)

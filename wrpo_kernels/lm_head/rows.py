@@ -135,7 +135,7 @@ class Rows:
 
 def count_labels(labels: Tensor, ignore_index: int) -> Tensor:
     """[S, T] -> [S] int64, how many labels of each sequence count."""
-    module = load_extension("_cpu")[0] if is_plain((labels,)) and labels.is_cpu else None
+    module = load_extension("_cpu")[0] if labels.is_cpu and is_plain((labels,)) else None
     if module is None:
         return (labels != ignore_index).sum(1)
     counts = labels.new_empty(labels.shape[0])
@@ -154,10 +154,10 @@ def count_rows(length: Tensor, most: int, num_rows: int | None) -> int:
             raise ValueError(f"num_rows must be in [0, {most}], the number of labels, got {num_rows}")
     if is_compiling() or length.is_meta:
         return UNCOUNTED if num_rows is None else num_rows
-    if num_rows is not None and length.device.type != "cpu":
+    if num_rows is not None and not length.is_cpu:
         return num_rows
     # Small tensors are added up by Python, past the dispatcher.
-    counted = sum(length.tolist()) if length.device.type == "cpu" else int(length.sum())
+    counted = sum(length.tolist()) if length.is_cpu else int(length.sum())
     if num_rows not in (None, counted):
         raise _wrong_count(counted, num_rows)
     return counted

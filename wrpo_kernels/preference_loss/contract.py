@@ -120,8 +120,9 @@ def _save(ctx: Any, outputs: tuple[Tensor, ...], logp: Tensor, sequences: Sequen
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: None) -> dict[str, Tensor]:
     group, coef = ctx.saved_tensors
-    # The coefficient of a group that is out of range is NaN, as a GPU finds out alone: its index must not be followed.
-    return {"logp": coef * grad_loss[group.clamp(0, grad_loss.shape[0] - 1)]}
+    if not is_readable(group):  # a group out of range made NaN of its coefficient: its index must not be followed
+        group = group.clamp(0, grad_loss.shape[0] - 1)
+    return {"logp": coef * grad_loss.index_select(0, group)}
 
 
 preference_loss = register_differentiable(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import interpreter
 import pytest
 import torch
@@ -82,19 +80,6 @@ def test_a_total_is_scaled_and_rounded(dtype, factor, device):
     result = scaling.scaled_in_place(own, by)
     assert result is own
     assert_rounded_once(own, exact)
-
-
-@pytest.mark.parametrize("factor", [math.nan, math.inf], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_zeros_of_a_total_stay_zeros_whatever_the_factor(dtype, factor, device):
-    total, by = (
-        torch.tensor([[0.0, -1.5, 0.0], [2.0, 0.0, math.nan]], device=device),
-        torch.tensor(factor, device=device),
-    )
-    expected = (total * factor).where(total != 0, 0.0).to(dtype)
-    torch.testing.assert_close(scaling.scaled(total, by, dtype), expected, rtol=0, atol=0, equal_nan=True)
-    in_place = scaling.scaled_in_place(total.to(dtype), by)
-    torch.testing.assert_close(in_place, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_an_empty_total_and_no_rows_launch_nothing(device):

@@ -1,8 +1,9 @@
 """The registered op `wrpo::linear_preference_loss`, of the one-pass form: its schema, kernel, fake and derivative.
 
 The op returns the sum or the mean of the losses of all groups together with its gradients, so that the backward only
-scales them: by the upstream gradient, and by `factor` where the rows did not fit the budget together. Rows that did may
-take another way: see the public function. Without a margin (`has_margin`) the loss is the likelihood term alone.
+scales them: by the upstream gradient, and those of the head by `factor` where the rows did not fit the budget together.
+Rows that did may take another way: see the public function. Without a margin (`has_margin`) the loss is the likelihood
+term alone.
 """
 
 from __future__ import annotations
@@ -140,10 +141,11 @@ def _save(
 def _backward(ctx: Any, grad_loss: Tensor, *_: None) -> dict[str, Tensor]:
     scaled = _scaled_in_place if owns_saved(ctx) else scaled_to
     factor, *totals = ctx.saved_tensors
-    if factor is not None and factor.dim() == 0:
-        grad_loss = grad_loss * factor
-    each = zip(HeadGradients._fields, ctx.asked, totals, ctx.dtypes, strict=True)
-    return {name: scaled(total, grad_loss, dtype) for name, asked, total, dtype in each if asked}
+    has_factor = factor is not None and factor.dim() == 0
+    of_head = grad_loss * factor if has_factor else grad_loss
+    by = HeadGradients(hidden=grad_loss, weight=of_head, bias=of_head, low=grad_loss, up=of_head)
+    each = zip(by._asdict().items(), ctx.asked, totals, ctx.dtypes, strict=True)
+    return {name: scaled(total, number, dtype) for (name, number), asked, total, dtype in each if asked}
 
 
 def _scaled_in_place(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -52,7 +52,7 @@ class GroupPass:
 
     Attributes:
         buffer: [rows at a time, V] of logits.
-        pending: [] what all gradients are still to be multiplied by; None: nothing.
+        pending: [] what the gradients of the head are still to be multiplied by; None: nothing.
     """
 
     buffer: Tensor
@@ -98,13 +98,13 @@ class GroupPass:
         largest = coef.abs().argmax(0)  # of any row the same, but for rounding and where it is zero
         own, whole = coef.take(largest), final.take(largest)
         factor = (whole / own).where(own != 0, whole).reshape(())
-        if is_alone and not takes_along:
-            self.pending = factor
-            return result
         of_rows = factor.where(coef != 0, 0.0)
         if takes_along:
             gradients.scale_rows_(rows, of_rows[: last_piece[0]])
             self._add(gradients, rows, *last_piece, final, token_logp, factor.item())
+        elif is_alone:
+            gradients.scale_rows_(rows, of_rows)
+            self.pending = factor
         else:
             self._gradients.take_in_(gradients, rows, factor, of_rows)
         return result
@@ -190,7 +190,7 @@ def run(
     has_margin: bool = True,
 ) -> tuple[Result, Tensor | None]:
     """Adds the gradients of the summed loss over `divisor` to `gradients`; returns the values, and what is left to
-    multiply all gradients by, or None. on_host [2, S]: lengths and groups, where the host knows them."""
+    multiply those of the head by, or None. on_host [2, S]: lengths and groups, where the host knows them."""
     passes, device = GroupPass(head, divisor, gradients, kernel), head.weight.device
     if len(rows) <= limits.at_once:
         passes.make_room(len(rows))

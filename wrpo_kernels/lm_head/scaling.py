@@ -7,7 +7,6 @@ multiplies a float32 number into 16-bit rows at a third of the bandwidth of a co
 from __future__ import annotations
 
 import importlib
-import math
 from types import ModuleType
 
 import torch
@@ -77,18 +76,17 @@ def put_scaled_(out: Tensor, index: Tensor | None, share: Tensor, coef: Tensor) 
 
 
 def scaled(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """factor [] * total, rounded to `dtype`: no float32 copy of the whole. Zeros stay zeros, whatever the factor: what
-    no row has reached gets nothing of a loss that is NaN."""
+    """factor [] * total, rounded to `dtype`: no float32 copy of the whole."""
     out = in_huge_pages(torch.empty_like(total, dtype=dtype))
     fused = kernels(total) if total.is_contiguous() else None
     if fused is not None:
         fused.scale(total, factor, out)
         return out
-    if out.device.type != "cpu":
-        return out.copy_(_product(total, factor))
+    if out.device.type != "cpu" or total.dtype == dtype:
+        return torch.mul(total, factor, out=out)
     step = max(1, STRIPE_BYTES // (4 * max(total[:1].numel(), 1)))  # `out` of another type costs a float32 copy
     for first in range(0, len(total), step):
-        out[first : first + step] = _product(total[first : first + step], factor)
+        out[first : first + step] = total[first : first + step] * factor
     return out
 
 
@@ -100,13 +98,4 @@ def scaled_in_place(total: Tensor, factor: Tensor) -> Tensor:
     if fused is not None:
         fused.scale(total, factor, total)
         return total
-    return total.mul_(factor) if _is_known_finite(factor) else total.copy_(_product(total, factor))
-
-
-def _product(values: Tensor, factor: Tensor) -> Tensor:
-    product = values * factor
-    return product if _is_known_finite(factor) else product.where(values != 0, 0.0)
-
-
-def _is_known_finite(factor: Tensor) -> bool:
-    return factor.is_cpu and math.isfinite(factor.item())
+    return total.mul_(factor)

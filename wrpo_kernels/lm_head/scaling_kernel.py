@@ -49,12 +49,11 @@ def _scatter_rows(share, index, coef, out, D, HAS_INDEX: tl.constexpr, BLOCK: tl
 
 @triton.jit
 def _scale(total, factor, out, size, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
-    """out = factor [] * total, 0 where the total is; by 1 in place there is nothing to do."""
+    """out = factor [] * total; by 1 in place there is nothing to do."""
     f = tl.load(factor)
     if not IN_PLACE or f != 1.0:
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(total + at, mask=at < size).to(tl.float32)
-        x = tl.where(x == 0, x, x * f)
+        x = tl.load(total + at, mask=at < size).to(tl.float32) * f
         tl.store(out + at, x.to(out.dtype.element_ty), mask=at < size)
 
 

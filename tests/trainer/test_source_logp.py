@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from wrpo import WRPOConfig, WRPOTrainer, cli
 from wrpo.data import load_examples, tokenize_examples
 from wrpo.reference import source_logp
+from wrpo.reference.brought import _warn_once
 from wrpo.reference.command import parse
 from wrpo.reference.source_logp import with_source_logp
-from wrpo.training import command as training_command
 
 ROWS = [
     {"prompt": "2 + 3?", "source_chosen": ["five, of course", "5"], "target_chosen": "5.", "rejected": "what is the"},
@@ -176,9 +176,20 @@ def test_float32_logits_of_the_command_are_those_of_its_model_and_kept_apart(fla
     assert [options["logits_dtype"] for options in asked] == [None, torch.float32], "what was kept has other logits"
 
 
-@pytest.mark.parametrize("brought_by", ["command", "trainer"])
-def test_a_run_says_that_the_reference_it_is_brought_was_rounded_otherwise(brought_by, models, tmp_path, capsys):
-    """Of a 16-bit head; the rounding would be in the log-ratios from the first step on."""
+RUNS = {
+    "narrow": {"bf16": True},
+    "narrow, float32 logits": {"bf16": True, "logits_dtype": "float32"},
+    "wide": {},
+    "wide, float32 logits": {"logits_dtype": "float32"},
+}
+
+
+@pytest.fixture
+def brought(models, tmp_path, capsys) -> dict[str, Path]:
+    """Files whose `ref_logp` was made with logits that were rounded to 16 bits or not; of the last nobody knows.
+
+    capsys: before the command takes standard error for its log.
+    """
     source = tmp_path / "rows.jsonl"
     source.write_text(json.dumps(ROWS[0]) + "\n")
     files = {}
@@ -189,32 +200,43 @@ def test_a_run_says_that_the_reference_it_is_brought_was_rounded_otherwise(broug
         assert cli.main(command + flags) == 0
     files["alone"] = tmp_path / "alone.jsonl"
     files["alone"].write_text(files["exact"].read_text())
+    return files
+
+
+def test_a_run_says_that_the_reference_it_is_brought_was_rounded_otherwise(brought, models, tmp_path, capsys):
+    """The rounding would be in the log-ratios from the first step on."""
     said = {}
-    for name in files:
-        for logits_dtype in (None, "float32"):
+    for name, file in brought.items():
+        for run, settings in RUNS.items():
+            _warn_once.cache_clear()
             capsys.readouterr()
-            open_rows(brought_by, str(files[name]), models[1], tmp_path, logits_dtype)
-            said[name, logits_dtype] = [line for line in capsys.readouterr().err.splitlines() if "ref_logp" in line]
-    asks = {key for key, lines in said.items() if lines}
-    assert asks == {("rounded", "float32"), ("exact", None), ("alone", "float32")}
-    (line,) = said["rounded", "float32"]
-    assert line.startswith(f"{files['rounded']}: ref_logp was made with logits_dtype none and this run has float32")
-    (line,) = said["alone", "float32"]
-    assert "`wrpo logp --logits_dtype float32`" in line
-    capsys.readouterr()
-    open_rows(brought_by, str(files["rounded"]), models[1], tmp_path, "float32")
-    assert "ref_logp" not in capsys.readouterr().err, "a file is warned of once"
+            open_rows(file, models[1], tmp_path, settings)
+            said[name, run] = [line for line in capsys.readouterr().err.splitlines() if "ref_logp" in line]
+    asked = {key for key, lines in said.items() if lines}
+    assert asked == {
+        *(("rounded", run) for run in RUNS if run != "narrow"),
+        ("exact", "narrow"),
+        ("wide", "narrow"),
+        ("alone", "narrow, float32 logits"),
+    }
+    (line,) = said["wide", "narrow"]
+    assert line.startswith(f"{brought['wide']}: this run rounds its logits to 16 bits and its ref_logp does not")
+    open_rows(brought["alone"], models[1], tmp_path, RUNS["narrow, float32 logits"])
+    open_rows(brought["alone"], models[1], tmp_path, RUNS["narrow, float32 logits"])
+    assert capsys.readouterr().err.count("nothing beside it says") == 1, "a file is warned of once"
 
 
-def open_rows(brought_by: str, file: str, model: str, folder: Path, logits_dtype: str | None) -> None:
-    settings = {**SETTINGS, "output_dir": str(folder / "run"), "logits_dtype": logits_dtype}
-    if brought_by == "trainer":
-        WRPOTrainer(model, WRPOConfig(**settings), train_dataset=file)
-    else:
-        flags = [] if logits_dtype is None else ["--logits_dtype", logits_dtype]
-        words = [file, "--model_name_or_path", model, "--output_dir", str(folder / "run"), *flags]
-        _, data, config = training_command.parse("train", WRPOConfig, words)
-        training_command._tokenised(file, "train", tiny_tokenizer(), config, data, "preference")
+def test_a_folder_without_a_name_has_nothing_beside_it(brought, models, tmp_path, monkeypatch, capsys):
+    rows = datasets.load_dataset("json", data_files=str(brought["wide"]), split="train")
+    rows.save_to_disk(tmp_path / "saved")
+    monkeypatch.chdir(tmp_path / "saved")
+    open_rows(Path(), models[1], tmp_path, RUNS["narrow"])
+    assert "ref_logp" not in capsys.readouterr().err
+
+
+def open_rows(file: Path, model: str, folder: Path, settings: dict) -> None:
+    config = WRPOConfig(**{**SETTINGS, "output_dir": str(folder / "run"), **settings})
+    WRPOTrainer(model, config, train_dataset=str(file))
 
 
 def test_a_reference_is_cut_as_training_cuts():

@@ -11,7 +11,7 @@ from transformers import set_seed
 from wrpo.data import load_examples, tokenize_examples
 from wrpo.data.loading import load_hub
 from wrpo.pretrained import check_adapter, load_model, load_tokenizer, require_template, warn_of_coarse_weights
-from wrpo.reference.brought import warn_of_other_logits
+from wrpo.reference.brought import warn_of_other_rounding
 from wrpo.settings import DataSettings, ModelSettings, parse_settings
 from wrpo.user_error import UserError
 
@@ -79,16 +79,18 @@ def _fit(trainer_class: Any, model: ModelSettings, data: DataSettings, config: A
         )
     tokenizer = load_tokenizer(model)
     require_template(tokenizer, f"model_name_or_path {model.model_name_or_path!r}", may_be_none=True)
+    sources = _sources(data)
     with config.main_process_first(desc="tokenising"):  # the others read what the first has put on disk
         rows = {
             name: _tokenised(source, split, tokenizer, config, data, trainer_class.stage)
-            for name, (source, split) in _sources(data).items()
+            for name, (source, split) in sources.items()
         }
     if "eval_dataset" in rows and config.eval_strategy == "no":
         config.eval_strategy = type(config.eval_strategy)("epoch")
     try:
         policy = load_model(model, is_trained=True)
         warn_of_coarse_weights(policy)
+        warn_of_other_rounding({name: source for name, (source, _) in sources.items()}, rows, policy, config)
         trainer = trainer_class(policy, config, processing_class=tokenizer, **rows)
     except (ValueError, TypeError) as error:  # settings, model and data that do not go together
         raise UserError(str(error)) from error
@@ -113,7 +115,7 @@ def _sources(data: DataSettings) -> dict[str, tuple[Any, str]]:
 
 
 def _tokenised(source: Any, split: str, tokenizer: Any, config: Any, data: DataSettings, stage: str) -> Any:
-    rows = tokenize_examples(
+    return tokenize_examples(
         load_examples(source, split=split, skip_bad_rows=data.skip_bad_rows, stage=stage, from_scores=data.from_scores),
         tokenizer,
         max_length=config.max_length,
@@ -122,9 +124,6 @@ def _tokenised(source: Any, split: str, tokenizer: Any, config: Any, data: DataS
         chat_template_kwargs=data.template_options(),
         num_proc=data.tokenize_processes if data.tokenize_processes > 1 else None,
     )
-    if stage == "preference":
-        warn_of_other_logits(source, rows, config.logits_dtype)
-    return rows
 
 
 def _print_paths(folder: Path) -> None:

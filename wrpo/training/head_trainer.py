@@ -23,6 +23,7 @@ from wrpo.data.model_limits import keep_padding_inside
 from wrpo.data.ranks import rows_that_count
 from wrpo.head.fused_head import check_fused_head, install_fused_head
 from wrpo.head.wrapping import is_partitioned, takes_weights_of_first_process
+from wrpo.reference.brought import warn_of_other_rounding
 from wrpo.user_error import UserError
 from wrpo_kernels.environment import default_backend, default_budget
 
@@ -62,11 +63,13 @@ class HeadTrainer(ResumingTrainer, SavingTrainer, LengthGroupingTrainer, LayoutT
         args = self.config_class() if args is None else args
         check_arguments(args, self.config_class, options)
         tokenizer = open_tokenizer(processing_class, model)
+        sources = {"train": train_dataset, "eval": eval_dataset}
         train_dataset = open_train_data(train_dataset, tokenizer, args, self.stage)
         eval_dataset = open_eval_data(eval_dataset, tokenizer, args, self.stage)
         model = open_model(model, peft_config)
         if model is not None:
             keep_padding_inside(tokenizer, model)
+            warn_of_other_rounding(sources, {"train": train_dataset, "eval": eval_dataset}, model, args)
         with packages_named(f"report_to {args.report_to}"), hub_named(args):
             super().__init__(
                 model=model,

@@ -13,7 +13,6 @@ from wrpo.data import DataError, load_examples, tokenize_examples
 from wrpo.data.selection import leave_out
 from wrpo.data.tokenised_row import COLUMNS
 from wrpo.pretrained import load_model, load_tokenizer
-from wrpo.reference.brought import warn_of_other_logits
 from wrpo.rows.errors import shown
 from wrpo.settings import ModelSettings
 
@@ -123,8 +122,6 @@ def open_data(data: Any, tokenizer: Any, args: FusedHeadConfig, stage: str) -> A
             max_length=args.max_length,
             max_prompt_length=args.max_prompt_length,
         )
-    if stage == "preference":
-        warn_of_other_logits(data, rows, args.logits_dtype)
     return leave_out(rows, args.unused_role())
 
 

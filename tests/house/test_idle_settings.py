@@ -9,18 +9,20 @@ import wrpo.building.command
 import wrpo.evaluation.command
 import wrpo.scoring.command
 import wrpo.training.command
-from wrpo import WRPOConfig
+from wrpo import DPOConfig, WRPOConfig
 from wrpo.settings import SettingsError
 
 ANSWERS = ["a.jsonl", "-o", "out"]
 COMMANDS = {
     "train": (lambda words: wrpo.training.command.parse("train", WRPOConfig, words)),
+    "dpo": (lambda words: wrpo.training.command.parse("dpo", DPOConfig, words)),
     "build": (lambda words: wrpo.building.command.parse(words)),
     "score": (lambda words: wrpo.scoring.command.parse(words)),
     "eval": (lambda words: wrpo.evaluation.command.parse(words)),
 }
 NEEDED = {
     "train": ["--model_name_or_path", "m", "--output_dir", "out", "--use_cpu"],
+    "dpo": ["--model_name_or_path", "m", "--output_dir", "out", "--use_cpu"],
     "build": ANSWERS,
     "score": ANSWERS,
     "eval": ["-o", "out"],
@@ -37,6 +39,11 @@ IDLE = [
     ("train", "alpha_goal_accuracy 0.9", FILE, "--alpha_schedule adaptive"),
     ("train", "alpha_start 0.05", f"{FILE} --alpha_schedule constant", None),
     ("train", "alpha_warmup_ratio 0.5", f"{FILE} --alpha_schedule constant", None),
+    ("train", "alpha 0.3", f"{FILE} --loss_type dpo", None),
+    ("train", "alpha_start 0.05", f"{FILE} --loss_type dpo", None),
+    ("train", "alpha_warmup_ratio 0.5", f"{FILE} --loss_type dpo", None),
+    ("train", "alpha_warmup_ratio 0.5", f"{FILE} --alpha 0", "--alpha_start 0.3"),
+    ("dpo", "alpha_warmup_ratio 0.5", FILE, None),
     ("train", "source_temperature 2.0", FILE, "--source_weighting reward"),
     ("train", "performance_decay 0.5", f"{FILE} --source_weighting reward", None),
     ("train", "performance_decay 0.5", FILE, "--source_weighting margin"),
@@ -57,6 +64,9 @@ IDLE = [
     ("eval", "verifier m:f", TRIPLES, "--sources s.yaml --prompts p.jsonl"),
     ("eval", "policy p", "a.jsonl", "--triples t.jsonl --reference r"),
     ("eval", "beta 0.1", "a.jsonl", TRIPLES),
+    ("eval", "batch_size 8", "a.jsonl", TRIPLES),
+    ("eval", "torch_dtype float32", "a.jsonl --judge judge.yaml", "a.jsonl --reward_model rm"),
+    ("eval", "trust_remote_code true", "a.jsonl", TRIPLES),
 ]
 
 
@@ -68,3 +78,9 @@ def test_a_setting_that_nothing_reads_is_refused_by_name_and_taken_where_somethi
         COMMANDS[command]([*idle.split(), *words])
     if asked is not None:
         COMMANDS[command]([*asked.split(), *(idle.split() if command == "train" else []), *words])
+
+
+@pytest.mark.parametrize("alpha", ["0", "0.1"], ids=["what dpo does", "the default"])
+def test_dpo_takes_an_alpha_that_says_nothing_else(alpha):
+    words = [*NEEDED["train"], *FILE.split(), "--loss_type", "dpo", "--alpha", alpha]
+    assert COMMANDS["train"](words)[2].loss_type == "dpo"

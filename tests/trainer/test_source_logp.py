@@ -201,6 +201,9 @@ def test_a_run_says_that_the_reference_it_is_brought_was_rounded_otherwise(broug
     assert line.startswith(f"{files['rounded']}: ref_logp was made with logits_dtype none and this run has float32")
     (line,) = said["alone", "float32"]
     assert "`wrpo logp --logits_dtype float32`" in line
+    capsys.readouterr()
+    open_rows(brought_by, str(files["rounded"]), models[1], tmp_path, "float32")
+    assert "ref_logp" not in capsys.readouterr().err, "a file is warned of once"
 
 
 def open_rows(brought_by: str, file: str, model: str, folder: Path, logits_dtype: str | None) -> None:

@@ -48,7 +48,7 @@ def test_the_loss_is_the_papers_formula_of_the_models_own_logits(settings, alpha
     rows = [{**row, "share": [0.25, 0.75, 1.0, 1.0]} for row in tiny_rows(3, sources=2)]
     policy, reference = tiny_model(seed=0), tiny_model(seed=1)
     needs_reference = settings["loss_type"] != "simpo"
-    settings = {"alpha": 0.3, "alpha_schedule": "constant", "beta": 0.1, **settings}
+    settings = {"alpha": alpha, "alpha_schedule": "constant", "beta": 0.1, **settings}
     trainer = wrpo_trainer(tmp_path, policy, rows, **settings, ref_model=reference if needs_reference else None)
     batch = preference_batch(rows)
     got = trainer.compute_loss(trainer.model.eval(), batch)

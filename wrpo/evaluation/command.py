@@ -41,6 +41,8 @@ def parse(arguments: list[str]) -> tuple[EvalSettings, ScorerSettings, TriplesSe
             "nothing to evaluate: name files of answers, sources with prompts, or triples with policy and reference"
         )
     refuse_idle(scorer, settings.has_answers, "answers, or sources and prompts", *vars(scorer))
+    runs_a_model = triples.triples is not None or scorer.reward_model is not None
+    refuse_idle(triples, runs_a_model, "triples or reward_model", "batch_size", "torch_dtype", "trust_remote_code")
     if scorer.verifier and settings.solved_at is None:
         settings.solved_at = 1.0
     return settings, scorer, triples

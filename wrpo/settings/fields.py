@@ -124,11 +124,14 @@ def refuse_idle(settings: Any, is_asked: bool, by: str, *names: str) -> None:
     Raises:
         SettingsError: one of the fields has not its default.
     """
-    for field in dataclasses.fields(settings):
+    if is_asked:
+        return
+    fields = {field.name: field for field in dataclasses.fields(settings)}
+    for name in names:
+        field, value = fields[name], getattr(settings, name)
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if field.name in names and not is_asked and getattr(settings, field.name) != default:
-            value = getattr(settings, field.name)
-            raise SettingsError(f"{field.name} is for {by}; {value!r} would change nothing. Leave it out")
+        if value != default:
+            raise SettingsError(f"{name} is for {by}; {value!r} would change nothing. Leave it out")
 
 
 def choices_of(hint: Any) -> tuple[Any, ...]:

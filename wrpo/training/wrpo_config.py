@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wrpo.reference.fused import Fusion
-from wrpo.settings import check_range, knob, refuse_idle
+from wrpo.settings import check_range, knob
 
 from .config import FusedHeadConfig
+from .idle_settings import refuse_idle_settings
 from .inherited_fields import check_numbers
 from .loss_names import REFERENCE_FREE, DivergenceName, Losses, check_losses, losses_of, only_name
 from .schedule import Schedule
@@ -193,23 +194,7 @@ class WRPOConfig(FusedHeadConfig):
             )
         self._check_token_weights()
         self._check_weights_that_adapt()
-        self._refuse_idle()
-
-    def _refuse_idle(self) -> None:
-        losses, is_free = losses_of(self.loss_type), self.loss_type in REFERENCE_FREE
-        refuse_idle(self, self.sync_ref_model, "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")
-        refuse_idle(self, "discopop" in losses, "loss_type discopop", "discopop_tau")
-        has_alpha = self.f_divergence_type == "alpha_divergence"
-        refuse_idle(self, has_alpha, "f_divergence_type alpha_divergence", "f_alpha_divergence_coef")
-        refuse_idle(self, self.alpha_schedule == "adaptive", "alpha_schedule adaptive", "alpha_goal_accuracy")
-        rises = self.alpha_schedule != "constant"
-        refuse_idle(self, rises, "an alpha_schedule that rises", "alpha_start", "alpha_warmup_ratio")
-        weighs = self.source_weighting != "rows"
-        refuse_idle(self, weighs, "source_weighting reward, margin or accuracy", "source_temperature")
-        means = "source_weighting margin or accuracy, or alpha_schedule adaptive"
-        refuse_idle(self, self.follows_performance(), means, "performance_decay")
-        is_kept = self.reference in ("auto", "precompute") and not is_free and not self.sync_ref_model
-        refuse_idle(self, is_kept, "reference precompute", "reference_cache_dir")
+        refuse_idle_settings(self)
 
     def _check_token_weights(self) -> None:
         losses = losses_of(self.loss_type)

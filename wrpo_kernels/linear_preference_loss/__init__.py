@@ -18,7 +18,8 @@ from wrpo_kernels.lm_head.head import LabelsByPosition
 from wrpo_kernels.lm_head.inputs import HeadOptions, HeadTensors, checked_options, checked_tensors
 from wrpo_kernels.lm_head.labels import with_shifted_labels
 from wrpo_kernels.lm_head.rows import most_rows
-from wrpo_kernels.preference_loss import PreferenceOutput, loss_arguments, loss_of_sequences
+from wrpo_kernels.preference_loss import PreferenceOutput, loss_of_sequences
+from wrpo_kernels.preference_loss.arguments import loss_arguments
 from wrpo_kernels.preference_loss.family import Family, LossArguments, Sequences
 from wrpo_kernels.preference_loss.reduction import reduce_loss
 from wrpo_kernels.token_logp.contract import logp_dtype

@@ -27,6 +27,11 @@ class LogitTransform(NamedTuple):
         """d z / d (h W^T) where the softcap does not bend."""
         return self.logit_scale / self.temperature
 
+    @property
+    def scalars(self) -> tuple[float, float, float]:
+        """As the compiled kernels take them."""
+        return self.logit_scale, self.softcap, 1.0 / self.temperature
+
 
 def check_bias(name: str, bias: Tensor | None, like: Tensor, vocabulary: int) -> None:
     if bias is not None:

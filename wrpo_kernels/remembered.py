@@ -25,7 +25,8 @@ def remembered(function: Callable[..., Found]) -> Callable[..., Found]:
     Of a tensor it may look at the facts above alone, and return none. What it raises is raised each time. Compiled
     code and arguments of any other type, such as a subclass of Tensor, go past what is kept.
     """
-    known, kept = TENSORS | OPTIONS, {}  # type: ignore[var-annotated]
+    known = TENSORS | OPTIONS
+    kept: dict[tuple, Any] = {}
 
     @wraps(function)
     def call(*arguments: Any, **named: Any) -> Found:

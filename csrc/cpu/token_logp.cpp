@@ -151,7 +151,9 @@ void forward(const TokenLogp& a, Scores<T, has_bias, has_softcap> row, int64_t n
     if (overwrite) wide_delta(row, a.V, wide, outer_slope(a), y, x);
     return;
   }
-  const double relative = row.relative(linear, top), mine = exp2(relative), rest = rebase(others, top).sum;
+  // A masked label's score may be finite in nats and beyond float32 in the unit of log 2.
+  const double relative = score > -kInf ? row.relative(linear, top) : wide_score(row, y) - double(top);
+  const double mine = exp2(relative), rest = rebase(others, top).sum;
   const OfLabel label = of_label(relative, mine, rest);
   write(label, (double(top) + log2(mine + rest)) * kLn2);
   const T* next = n + 1 < a.n ? x + a.row_stride : nullptr;

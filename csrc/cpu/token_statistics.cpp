@@ -10,6 +10,7 @@ namespace wrpo::WRPO_LEVEL {
 namespace {
 
 constexpr int kBlock = 4096;  // elements; sums of more lose digits in float32
+constexpr float kShare = 1.f / kBlock;  // exact; a sum of scores that a mask made the lowest number would overflow
 
 // log2 p_v = z2_v - high - rest; z2 in units of log 2.
 template <class S>
@@ -55,10 +56,10 @@ Sums sums_of(S row, int64_t V, double lse2) {
       const float linear = row.linear(begin + i), log2 = log2_p(linear), p = pow2(log2);
       entropy += p * not_below(log2, kLeastLog2);
       squares += p * p;
-      scores += row.capped(linear).value;
+      scores += kShare * row.capped(linear).value;
       largest = larger(log2, largest);
     }
-    total.p_log2_p += entropy, total.p_squared += squares, total.score += scores;
+    total.p_log2_p += entropy, total.p_squared += squares, total.score += double(scores) * kBlock;
     if (double(largest) > total.largest) total.largest = largest, best = begin;
   }
   const int count = int(V - best < kBlock ? V - best : kBlock);

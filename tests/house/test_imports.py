@@ -11,6 +11,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import NamedTuple
 
+import openmp
 import pytest
 
 import wrpo_kernels
@@ -110,11 +111,13 @@ def test_the_report_tells_the_same(without_module, with_broken_module):
 
 
 class Traces(NamedTuple):
-    """What stayed in the process: modules after the import, modules after calls too, settings of torch changed."""
+    """What stayed in the process: modules after the import, modules after calls too, settings of torch changed, and the
+    files of OpenMP."""
 
     imported: list[str]
     computed: list[str]
     is_changed: bool
+    openmp: list[str]
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +132,8 @@ def traces() -> Traces:
         "import wrpo_kernels\n"
         "imported = sorted(set(sys.modules) - before)\n"
         + COMPUTE.replace("randn", "ones")
-        + "print(json.dumps([imported, sorted(set(sys.modules) - before), settings() != old]))\n"
+        + "print(json.dumps([imported, sorted(set(sys.modules) - before), settings() != old,\n"
+        f"    {openmp.RUNTIMES}]))\n"
     )
     return Traces(*json.loads(done.stdout))
 
@@ -150,6 +154,13 @@ def test_on_the_cpu_nothing_is_compiled_for_a_new_shape(traces):
 
 def test_importing_leaves_the_settings_of_torch_alone(traces):
     assert not traces.is_changed
+
+
+def test_the_native_module_computes_with_the_openmp_runtime_of_torch(traces):
+    """Built with the flags that ship."""
+    pytest.importorskip("wrpo_kernels._cpu", reason="the native module was not built")
+    assert "wrpo_kernels._cpu" in traces.computed
+    assert len(traces.openmp) <= 1
 
 
 def test_every_public_name_exists_and_no_other_is_exported():

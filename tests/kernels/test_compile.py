@@ -8,6 +8,7 @@ import shutil
 import oracle
 import pytest
 import torch
+from conftest import HERE
 from doors import DOORS, LARGE, OF_OPS, D, S, T, V, doors, value_and_gradients
 from torch import Tensor, library
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -19,6 +20,10 @@ from wrpo_kernels.lm_head.rows import UNCOUNTED
 
 COMPILER = os.environ.get("CXX", "g++")  # of Inductor
 NO_WORDS = r"ExceptionVariable\(<class 'ValueError'>\)"  # all that torch 2.8 says of an error met while it traces
+
+KINDS = [
+    pytest.param(kind, marks=pytest.mark.gpu if kind == "cuda" else ()) for kind in sorted({kind for _, kind in HERE})
+]
 
 
 def is_second(door: str, backend: str) -> bool:
@@ -128,10 +133,11 @@ def test_a_compiled_door_is_one_graph_with_the_bits_of_the_eager_one(door, backe
     assert_compiled_is_eager(door, backend, device, is_second(door, backend))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("door", [door for door in DOORS if door not in OF_OPS])
-def test_a_compiled_loss_that_calls_a_general_one_is_one_graph_too(door):
-    """Whichever backend that takes by itself."""
-    assert_compiled_is_eager(door, None, torch.device("cpu"), DOORS.index(door) % 2 == 1)
+def test_a_compiled_loss_that_calls_a_general_one_is_one_graph_too(door, kind):
+    """Whichever backend that takes by itself on each kind of device here."""
+    assert_compiled_is_eager(door, None, torch.device(kind), DOORS.index(door) % 2 == 1)
 
 
 # Each calls an op of its own name; the other doors call these ops too.

@@ -66,11 +66,28 @@ def has_asked(tensor: Tensor) -> bool:
     return bytes_that_asked(tensor.data_ptr(), tensor.nbytes) > tensor.nbytes - 2 * PAGE
 
 
-def test_new_memory_lies_in_huge_pages(asks):
-    tensor = in_huge_pages(torch.empty(64 * MIB, dtype=torch.uint8)).fill_(1)
+def huge_bytes_of(start: int, size: int) -> int:
+    """In huge pages, of the mappings that [start, start + size) touches."""
+    return sum(some.huge_bytes for some in mappings() if some.first < start + size and start < some.last)
+
+
+def gives_huge_pages(size: int) -> bool:
+    """Whether memory that asks by itself is given one: the system may have none free, or may have been told not to."""
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        memory.write(bytes(size))
+        buffer = ctypes.c_char.from_buffer(memory)
+        given = huge_bytes_of(ctypes.addressof(buffer), size)
+        del buffer
+    return given > 0
+
+
+def test_new_memory_asks_for_huge_pages_and_gets_them_where_they_are_given(asks):
+    size = 64 * MIB
+    before = gives_huge_pages(size)
+    tensor = in_huge_pages(torch.empty(size, dtype=torch.uint8)).fill_(1)
     assert has_asked(tensor)
-    first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-    assert sum(some.huge_bytes for some in mappings() if some.first < last and first < some.last) > 0
+    assert huge_bytes_of(tensor.data_ptr(), size) > 0 or not (before and gives_huge_pages(size))
 
 
 def test_only_whole_pages_of_the_memory_are_asked_for(asks):
@@ -108,6 +125,13 @@ LOSSES = {
 def test_the_gradient_of_a_head_lies_in_huge_pages(name, asks):
     hidden, weight, labels = operands()
     (grad,) = torch.autograd.grad(LOSSES[name](hidden, weight, labels), weight)
+    assert has_asked(grad)
+
+
+def test_the_gradient_of_many_hidden_states_of_a_small_head_lies_in_huge_pages(asks):
+    hidden, weight = torch.randn(2, 20 * MIB // D // 4, D), torch.randn(64, D) / 16
+    labels = torch.randint(0, len(weight), hidden.shape[:-1])
+    (grad,) = torch.autograd.grad(linear_preference_loss(hidden.requires_grad_(), weight, labels, **PAIR).loss, hidden)
     assert has_asked(grad)
 
 

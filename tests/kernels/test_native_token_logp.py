@@ -97,6 +97,13 @@ def test_equal_scores_that_only_doubles_hold_are_equally_probable(value):
         assert_within("delta", delta, exact, torch.tensor(EPS))
 
 
+@dtypes
+def test_a_label_masked_by_the_lowest_number_has_its_finite_logp(dtype):
+    lowest = torch.finfo(dtype).min  # of float32 and bfloat16 beyond float32 in the unit of log 2
+    logits = torch.tensor([[lowest, 0, 1], [lowest, lowest, 0], [lowest * 0.7, 0, 1]])
+    Call(logits.to(dtype), torch.zeros(3, dtype=torch.int64)).check()
+
+
 def test_an_impossible_target_has_logp_of_minus_infinity():
     logits = torch.tensor([[0.0, -torch.inf, 1.0]])
     for _ in each_level():

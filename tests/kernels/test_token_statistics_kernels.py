@@ -135,6 +135,18 @@ def test_of_scores_beyond_the_digits_of_float32_the_statistics_are_those_of_thei
     check(backend, logits, target)
 
 
+@pytest.mark.parametrize("vocabulary", [4, 9001])
+def test_the_mean_of_logits_masked_by_the_lowest_number_is_finite(vocabulary, backend, device):
+    """Their sum is not a float32."""
+    if backend in ("triton", "cuda"):
+        pytest.skip("sums the scores in float32")
+    logits = torch.zeros(1, vocabulary, device=device)
+    logits[0, : vocabulary // 2], logits[0, -2] = torch.finfo(torch.float32).min, 1.0
+    target = torch.tensor([vocabulary - 1], device=device)
+    mean = run(backend, logits, target, coefficients(target), Transform()).values[:, COLUMNS.index("mean_logits")]
+    torch.testing.assert_close(mean.double(), logits.double().mean(1), rtol=1e-6, atol=0)
+
+
 WANTED = {name: Wanted(**{**dict.fromkeys(Wanted._fields, False), name: True}) for name in Wanted._fields}
 WANTED["nothing"] = Wanted(*[False] * 4)
 

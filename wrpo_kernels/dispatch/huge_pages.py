@@ -19,8 +19,9 @@ LEAST_BYTES = 4 << 20  # below, hardly a huge page lies within
 def in_huge_pages(empty: Tensor) -> Tensor:
     """The same tensor, which was just allocated and has not been written: a large one of the CPU asks for huge pages.
 
-    Memory: that of the tensor; a huge page does not reach beyond it. Nothing happens to what has no memory of its own,
-    as in a trace, to small tensors, and where the system has no such pages.
+    Memory: that of the tensor, rounded up to 2 MiB where the neighbouring memory has asked too. In malloc's heap the
+    advice stays with the address when the tensor is gone. Nothing happens to what has no memory of its own, as in a
+    trace, to small tensors, and where the system has no such pages.
     """
     if type(empty) is Tensor and empty.is_cpu and empty.nbytes >= LEAST_BYTES and is_plain((empty,)):
         module, _ = load_extension("_cpu")

@@ -3,20 +3,21 @@
     logits = h W^T -> log-probs and delta -> values and one coefficient c a row -> dh = c (delta W), dW = delta^T (c h)
 
 The same kernels as in `one_pass`, in one call, without the objects that hold a head and its gradients for any number of
-chunks: a toy takes 0.04 to 0.07 of plain torch's time less (AMX machine, 2026-11-30, see docs/log.md).
+chunks: a toy takes 0.07 (float32) and 0.13 (bfloat16) of plain torch's time less (AMX machine, 2026-11-30, see
+docs/log.md).
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from wrpo_kernels.dispatch.backends import load_extension
+from wrpo_kernels.dispatch.huge_pages import in_huge_pages
 from wrpo_kernels.linear_token_logp.contract import rows_of
 from wrpo_kernels.lm_head import products
 from wrpo_kernels.lm_head.budget import logits_buffer
 from wrpo_kernels.lm_head.inputs import HeadGradients, HeadOptions, HeadTensors
 from wrpo_kernels.preference_loss.family import LossArguments
+from wrpo_kernels.preference_loss.native import of_logits_
 from wrpo_kernels.token_logp import native
 
 
@@ -38,45 +39,13 @@ def run(
     number = len(rows)
     hidden = rows.hidden(0, number)
     delta = products.logits_into(logits_buffer(weight, number, weight.shape[0]), hidden, weight)
-    *values, coef = _values_and_delta_(delta, rows.target, options, loss, divisor)
+    transform = options.transform(None)
+    *values, coef = of_logits_(delta, rows.target, options.ignore_index, transform, loss, divisor)
     dh = dw = None
     if options.asked.hidden:
-        share = products.grad_hidden_into(hidden.new_empty(hidden.shape), delta, weight)
+        share = products.grad_hidden_into(in_huge_pages(hidden.new_empty(hidden.shape)), delta, weight)
         dh = rows.spread(products.scale_rows_(share, coef)).view(tensors.hidden.shape)
     if options.asked.weight:
-        dw = weight.new_empty(weight.shape)
+        dw = in_huge_pages(weight.new_empty(weight.shape))
         products.grad_weight_into(dw, delta, products.scaled_rows(hidden, coef))
     return tuple(values), HeadGradients(dh, dw, None, None, None)
-
-
-def _values_and_delta_(
-    logits: Tensor, target: Tensor, options: HeadOptions, loss: LossArguments, divisor: int
-) -> tuple[Tensor, ...]:
-    """The values, and coef [N, 1] = d total / d log-prob; delta takes the place of the logits [N, V]."""
-    module, _ = load_extension("_cpu")
-    sequences, num_groups, family = loss
-    num_rows, vocabulary = logits.shape
-    (num_sequences,) = sequences.length.shape
-    like = sequences.seq_weight
-    out = [like.new_empty(size) for size in ((), num_sequences, num_sequences, num_groups, (num_rows, 1))]
-    inputs = [None if x is None else x.contiguous() for x in sequences]  # alive until the kernel returns
-    module.preference_loss_of_logits_(
-        logits.data_ptr(),
-        native.DTYPE_TAG[logits.dtype],
-        num_rows,
-        vocabulary,
-        logits.stride(0),
-        target.data_ptr(),
-        options.ignore_index,
-        options.logit_scale,
-        options.softcap,
-        1.0 / options.temperature,
-        torch.get_num_threads(),
-        *[0 if x is None else x.data_ptr() for x in inputs],
-        num_sequences,
-        num_groups,
-        *family.scalars,
-        divisor,
-        *[x.data_ptr() for x in out],
-    )
-    return tuple(out)

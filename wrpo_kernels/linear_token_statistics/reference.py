@@ -59,7 +59,7 @@ def _write_rows(scores: Tensor, lse: Tensor, counts: Tensor, wanted: Wanted, val
     if wanted.entropy:
         found["entropy"] = -(share * log_share).where(share != 0, 0.0).sum(1)
     if wanted.mean_logits:
-        found["mean_logits"] = scores.mean(1)
+        found["mean_logits"] = (scores / scores.shape[1]).sum(1)  # two that a mask made the lowest number have no sum
     if wanted.log_sum_sq_probs:
         found["log_sum_sq_probs"] = share.square().sum(1).log()
     for name, column in found.items():

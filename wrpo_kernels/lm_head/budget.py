@@ -21,9 +21,9 @@ ROW_TILE = 128  # of the products of an accelerator
 ALIGNED = 64  # elements: 128 bytes of 16-bit logits
 # A CPU's malloc keeps blocks of up to 32 MiB for the next call and takes larger ones from the kernel, each time anew,
 # which has to clear them, in huge pages too: forward alone, V = 8192, D = 256, took 1.5 (float32) and 1.3 (bfloat16)
-# times as long with 512 MiB as with 32. But a product of few rows reads the weight for little: 170 of V = 49152 took
-# 1.2 (1.3) times as long as 512, and those as long as 1024 (AMX machine, CPU time of one thread, 2026-11-30, see
-# docs/log.md).
+# times as long with 512 MiB as with 32. But a product of few rows reads the weight for little: the 170 (341) of V =
+# 49152 that 32 MiB hold took 1.2 (1.3) times as long as 512, and those 0.9 (1.0) times as long as 1024 at once (AMX
+# machine, CPU time of one thread, 2026-11-30, see docs/log.md).
 KEPT_BY_MALLOC = 32 << 20
 FEWEST_ROWS = 512
 

@@ -23,7 +23,12 @@ from wrpo_kernels.token_logp.contract import CANDIDATES as ROW_KERNELS
 from wrpo_kernels.token_logp.contract import logp_dtype
 
 # The CPU's own first: a toy feels how long the others take to say no.
-CANDIDATES = (native, ExpProduct(), *ROW_KERNELS[1:], FusedTritonBackend("wrpo_kernels.lm_head.triton_kernel"))
+CANDIDATES = (
+    native,
+    ExpProduct(),
+    *(kernel for kernel in ROW_KERNELS if kernel is not native),
+    FusedTritonBackend("wrpo_kernels.lm_head.triton_kernel"),
+)
 
 
 def no_autocast(like: Tensor) -> AbstractContextManager:

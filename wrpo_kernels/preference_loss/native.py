@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from wrpo_kernels.dispatch.backends import load_extension
+from wrpo_kernels.logit_transform import LogitTransform
 from wrpo_kernels.preference_loss.family import LossArguments
+from wrpo_kernels.token_logp.native import rows_of
 
 NAME = "native"
 
@@ -20,21 +22,11 @@ def refuses(logp: Tensor) -> str | None:
     return None if module is not None else reason
 
 
-def forward(logp: Tensor, loss: LossArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(logp: Tensor, loss: LossArguments) -> tuple[Tensor, ...]:
     """Returns `loss` [G], `reward` [S], `margin` [G] and `coef` [S] = d loss[group[s]] / d logp[s]."""
-    module, _ = load_extension("_cpu")
-    value, margin = logp.new_empty(loss.num_groups), logp.new_empty(loss.num_groups)
-    reward, coef = torch.empty_like(logp), torch.empty_like(logp)
-    out = (value, reward, margin, coef)
-    inputs = [None if x is None else x.contiguous() for x in (logp, *loss.sequences)]  # alive until the kernel returns
-    module.preference_loss(
-        *[0 if x is None else x.data_ptr() for x in inputs],
-        logp.shape[0],
-        loss.num_groups,
-        *loss.family.scalars,
-        *[x.data_ptr() for x in out],
-    )
-    return out
+    num_sequences, num_groups = len(logp), loss.num_groups
+    logp = logp.contiguous()  # alive until the kernel returns
+    return _run("preference_loss", (logp.data_ptr(),), loss, (), (num_groups, num_sequences, num_groups, num_sequences))
 
 
 def of_rows(token_logp: Tensor, loss: LossArguments, divisor: int) -> tuple[Tensor, ...]:
@@ -43,19 +35,35 @@ def of_rows(token_logp: Tensor, loss: LossArguments, divisor: int) -> tuple[Tens
     Returns `total` [], the sum of the losses over `divisor`, `loss` [G], `logp` [S], `reward` [S], `margin` [G] and
     `coef` [N, 1] = d total / d token_logp.
     """
-    module, _ = load_extension("_cpu")
-    (num_rows,), (num_sequences,), num_groups = token_logp.shape, loss.sequences.length.shape, loss.num_groups
+    num_rows, num_sequences, num_groups = len(token_logp), len(loss.sequences.seq_weight), loss.num_groups
     sizes = ((), num_groups, num_sequences, num_sequences, num_groups, (num_rows, 1))
-    out = tuple([token_logp.new_empty(size) for size in sizes])
-    inputs = [None if x is None else x.contiguous() for x in loss.sequences]  # alive until the kernel returns
-    module.preference_loss_of_rows(
-        token_logp.data_ptr(),
-        num_rows,
+    return _run("preference_loss_of_rows", (token_logp.data_ptr(), num_rows), loss, (divisor,), sizes)
+
+
+def of_logits_(
+    logits: Tensor, target: Tensor, ignore_index: int, transform: LogitTransform, loss: LossArguments, divisor: int
+) -> tuple[Tensor, ...]:
+    """The same from their logits [N, V], a transform without bias, but for `loss`; leaves d token_logp / d logits in
+    their place."""
+    num_rows, num_sequences, num_groups = len(logits), len(loss.sequences.seq_weight), loss.num_groups
+    rows = (*rows_of(logits, target, ignore_index), *transform.scalars, torch.get_num_threads())
+    sizes = ((), num_sequences, num_sequences, num_groups, (num_rows, 1))
+    return _run("preference_loss_of_logits_", rows, loss, (divisor,), sizes)
+
+
+def _run(kernel: str, rows: tuple, loss: LossArguments, divisor: tuple[int, ...], sizes: tuple) -> tuple[Tensor, ...]:
+    """What the kernel writes, float32 of these sizes."""
+    module, _ = load_extension("_cpu")
+    sequences, num_groups, family = loss
+    out = tuple([sequences.seq_weight.new_empty(size) for size in sizes])
+    inputs = [None if x is None else x.contiguous() for x in sequences]  # alive until the kernel returns
+    getattr(module, kernel)(
+        *rows,
         *[0 if x is None else x.data_ptr() for x in inputs],
-        num_sequences,
+        len(sequences.seq_weight),
         num_groups,
-        *loss.family.scalars,
-        divisor,
+        *family.scalars,
+        *divisor,
         *[x.data_ptr() for x in out],
     )
     return out

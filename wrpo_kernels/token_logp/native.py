@@ -56,17 +56,15 @@ def run(
     module, _ = load_extension("_cpu")
     bias = None if transform.bias is None else transform.bias.to(torch.float32).contiguous()
     getattr(module, kernel)(
-        logits.data_ptr(),
-        DTYPE_TAG[logits.dtype],
-        logits.shape[0],
-        logits.shape[1],
-        logits.stride(0),
-        target.data_ptr(),
-        ignore_index,
+        *rows_of(logits, target, ignore_index),
         0 if bias is None else bias.data_ptr(),
-        transform.logit_scale,
-        transform.softcap,
-        1.0 / transform.temperature,
+        *transform.scalars,
         *(value.data_ptr() if isinstance(value, Tensor) else value for value in rest),
         torch.get_num_threads(),
     )
+
+
+def rows_of(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[int, ...]:
+    """Rows [N, V] and their labels [N] as the kernels take them."""
+    shape, stride = logits.shape, logits.stride(0)
+    return logits.data_ptr(), DTYPE_TAG[logits.dtype], shape[0], shape[1], stride, target.data_ptr(), ignore_index

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import weakref
 from pathlib import Path
 
@@ -185,11 +186,8 @@ RUNS = {
 
 
 @pytest.fixture
-def brought(models, tmp_path, capsys) -> dict[str, Path]:
-    """Files whose `ref_logp` was made with logits that were rounded to 16 bits or not; of the last nobody knows.
-
-    capsys: before the command takes standard error for its log.
-    """
+def brought(models, tmp_path) -> dict[str, Path]:
+    """Files whose `ref_logp` was made with logits that were rounded to 16 bits or not; of the last nobody knows."""
     source = tmp_path / "rows.jsonl"
     source.write_text(json.dumps(ROWS[0]) + "\n")
     files = {}
@@ -203,17 +201,25 @@ def brought(models, tmp_path, capsys) -> dict[str, Path]:
     return files
 
 
-def test_a_run_says_that_the_reference_it_is_brought_was_rounded_otherwise(brought, models, tmp_path, capsys):
+@pytest.fixture
+def warnings(monkeypatch) -> list[str]:
+    """What is warned of in this test."""
+    heard: list[str] = []
+    _warn_once.cache_clear()
+    monkeypatch.setattr(logging.getLogger("wrpo.reference"), "warning", lambda text, *_: heard.append(text))
+    return heard
+
+
+def test_a_run_says_that_the_reference_it_is_brought_was_rounded_otherwise(brought, models, tmp_path, warnings):
     """The rounding would be in the log-ratios from the first step on."""
     said = {}
     for name, file in brought.items():
         for run, settings in RUNS.items():
             _warn_once.cache_clear()
-            capsys.readouterr()
             open_rows(file, models[1], tmp_path, settings)
-            said[name, run] = [line for line in capsys.readouterr().err.splitlines() if "ref_logp" in line]
-    asked = {key for key, lines in said.items() if lines}
-    assert asked == {
+            said[name, run] = [*warnings]
+            warnings.clear()
+    assert {key for key, lines in said.items() if lines} == {
         *(("rounded", run) for run in RUNS if run != "narrow"),
         ("exact", "narrow"),
         ("wide", "narrow"),
@@ -221,17 +227,21 @@ def test_a_run_says_that_the_reference_it_is_brought_was_rounded_otherwise(broug
     }
     (line,) = said["wide", "narrow"]
     assert line.startswith(f"{brought['wide']}: this run rounds its logits to 16 bits and its ref_logp does not")
-    open_rows(brought["alone"], models[1], tmp_path, RUNS["narrow, float32 logits"])
-    open_rows(brought["alone"], models[1], tmp_path, RUNS["narrow, float32 logits"])
-    assert capsys.readouterr().err.count("nothing beside it says") == 1, "a file is warned of once"
 
 
-def test_a_folder_without_a_name_has_nothing_beside_it(brought, models, tmp_path, monkeypatch, capsys):
+def test_a_file_is_warned_of_once_by_the_trainer_or_the_command(brought, models, tmp_path, warnings):
+    words = ["--model_name_or_path", models[1], "--output_dir", str(tmp_path / "run"), "--use_cpu", "--max_steps", "1"]
+    assert cli.main(["train", str(brought["wide"]), *words, "--bf16", "--report_to", "none"]) == 0
+    open_rows(brought["wide"], models[1], tmp_path, RUNS["narrow"])
+    assert sum("rounds its logits" in line for line in warnings) == 1
+
+
+def test_a_folder_without_a_name_has_nothing_beside_it(brought, models, tmp_path, monkeypatch, warnings):
     rows = datasets.load_dataset("json", data_files=str(brought["wide"]), split="train")
     rows.save_to_disk(tmp_path / "saved")
     monkeypatch.chdir(tmp_path / "saved")
     open_rows(Path(), models[1], tmp_path, RUNS["narrow"])
-    assert "ref_logp" not in capsys.readouterr().err
+    assert not warnings
 
 
 def open_rows(file: Path, model: str, folder: Path, settings: dict) -> None:

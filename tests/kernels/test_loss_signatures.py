@@ -65,7 +65,7 @@ def test_every_option_reaches_the_general_form_under_its_own_name(door, monkeypa
     if general is linear_preference_loss:
         tensors = [torch.zeros(30, 4), torch.zeros(5, 4), torch.zeros(30).long()]
     # What the layouts read; what they only hand on may be anything.
-    read = {"alpha": 0.1, "num_sources": 3, "nll_weight": 0.5, **lengths}
+    read = {"alpha": 0.1, "num_sources": 3, "nll_weight": 0.5, "length_normalize": True, **lengths}
     bounds = {"cu_seqlens": torch.arange(0, 31, 3)}
     given = {name: (read | bounds).get(name, object()) for name in options_of(door)}
     handed_on = door(*tensors, **given)

@@ -279,16 +279,32 @@ def test_the_value_of_a_bool_may_be_left_out_before_a_word(flags, is_set):
     assert (settings.skip_bad_rows, settings.candidates) == (is_set, ["a.jsonl"])
 
 
-@pytest.mark.parametrize("words", [["sigmoid", "sft"], ["sigmoid,sft"], ["sigmoid", "sft", "t.jsonl"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--loss_type", "sigmoid", "sft"],
+        ["--loss_type", "sigmoid,sft"],
+        ["--loss-type", "sigmoid,", "sft"],
+        ["--loss_type=sigmoid", "sft"],
+        ["--loss_type", "sigmoid", "sft", "t.jsonl"],
+    ],
+    ids=" ".join,
+)
 def test_several_losses_stand_behind_their_flag(words, tmp_path):
     arguments = ["--model_name_or_path", "m", "--output_dir", str(tmp_path), "--use_cpu", "--loss_weights", "1", "0.5"]
     files = [] if "t.jsonl" in words else ["--train_file", "t.jsonl"]
-    _, data, training = wrpo.training.command.parse("dpo", WRPOConfig, [*arguments, *files, "--loss_type", *words])
+    _, data, training = wrpo.training.command.parse("dpo", WRPOConfig, [*arguments, *files, *words])
     assert (training.loss_type, training.loss_weights, data.train_file) == (["sigmoid", "sft"], [1.0, 0.5], "t.jsonl")
 
 
+@pytest.mark.parametrize("flag", ["--loss_type sigmoid", "--loss_type=sigmoid,sft"])
+def test_a_word_behind_losses_that_is_neither_one_nor_a_file_is_named(settings, flag):
+    with pytest.raises(SettingsError, match=r"^loss_type: expected one of sigmoid, .*, got 'stf', which is no file"):
+        settings("", *flag.split(), "stf")
+
+
 def test_one_loss_behind_its_flag_is_its_name(settings):
-    (*_, training), (*_, in_a_file) = settings("", "--loss_type", "ipo"), settings("loss_type: [ipo, sft]")
+    (*_, training), (*_, in_a_file) = settings("", "--loss_type", "ipo"), settings("loss_type: ['ipo,sft']")
     assert (training.loss_type, in_a_file.loss_type) == ("ipo", ["ipo", "sft"])
 
 

@@ -115,7 +115,8 @@ class Parser(ArgumentParser):
         if isinstance(value, list):
             if not reading.is_list:
                 raise ArgumentTypeError(f"expected one value, got {len(value)} in a list")
-            return [self._read(reading, _text(one)) for one in value]
+            read = [self._read(reading, _text(one)) for one in value]
+            return [one for part in read for one in (part if isinstance(part, list) else [part])]
         one = self._read(reading, _text(value))
         return [one] if reading.is_only_list else one
 
@@ -135,20 +136,32 @@ class Parser(ArgumentParser):
             yield f"{argument}=true" if is_bare else argument
 
     def _with_commas(self, arguments: list[str]) -> Iterator[str]:
-        """Choices behind a flag that takes several, in one word: what stands after them may be a file's name."""
+        """Choices behind a flag that takes several, in one word; what stands behind them is a file's name."""
         words = [*arguments]
         while words:
-            argument, taken = words.pop(0), []
-            action = self._option_string_actions.get(argument)
+            argument = words.pop(0)
+            flag, equals, value = argument.partition("=")
+            action = self._option_string_actions.get(flag)
             reading = None if action is None else self.readings.get(action.dest)
-            while reading and reading.is_one_or_several and words and words[0] in reading.choices:
-                taken.append(words.pop(0))
-            yield f"{argument}={','.join(taken)}" if taken else argument
+            if reading is None or not reading.is_one_or_several:
+                yield argument
+                continue
+            taken = [value] if equals else []
+            while words and set(_pieces(words[0])) <= set(reading.choices):
+                taken += _pieces(words.pop(0))
+            if taken and words and not (NO_WORD.search(words[0]) or Path(words[0]).exists()):
+                got = f"got {words[0]!r}, which is no file either"
+                raise SettingsError(f"{action.dest}: expected {reading.expected}, {got}")
+            yield f"{flag}={','.join(taken)}" if taken else argument
 
     def _no_such(self, name: str) -> str:
         bare = name.lstrip("-").split("=")[0]
         near = nearest(bare, {flag.removeprefix("--") for flag in self._option_string_actions})
         return f"no setting named {bare!r}; " + (f"did you mean {near!r}?" if near else "--help lists them")
+
+
+def _pieces(text: str) -> list[str]:
+    return text.strip(",").split(",")
 
 
 def _help(field: Field) -> str:

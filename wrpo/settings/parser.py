@@ -142,7 +142,8 @@ class Parser(ArgumentParser):
             argument = words.pop(0)
             flag, equals, value = argument.partition("=")
             action = self._option_string_actions.get(flag)
-            reading = None if action is None else self.readings.get(action.dest)
+            name = "" if action is None else action.dest
+            reading = self.readings.get(name)
             if reading is None or not reading.is_one_or_several:
                 yield argument
                 continue
@@ -151,7 +152,7 @@ class Parser(ArgumentParser):
                 taken += _pieces(words.pop(0))
             if taken and words and not (NO_WORD.search(words[0]) or Path(words[0]).exists()):
                 got = f"got {words[0]!r}, which is no file either"
-                raise SettingsError(f"{action.dest}: expected {reading.expected}, {got}")
+                raise SettingsError(f"{name}: expected {reading.expected}, {got}")
             yield f"{flag}={','.join(taken)}" if taken else argument
 
     def _no_such(self, name: str) -> str:

@@ -10,8 +10,7 @@ import interpreter
 import pytest
 import torch
 from cost import budget_of, measured
-from torch import Tensor
-from torch.library import opcheck
+from torch import Tensor, library
 
 from wrpo_kernels import (
     linear_cross_entropy,
@@ -161,7 +160,7 @@ def test_the_ops_have_right_schemas_fakes_and_derivatives(op, wanted):
     hidden, weight, bias = (head[name].requires_grad_() for name in ("hidden", "weight", "bias"))
     tensors = checked_tensors(hidden, weight, labels, bias, None)
     options = checked_options(tensors, 1.0, None, 1.0, -100, UNCOUNTED, SOME, None, torch.float32, "reference")
-    opcheck(getattr(torch.ops.wrpo, op).default, (*tensors, *options, *wanted))
+    library.opcheck(getattr(torch.ops.wrpo, op).default, (*tensors, *options, *wanted))
 
 
 def test_compiled_in_one_graph_they_have_the_bits_of_eager_calls():

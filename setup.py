@@ -41,6 +41,7 @@ CPU_SOURCES = [
 
 # Once for each instruction set
 LEVEL_SOURCES = [
+    "csrc/cpu/product.cpp",
     "csrc/cpu/token_logp.cpp",
     "csrc/cpu/token_statistics.cpp",
     "csrc/cpu/transpose.cpp",

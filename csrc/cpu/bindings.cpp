@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -113,6 +114,24 @@ void transpose(Pointer src, int itemsize, int64_t rows, int64_t cols, int64_t sr
   require_present({{"src", src}, {"dst", dst}});
   wrpo::level_in_use().transpose({as<const void>(src), as<void>(dst), itemsize, rows, cols, src_row_stride,
                                   dst_row_stride, usable_threads(threads, rows * cols)});
+}
+
+// product
+
+wrpo::Matrix matrix_args(const char* name, Pointer start, int dtype, int64_t row, int64_t col) {
+  require_present({{name, start}});
+  require(dtype >= 0 && dtype <= 2, "dtype", "0 (float32), 1 (bfloat16) or 2 (float16)", dtype);
+  require(row == 1 || col == 1, name, "a stride that is 1", std::min(row, col));
+  return {as<const void>(start), wrpo::Dtype(dtype), row, col};
+}
+
+void product(Pointer a, int a_dtype, int64_t a_row, int64_t a_col, Pointer b, int b_dtype, int64_t b_row, int64_t b_col,
+             Pointer c, int64_t c_row, int64_t m, int64_t n, int64_t k, double beta, int threads) {
+  if (m <= 0 || n <= 0) return;
+  require(k >= 1, "k", "at least 1", k);
+  require_present({{"c", c}});
+  wrpo::level_in_use().product({matrix_args("a", a, a_dtype, a_row, a_col), matrix_args("b", b, b_dtype, b_row, b_col),
+                                as<float>(c), m, n, k, c_row, float(beta), usable_threads(threads, m * n)});
 }
 
 // preference_loss
@@ -241,7 +260,8 @@ py::dict features() {
   const char* compiler = "gcc " __VERSION__;
 #endif
   return py::dict("simd"_a = wrpo::level_in_use().name, "simd_available"_a = wrpo::available_levels(),
-                  "amx_bf16"_a = wrpo::has_amx_bf16(), "threads_runtime"_a = threads, "compiler"_a = compiler);
+                  "amx_bf16"_a = wrpo::has_amx_bf16(), "is_intel"_a = wrpo::is_intel(), "threads_runtime"_a = threads,
+                  "compiler"_a = compiler);
 }
 
 }  // namespace
@@ -272,6 +292,9 @@ PYBIND11_MODULE(_cpu, m) {
         "coef"_a, "threads"_a, "Overwrites the logits with the gradient of sum_k coef[n, k] values[n, k], k < 5.");
   m.def("transpose", &transpose, Unlocked(), "src"_a, "itemsize"_a, "rows"_a, "cols"_a, "src_row_stride"_a, "dst"_a,
         "dst_row_stride"_a, "threads"_a, "dst[c, r] = src[r, c]");
+  m.def("product", &product, Unlocked(), "a"_a, "a_dtype"_a, "a_row"_a, "a_col"_a, "b"_a, "b_dtype"_a, "b_row"_a,
+        "b_col"_a, "c"_a, "c_row"_a, "m"_a, "n"_a, "k"_a, "beta"_a, "threads"_a,
+        "c [m, n] = a [m, k] b [k, n] + beta c, in float32; one stride of a and one of b is 1");
   m.def("preference_loss", &preference_loss, Unlocked(), "logp"_a, "ref_logp"_a, "seq_weight"_a, "group"_a, "length"_a,
         "nll_weight"_a, "group_weight"_a, "group_beta"_a, "group_gamma"_a, "S"_a, "G"_a, "beta"_a, "gamma"_a,
         "loss_kind"_a, "shape"_a, "length_normalize"_a, "loss"_a, "reward"_a, "margin"_a, "coef"_a,

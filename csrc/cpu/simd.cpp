@@ -13,7 +13,7 @@ namespace {
 #define WRPO_LEVEL_ENTRY(level)                                                                          \
   Level {                                                                                                \
     #level, level::token_logp, level::token_logp_delta, level::token_logp_grad, level::token_statistics, \
-        level::token_statistics_grad, level::transpose                                                   \
+        level::token_statistics_grad, level::transpose, level::product                                   \
   }
 
 // WRPO_BUILT_<LEVEL> come from the build, which knows the flags that the compiler took. They must ask for no feature
@@ -59,6 +59,14 @@ void use_level(const std::string& name) {
   }
   throw std::invalid_argument("level: expected one of " + names + " (what this machine and this build have), got " +
                               name);
+}
+
+bool is_intel() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
 }
 
 bool has_amx_bf16() {

@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "product.h"
 #include "token_logp.h"
 #include "token_statistics.h"
 #include "transpose.h"
@@ -18,12 +19,14 @@ struct Level {
   decltype(generic::token_statistics)* token_statistics;
   decltype(generic::token_statistics_grad)* token_statistics_grad;
   decltype(generic::transpose)* transpose;
+  decltype(generic::product)* product;
 };
 
 const Level& level_in_use();                      // the widest one at first
 std::vector<std::string> available_levels();      // narrowest first
 void use_level(const std::string& name);          // throws std::invalid_argument where it is not available
 
+bool is_intel();                                  // the CPU's maker, for whose products a vendor's library is made
 bool has_amx_bf16();                              // the CPU has the tiles and the system saves their state
 
 }  // namespace wrpo

@@ -22,6 +22,7 @@ TESTS = (
     "test_linear_token_statistics.py",
     "test_token_statistics_kernels.py",
     "test_preference_loss.py",
+    "test_native_product.py",
 )
 
 
@@ -40,7 +41,15 @@ def main() -> int:
         print(f"{level}: {fuzz.run(fuzz.seed_of_the_day(), options.seconds):,} random calls", flush=True)
     here = Path(__file__).resolve().parent
     return pytest.main(
-        [*(str(here / name) for name in TESTS), "-k", "native-cpu", "--quiet", "--capture=no", "-p", "no:cacheprovider"]
+        [
+            *(str(here / name) for name in TESTS),
+            "-k",
+            "native-cpu or test_native_product",
+            "--quiet",
+            "--capture=no",
+            "-p",
+            "no:cacheprovider",
+        ]
     )
 
 

@@ -217,7 +217,8 @@ def test_a_head_that_could_not_be_checked_before_it_was_wrapped_is_checked_in_it
     for parameter in model.parameters():
         parameter.data = partitioned.whole[parameter.ds_id]
     expected = opened(tmp_path / "whole", tiny_model(family), "precompute", rows, eval_dataset=rows).evaluate()
-    assert trainer.evaluate()["eval_loss"] == expected["eval_loss"]
+    # The same numbers at other addresses, by which torch's products may differ in the last bit.
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-6)
 
 
 def test_what_was_kept_is_used_again(tmp_path, passes, caplog):

@@ -20,6 +20,7 @@ from wrpo_kernels.lm_head.inputs import Asked, HeadGradients
 from wrpo_kernels.lm_head.products import (
     add_grad_weight,
     grad_weight_into,
+    product_into,
     scaled_rows,
     stripe_of,
     writes_float32,
@@ -153,7 +154,7 @@ class Gradients:
         elif self.is_empty:
             grad_weight_into(total, delta, scaled)
         else:
-            total.addmm_(delta.t(), scaled, beta=factor)
+            product_into(total, delta.t(), scaled, beta=factor)
 
     def _widen_in_stripes(self, total: Tensor, delta: Tensor, scaled: Tensor) -> None:
         """Where a product of 16-bit matrices cannot write float32: a stripe of the vocabulary at a time is widened."""

@@ -3,7 +3,8 @@
 logits = h W^T          dh = delta W          dW = delta^T (c h), accumulated in float32
 
 A CPU that multiplies 16-bit matrices in software only takes a stripe of the vocabulary at a time: what the stripe needs
-is widened to float32, multiplied there, and rounded once on its way out.
+is widened to float32, multiplied there, and rounded once on its way out. float32 products are the package's own where
+that is faster than torch's, see `prefers_own`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from wrpo_kernels.dispatch.backends import load_extension
+from wrpo_kernels.token_logp.native import DTYPE_TAG
 
 ROWS_AT_ONCE = 1024  # of logits that take two products each
 STRIPE_BYTES = 8 << 20  # scratch of one stripe of the vocabulary; 2..32 MiB measure alike
@@ -31,6 +33,45 @@ def multiplies_fast(dtype: torch.dtype) -> bool:
     if question is None:
         return True
     return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, question)())
+
+
+@cache
+def prefers_own() -> bool:
+    """Whether float32 products of a CPU are those of csrc/cpu/product.cpp, not torch's.
+
+    torch multiplies by Intel's library, which holds back on other makers' processors: on two cores of Zen 5, which can
+    do 512 GFLOP/s, the three products of SmolLM2's head with 512 rows run at 170 to 215 by torch's and at 440 to 490
+    by our own (torch 2.13, 2026-11-30, see docs/log.md).
+    """
+    module, _ = load_extension("_cpu")
+    features = module.features() if module is not None else {}
+    return features.get("simd", "generic") != "generic" and not features["is_intel"]
+
+
+def product_into(out: Tensor, left: Tensor, right: Tensor, beta: float = 0.0) -> Tensor:
+    """out [m, n] = left [m, k] @ right [k, n] + beta out; with beta = 0 what `out` holds is not read.
+
+    The operands have the type of `out`, or 16 bits where that is float32: they are then widened.
+    """
+    if out.dtype == torch.float32 and out.is_cpu and prefers_own() and _is_own_form(out, left, right):
+        own_product_into(out, left, right, beta)
+        return out
+    left, right = left.to(out.dtype), right.to(out.dtype)
+    return torch.mm(left, right, out=out) if beta == 0.0 else out.addmm_(left, right, beta=beta)
+
+
+def _is_own_form(out: Tensor, left: Tensor, right: Tensor) -> bool:
+    return out.stride(1) == 1 and left.shape[1] > 0 and 1 in left.stride() and 1 in right.stride()
+
+
+def own_product_into(out: Tensor, left: Tensor, right: Tensor, beta: float) -> None:
+    """The same of a float32 `out` by csrc/cpu/product.cpp; a row or a column of each operand lies side by side."""
+    module, _ = load_extension("_cpu")
+    module.product(
+        *(left.data_ptr(), DTYPE_TAG[left.dtype], *left.stride()),
+        *(right.data_ptr(), DTYPE_TAG[right.dtype], *right.stride()),
+        *(out.data_ptr(), out.stride(0), *out.shape, left.shape[1], beta, torch.get_num_threads()),
+    )
 
 
 def is_widened(operand: Tensor) -> bool:
@@ -52,21 +93,21 @@ def logits_into(
         return float32_logits_into(out, hidden, weight, low, up)
     if not is_widened(hidden):
         if low is None:
-            return torch.mm(hidden, weight.t(), out=out)
+            return product_into(out, hidden, weight.t())
         # The small term first: added to 16-bit logits it would be rounded away wherever it is below half their ulp.
-        return torch.mm(low, up.t(), out=out).addmm_(hidden, weight.t())
+        return product_into(product_into(out, low, up.t()), hidden, weight.t(), beta=1.0)
     return _widened_logits_into(out, hidden, weight, low, up)
 
 
 def float32_logits_into(out: Tensor, hidden: Tensor, weight: Tensor, low: Tensor | None, up: Tensor | None) -> Tensor:
     """The same in float32 of 16-bit operands: sums that are not rounded on their way out.
 
-    CUDA's products write them. Where a CPU multiplies 16-bit matrices fast, torch's products there round: two of them
-    take the place of one. Elsewhere the operands are widened, a stripe at a time.
+    CUDA's products write them, and so do our own. Where torch's products of a CPU multiply 16-bit matrices fast, but
+    round, two of them take the place of one. Elsewhere the operands are widened, a stripe at a time.
     """
     is_cpu = hidden.device.type == "cpu"
     keeps_sums = subtracts_unrounded(hidden.dtype) if is_cpu else writes_float32(hidden)
-    if is_widened(hidden) or not keeps_sums:
+    if is_widened(hidden) or not keeps_sums or (is_cpu and prefers_own()):
         return _widened_logits_into(out, hidden, weight, low, up)
     into = _twice_rounded_into if is_cpu else _float32_product_into
     into(out, hidden, weight.t(), first=True)
@@ -78,8 +119,13 @@ def float32_logits_into(out: Tensor, hidden: Tensor, weight: Tensor, low: Tensor
 def _widened_logits_into(out: Tensor, hidden: Tensor, weight: Tensor, low: Tensor | None, up: Tensor | None) -> Tensor:
     wide, wide_low = hidden.float(), None if low is None else low.float()
     for part in _wide_stripes(len(weight), *hidden.shape):
-        scores = wide @ weight[part].float().t()
-        out[:, part] = scores if low is None else scores.addmm_(wide_low, up[part].float().t())
+        some = out[:, part]
+        scores = some if out.dtype == torch.float32 else wide.new_empty(some.shape)
+        product_into(scores, wide, weight[part].t())
+        if low is not None:
+            product_into(scores, wide_low, up[part].t(), beta=1.0)
+        if scores is not some:
+            some.copy_(scores)
     return out
 
 
@@ -124,10 +170,10 @@ def _twice_rounded_into(out: Tensor, left: Tensor, right: Tensor, first: bool) -
 def grad_hidden_into(out: Tensor, delta: Tensor, weight: Tensor) -> Tensor:
     """out [n, D] = delta [n, V] @ weight"""
     if not is_widened(delta):
-        return torch.mm(delta, weight, out=out)
+        return product_into(out, delta, weight)
     total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
     for part in _wide_stripes(len(weight), *out.shape):
-        total.addmm_(delta[:, part].float(), weight[part].float())
+        product_into(total, delta[:, part], weight[part], beta=1.0)
     return out.copy_(total)
 
 
@@ -147,11 +193,12 @@ def grad_weight_into(out: Tensor, delta: Tensor, scaled: Tensor) -> None:
     if is_widened(delta):
         wide = scaled.float()
         for part in _wide_stripes(len(out), *scaled.shape):
-            out[part] = delta[:, part].float().t() @ wide
+            some = out[part]
+            some.copy_(product_into(wide.new_empty(some.shape), delta[:, part].t(), wide))
     elif delta.device.type == "cpu" and delta.dtype == torch.bfloat16 and prefers_transposed():
         _grad_weight_transposed(out, delta, scaled)
     else:
-        torch.mm(delta.t(), scaled, out=out)
+        product_into(out, delta.t(), scaled)
 
 
 def _grad_weight_transposed(out: Tensor, delta: Tensor, scaled: Tensor) -> None:
@@ -180,7 +227,7 @@ def add_grad_weight(total: Tensor, delta: Tensor, scaled: Tensor, first: bool) -
     if is_widened(delta):
         wide = scaled.float()
         for part in _wide_stripes(len(total), *scaled.shape):
-            total[part].addmm_(delta[:, part].float().t(), wide, beta=0 if first else 1)
+            product_into(total[part], delta[:, part].t(), wide, beta=0.0 if first else 1.0)
     else:
         _float32_product_into(total, delta.t(), scaled, first)
 

@@ -33,6 +33,7 @@ from setuptools.errors import BaseError, CCompilerError, CompileError
 # Once
 CPU_SOURCES = [
     "csrc/cpu/bindings.cpp",  # the slowest: first, so that the others compile beside it
+    "csrc/cpu/bindings_matrix.cpp",
     "csrc/cpu/huge_pages.cpp",
     "csrc/cpu/preference_loss.cpp",
     "csrc/cpu/sequence_sum.cpp",

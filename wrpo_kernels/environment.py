@@ -11,7 +11,7 @@ import torch
 from wrpo_kernels.dispatch import cuda_launch
 from wrpo_kernels.dispatch.backends import load_extension, why_not
 from wrpo_kernels.lm_head.budget import DEFAULT_BUDGET, MOST_OF_ACCELERATOR, SHARE_OF_ACCELERATOR, default_budget
-from wrpo_kernels.lm_head.products import multiplies_fast, prefers_transposed
+from wrpo_kernels.lm_head.products import multiplies_fast, prefers_own, prefers_transposed
 from wrpo_kernels.preference_loss import contract as preference_contract
 from wrpo_kernels.token_logp import contract as token_contract
 from wrpo_kernels.version import __version__
@@ -63,7 +63,8 @@ def _native() -> list[str]:
     form = "delta^T h with delta transposed first" if prefers_transposed() else "as they stand"
     if not multiplies_fast(torch.bfloat16):
         form = "widened to float32 in stripes, since this CPU has no such products"
-    return [f"native        {features}", f"products      bfloat16 on the CPU: {form}"]
+    wide = "our own, faster than torch's on this processor" if prefers_own() else "torch's"
+    return [f"native        {features}", f"products      float32 on the CPU: {wide}; bfloat16: {form}"]
 
 
 def _cuda() -> list[str]:
@@ -88,7 +89,7 @@ def _backends() -> list[str]:
             chosen = next(name for name, reason in answers if reason is None)
             lines.append(f"{op:<16} {device:<5} runs {chosen}")
             lines += [f"{'':<16} {'':<5} not {name}: {reason}" for name, reason in answers if reason is not None]
-    lines.append("linear_token_logp and linear_preference_loss run the matrix products of torch around these;")
+    lines.append("linear_token_logp and linear_preference_loss run matrix products around these;")
     lines.append('linear_token_logp has a product that writes no logits: backend="triton_fused", where it is named;')
     lines.append(
         'both have one that leaves powers of the scores, in bfloat16: backend="triton_exp", see docs/triton.md.'

@@ -1,10 +1,8 @@
 // wrpo_kernels._cpu: pointers come as integers (0: absent), sizes and strides in elements. Knows nothing of torch.
-#include <pybind11/pybind11.h>
+#include "bindings.h"
+
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "huge_pages.h"
@@ -12,33 +10,7 @@
 #include "sequence_sum.h"
 #include "simd.h"
 
-namespace py = pybind11;
-using namespace py::literals;
-using Pointer = uintptr_t;
-
 namespace {
-
-template <class T>
-T* as(Pointer p) {
-  return reinterpret_cast<T*>(p);
-}
-
-void require(bool holds, const char* name, const char* expected, const std::string& got) {
-  if (!holds) throw std::invalid_argument(std::string(name) + ": expected " + expected + ", got " + got);
-}
-
-void require(bool holds, const char* name, const char* expected, int64_t got) {
-  if (!holds) require(false, name, expected, std::to_string(got));
-}
-
-void require_present(std::initializer_list<std::pair<const char*, Pointer>> pointers) {
-  for (const auto& [name, pointer] : pointers) require(pointer != 0, name, "a pointer", "0");
-}
-
-int usable_threads(int threads, int64_t pieces) {
-  require(threads >= 1, "threads", "at least 1", threads);
-  return int(threads < pieces ? threads : pieces);
-}
 
 // token_logp
 
@@ -103,35 +75,6 @@ void token_statistics_grad(Pointer logits, int dtype, int64_t n, int64_t V, int6
   const auto args = token_logp_args(logits, dtype, n, V, row_stride, target, ignore_index, bias, scale, softcap,
                                     inv_temperature, threads);
   wrpo::level_in_use().token_statistics_grad(args, as<const float>(values), as<const float>(coef));
-}
-
-// transpose
-
-void transpose(Pointer src, int itemsize, int64_t rows, int64_t cols, int64_t src_row_stride, Pointer dst,
-               int64_t dst_row_stride, int threads) {
-  require(itemsize == 2 || itemsize == 4, "itemsize", "2 or 4", itemsize);
-  if (rows <= 0 || cols <= 0) return;
-  require_present({{"src", src}, {"dst", dst}});
-  wrpo::level_in_use().transpose({as<const void>(src), as<void>(dst), itemsize, rows, cols, src_row_stride,
-                                  dst_row_stride, usable_threads(threads, rows * cols)});
-}
-
-// product
-
-wrpo::Matrix matrix_args(const char* name, Pointer start, int dtype, int64_t row, int64_t col) {
-  require_present({{name, start}});
-  require(dtype >= 0 && dtype <= 2, "dtype", "0 (float32), 1 (bfloat16) or 2 (float16)", dtype);
-  require(row == 1 || col == 1, name, "a stride that is 1", std::min(row, col));
-  return {as<const void>(start), wrpo::Dtype(dtype), row, col};
-}
-
-void product(Pointer a, int a_dtype, int64_t a_row, int64_t a_col, Pointer b, int b_dtype, int64_t b_row, int64_t b_col,
-             Pointer c, int64_t c_row, int64_t m, int64_t n, int64_t k, double beta, int threads) {
-  if (m <= 0 || n <= 0) return;
-  require(k >= 1, "k", "at least 1", k);
-  require_present({{"c", c}});
-  wrpo::level_in_use().product({matrix_args("a", a, a_dtype, a_row, a_col), matrix_args("b", b, b_dtype, b_row, b_col),
-                                as<float>(c), m, n, k, c_row, float(beta), usable_threads(threads, m * n)});
 }
 
 // preference_loss
@@ -267,7 +210,6 @@ py::dict features() {
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-  using Unlocked = py::call_guard<py::gil_scoped_release>;
   m.doc() = "CPU kernels over raw pointers; the functions of wrpo_kernels check and call them.";
   m.def("features", &features, "What this build and this machine offer.");
   m.def("advise_huge_pages", &advise_huge_pages, Unlocked(), "start"_a, "bytes"_a,
@@ -290,11 +232,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("token_statistics_grad_", &token_statistics_grad, Unlocked(), "logits"_a, "dtype"_a, "n"_a, "V"_a,
         "row_stride"_a, "target"_a, "ignore_index"_a, "bias"_a, "scale"_a, "softcap"_a, "inv_temperature"_a, "values"_a,
         "coef"_a, "threads"_a, "Overwrites the logits with the gradient of sum_k coef[n, k] values[n, k], k < 5.");
-  m.def("transpose", &transpose, Unlocked(), "src"_a, "itemsize"_a, "rows"_a, "cols"_a, "src_row_stride"_a, "dst"_a,
-        "dst_row_stride"_a, "threads"_a, "dst[c, r] = src[r, c]");
-  m.def("product", &product, Unlocked(), "a"_a, "a_dtype"_a, "a_row"_a, "a_col"_a, "b"_a, "b_dtype"_a, "b_row"_a,
-        "b_col"_a, "c"_a, "c_row"_a, "m"_a, "n"_a, "k"_a, "beta"_a, "threads"_a,
-        "c [m, n] = a [m, k] b [k, n] + beta c, in float32; one stride of a and one of b is 1");
+  add_matrix_functions(m);
   m.def("preference_loss", &preference_loss, Unlocked(), "logp"_a, "ref_logp"_a, "seq_weight"_a, "group"_a, "length"_a,
         "nll_weight"_a, "group_weight"_a, "group_beta"_a, "group_gamma"_a, "S"_a, "G"_a, "beta"_a, "gamma"_a,
         "loss_kind"_a, "shape"_a, "length_normalize"_a, "loss"_a, "reward"_a, "margin"_a, "coef"_a,

@@ -26,7 +26,7 @@ const Level& level_in_use();                      // the widest one at first
 std::vector<std::string> available_levels();      // narrowest first
 void use_level(const std::string& name);          // throws std::invalid_argument where it is not available
 
-bool is_intel();                                  // the CPU's maker, for whose products a vendor's library is made
+bool is_intel();                                  // the CPU is Intel's, which torch's library (MKL) is made for
 bool has_amx_bf16();                              // the CPU has the tiles and the system saves their state
 
 }  // namespace wrpo

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <utility>
 
+#include "../rowmath.h"
+
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define WRPO_SHUFFLES
@@ -13,8 +15,6 @@
 namespace wrpo::WRPO_LEVEL {
 namespace {
 
-#define WRPO_ALWAYS_INLINE inline __attribute__((always_inline))
-
 #if defined(__AVX512BW__)
 constexpr int kVectorBytes = 64;
 #elif defined(__AVX2__)
@@ -22,7 +22,9 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
 #endif
-constexpr int kLaneBytes = 16;    // shuffles inside lanes of this size are the cheap ones
+constexpr int kLaneBytes = 16;  // shuffles inside lanes of this size are the cheap ones
+
+int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class T>
 constexpr int kTile = kVectorBytes / sizeof(T);  // a side of a tile
@@ -45,13 +47,13 @@ constexpr int interleaved(int p, int size, int span, int unit, bool is_upper) {
 }
 
 template <int span, int unit, bool is_upper, class V, int... p>
-WRPO_ALWAYS_INLINE V interleave(V a, V b, std::integer_sequence<int, p...>) {
+WRPO_INLINE V interleave(V a, V b, std::integer_sequence<int, p...>) {
   return __builtin_shufflevector(a, b, interleaved(p, sizeof...(p), span, unit, is_upper)...);
 }
 
 // The rounds over n vectors, `step` apart
 template <int n, int span, int unit, int size, class V>
-WRPO_ALWAYS_INLINE void shuffle(V* v, int step) {
+WRPO_INLINE void shuffle(V* v, int step) {
   constexpr auto elements = std::make_integer_sequence<int, size>();
 #pragma GCC unroll 4
   for (int round = 1; round < n; round *= 2) {

@@ -15,8 +15,6 @@ namespace {
 
 constexpr int kBlockBytes = 512;  // a side of a block
 
-int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
-
 template <class T>
 void turn_block(const T* src, int64_t src_stride, T* dst, int64_t dst_stride, int64_t rows, int64_t cols) {
   constexpr int n = kTile<T>, side = kBlockBytes / sizeof(T), stride = side + 64 / sizeof(T);  // an odd number of lines

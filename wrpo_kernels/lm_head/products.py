@@ -39,19 +39,21 @@ def multiplies_fast(dtype: torch.dtype) -> bool:
 def prefers_own() -> bool:
     """Whether float32 products of a CPU are those of csrc/cpu/product.cpp, not torch's.
 
-    torch multiplies by Intel's library, which holds back on other makers' processors: on two cores of Zen 5, which can
-    do 512 GFLOP/s, the three products of SmolLM2's head with 512 rows run at 170 to 215 by torch's and at 440 to 490
-    by our own (torch 2.13, 2026-11-30, see docs/log.md).
+    So where torch multiplies by Intel's library (MKL) on a processor of another maker, on which it holds back. Of the
+    512 GFLOP/s that two cores of Zen 5 can do the three products of SmolLM2's head with 512 rows take 170 to 215 by it
+    and 435 to 480 by our own; with AVX2 alone 190 to 210 and 213 to 227 (torch 2.13, 2026-11-30, see docs/log.md).
     """
     module, _ = load_extension("_cpu")
     features = module.features() if module is not None else {}
-    return features.get("simd", "generic") != "generic" and not features["is_intel"]
+    is_fast = features.get("simd") in ("avx2", "avx512") and features.get("threads_runtime") == "openmp"
+    return is_fast and not features.get("is_intel", True) and torch.backends.mkl.is_available()
 
 
 def product_into(out: Tensor, left: Tensor, right: Tensor, beta: float = 0.0) -> Tensor:
     """out [m, n] = left [m, k] @ right [k, n] + beta out; with beta = 0 what `out` holds is not read.
 
-    The operands have the type of `out`, or 16 bits where that is float32: they are then widened.
+    The operands have the type of `out`, or 16 bits where that is float32: they are then widened. `out` overlaps neither
+    of them. Our own products sum in float32 whatever `torch.set_float32_matmul_precision` allows.
     """
     if out.dtype == torch.float32 and out.is_cpu and prefers_own() and _is_own_form(out, left, right):
         own_product_into(out, left, right, beta)
@@ -66,6 +68,7 @@ def _is_own_form(out: Tensor, left: Tensor, right: Tensor) -> bool:
 
 def own_product_into(out: Tensor, left: Tensor, right: Tensor, beta: float) -> None:
     """The same of a float32 `out` by csrc/cpu/product.cpp; a row or a column of each operand lies side by side."""
+    assert (*out.shape, left.shape[1]) == (left.shape[0], right.shape[1], right.shape[0])  # it would read beyond them
     module, _ = load_extension("_cpu")
     module.product(
         *(left.data_ptr(), DTYPE_TAG[left.dtype], *left.stride()),

@@ -46,7 +46,7 @@ def main() -> int:
         [
             *(str(here / name) for name in TESTS),
             "-k",
-            "native-cpu or test_native_product",
+            CHOICE,
             "--quiet",
             "--capture=no",
             "-p",

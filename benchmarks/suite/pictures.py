@@ -56,7 +56,7 @@ def draw(facts: dict[str, str], rows: list[Row], scenarios: dict[str, Scenario],
 def curves(rows: list[Row], scenario: Scenario, machine: str, path: Path) -> None:
     """Time with its p20 to p80 on the left, memory on the right."""
     note = (
-        f"{fixed(rows[0].setting, scenario.axis)}. No exact method can leave out the products (torch.mm). "
+        f"{fixed(rows[0].setting, scenario.axis)}. The products are torch's, into ready buffers. "
         f"Lines: medians; bands: 20th to 80th percentile. {machine}."
     )
     with picture(path, message(rows, scenario), height=3.9, note=note) as plot:

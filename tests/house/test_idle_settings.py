@@ -36,6 +36,7 @@ IDLE = [
     ("train", "discopop_tau 0.1", FILE, "--loss_type discopop"),
     ("train", "f_alpha_divergence_coef 0.7", f"{FILE} --f_divergence_type js_divergence", None),
     ("train", "f_alpha_divergence_coef 0.7", FILE, "--f_divergence_type alpha_divergence"),
+    ("train", "alpha_schedule cosine", f"{FILE} --loss_type dpo --alpha 0", None),
     ("train", "alpha_goal_accuracy 0.9", FILE, "--alpha_schedule adaptive"),
     ("train", "alpha_start 0.05", f"{FILE} --alpha_schedule constant", None),
     ("train", "alpha_warmup_ratio 0.5", f"{FILE} --alpha_schedule constant", None),

@@ -38,8 +38,9 @@ def _readers(config: WRPOConfig) -> Iterator[Reader]:
     yield Reader("discopop" in losses_of(config.loss_type), "loss_type discopop", ("discopop_tau",))
     yield Reader(bends, "f_divergence_type alpha_divergence", ("f_alpha_divergence_coef",))
     yield Reader(adapts, "alpha_schedule adaptive", ("alpha_goal_accuracy",))
-    # An alpha of 0 says what loss_type dpo does.
+    # An alpha of 0, and one that is constant, say what loss_type dpo does.
     yield Reader(weighs_sources or config.alpha == 0, "a loss_type other than dpo", ("alpha",))
+    yield Reader(weighs_sources or not rises, "a loss_type other than dpo", ("alpha_schedule",))
     yield Reader(weighs_sources and rises, "an alpha_schedule that rises, without loss_type dpo", ("alpha_start",))
     yield Reader(
         weighs_sources and rises and config.alpha != config.alpha_start,

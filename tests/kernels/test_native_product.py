@@ -171,9 +171,11 @@ def test_a_head_multiplies_by_either_of_both_as_it_is_told(is_own, monkeypatch):
         assert_right(products.product_into(torch.empty(30, 40), left, right), left, right)
         assert_right(products.product_into(total.clone(), left, right, 0.5), left, right, 0.5, total.double())
     assert len(own) == 2 * is_own
-    with own_products() as own:  # neither stride is 1; float64
+    with own_products() as own:  # neither stride is 1; one column, one row; float64
         some, others = left[:, ::2], right[::2, ::2]
         assert_right(products.product_into(torch.empty(30, 20), some, others), some, others)
+        assert_right(products.product_into(torch.empty(30, 1), left, right[:, :1]), left, right[:, :1])
+        assert_right(products.product_into(torch.empty(1, 40), left[:1], right), left[:1], right)
         products.product_into(torch.empty(30, 40).double(), left.double(), right.double())
     assert not own
 

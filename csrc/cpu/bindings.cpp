@@ -160,7 +160,7 @@ void preference_loss_of_rows(Pointer row_logp, int64_t N, Pointer ref_logp, Poin
   wrpo::over_rows(args.coef, args.length, S, as<float>(row_coef));
 }
 
-// From logits, which become delta: both passes in one call, whose price a small problem feels.
+// From logits, which become the gradient: all passes in one call, whose price a small problem feels.
 void preference_loss_of_logits(Pointer logits, int dtype, int64_t N, int64_t V, int64_t row_stride, Pointer target,
                                int64_t ignore_index, double scale, double softcap, double inv_temperature, int threads,
                                Pointer ref_logp, Pointer seq_weight, Pointer group, Pointer length, Pointer nll_weight,
@@ -172,11 +172,13 @@ void preference_loss_of_logits(Pointer logits, int dtype, int64_t N, int64_t V, 
   require(G >= 0, "G", "at least 0", G);
   std::vector<float> rows(3 * size_t(N)), loss(static_cast<size_t>(G));
   const auto row_logp = reinterpret_cast<Pointer>(rows.data()), lse = reinterpret_cast<Pointer>(rows.data() + N);
-  token_logp<&wrpo::Level::token_logp_delta>(logits, dtype, N, V, row_stride, target, ignore_index, 0, scale, softcap,
-                                             inv_temperature, row_logp, lse, threads);
+  token_logp<&wrpo::Level::token_logp>(logits, dtype, N, V, row_stride, target, ignore_index, 0, scale, softcap,
+                                       inv_temperature, row_logp, lse, threads);
   preference_loss_of_rows(row_logp, N, ref_logp, seq_weight, group, length, nll_weight, group_weight, group_beta,
                           group_gamma, S, G, beta, gamma, loss_kind, shape, length_normalize, divisor, total,
                           reinterpret_cast<Pointer>(loss.data()), logp, reward, margin, row_coef);
+  token_logp_grad(logits, dtype, N, V, row_stride, target, ignore_index, 0, scale, softcap, inv_temperature, row_logp,
+                  lse, row_coef, logits, row_stride, threads);
 }
 
 void count_labels(Pointer labels, int64_t S, int64_t T, int64_t stride_s, int64_t stride_t, int64_t ignore_index,
@@ -249,7 +251,7 @@ PYBIND11_MODULE(_cpu, m) {
         "ref_logp"_a, "seq_weight"_a, "group"_a, "length"_a, "nll_weight"_a, "group_weight"_a, "group_beta"_a,
         "group_gamma"_a, "S"_a, "G"_a, "beta"_a, "gamma"_a, "loss_kind"_a, "shape"_a, "length_normalize"_a, "divisor"_a,
         "total"_a, "logp"_a, "reward"_a, "margin"_a, "row_coef"_a,
-        "token_logp_delta_ of logits [N, V], and preference_loss_of_rows of the log-probs that it finds.");
+        "preference_loss_of_rows from logits [N, V], which it overwrites with d total / d logits.");
   m.def("count_labels", &count_labels, Unlocked(), "labels"_a, "S"_a, "T"_a, "stride_s"_a, "stride_t"_a,
         "ignore_index"_a, "counts"_a, "counts [S] of the labels [S, T] that are not ignore_index");
 }

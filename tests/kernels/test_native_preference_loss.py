@@ -51,7 +51,7 @@ class Preference:
         return self._into(sizes, _cpu.preference_loss_of_rows, rows.data_ptr(), len(rows), after=(divisor,))
 
     def run_of_logits_(self, logits: Tensor, target: Tensor, divisor: float) -> dict[str, Tensor]:
-        """The same from float32 logits [N, V], whose delta takes their place."""
+        """The same from float32 logits [N, V], whose gradient takes their place."""
         sequences, number = len(self.logp), len(logits)
         sizes = {"total": 1, "logp": sequences, "reward": sequences, "margin": 3, "coef": number}
         rows = (logits.data_ptr(), 0, *logits.shape, logits.stride(0), target.data_ptr(), IGNORED, 0.7, 5.0, 0.8, 2)
@@ -180,18 +180,20 @@ def test_rows_give_the_losses_of_their_sums_and_take_the_coefficients_of_their_s
 def test_logits_give_what_the_passes_over_rows_and_sequences_give_one_after_the_other():
     length = torch.tensor([3, 0, 1, 7, 2, 5])
     guarded, target = Guarded(torch.randn(18, 131)), torch.randint(0, 131, (18,))
-    delta, logp, lse = guarded.rows.clone(), torch.empty(18), torch.empty(2, 18)
-    options = (target.data_ptr(), IGNORED, 0, 0.7, 5.0, 0.8)
-    _cpu.token_logp_delta_(delta.data_ptr(), 0, 18, 131, 131, *options, logp.data_ptr(), lse.data_ptr(), 2)
+    gradient, logp, lse = guarded.rows.clone(), torch.empty(18), torch.empty(2, 18)
+    front = (gradient.data_ptr(), 0, 18, 131, 131, target.data_ptr(), IGNORED, 0, 0.7, 5.0, 0.8)
+    found = (logp.data_ptr(), lse.data_ptr())
+    _cpu.token_logp(*front, *found, 2)
     expected = Preference("sigmoid", length=length).run_of_rows(logp, 3.0)
+    _cpu.token_logp_grad(*front, *found, expected["coef"].data_ptr(), gradient.data_ptr(), 131, 2)
     got = Preference("sigmoid", length=length).run_of_logits_(guarded.rows, target, 3.0)
     assert all(torch.equal(value, expected[name]) for name, value in got.items())
-    assert torch.equal(guarded.rows, delta)
+    assert torch.equal(guarded.rows, gradient)
     guarded.assert_untouched_around()
     with pytest.raises(ValueError, match="N: expected at least 1, got 0"):
-        Preference("sigmoid", length=length).run_of_logits_(delta[:0], target, 3.0)
+        Preference("sigmoid", length=length).run_of_logits_(gradient[:0], target, 3.0)
     with pytest.raises(ValueError, match=r"target\[0\]: expected a value in \[0, V = 131\)"):
-        Preference("sigmoid", length=length).run_of_logits_(delta, target + 131, 3.0)
+        Preference("sigmoid", length=length).run_of_logits_(gradient, target + 131, 3.0)
 
 
 @pytest.mark.parametrize(

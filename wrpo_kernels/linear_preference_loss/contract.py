@@ -51,10 +51,11 @@ def _linear_preference_loss(
     limits, chunks = _limits_and_chunks(tensors, options)
     loss = LossArguments(sequences, num_groups, family)
     with no_autocast(tensors.hidden), LabelsByPosition("labels", tensors, options.ignore_index):
-        if chunks == 1 and at_once.takes(tensors, options):
-            values, grads = at_once.run(tensors, options, loss, divisor)
+        rows = rows_of(tensors, options)
+        if chunks == 1 and len(rows) and at_once.takes(tensors, options):
+            values, grads = at_once.run(tensors, rows, options, loss, divisor)
             return *values, None, *grads
-        head, rows = Head(tensors, options), rows_of(tensors, options)
+        head = Head(tensors, options)
         gradients = Gradients(tensors.hidden, head, options.asked, chunks, options.grad_filter)
         kernel = choose(loss_backend(options.backend), preference.CANDIDATES, sequences.seq_weight)
         result, factor = one_pass.run(head, rows, loss, on_host, divisor, limits, gradients, kernel, has_margin)

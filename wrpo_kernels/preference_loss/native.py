@@ -43,8 +43,8 @@ def of_rows(token_logp: Tensor, loss: LossArguments, divisor: int) -> tuple[Tens
 def of_logits_(
     logits: Tensor, target: Tensor, ignore_index: int, transform: LogitTransform, loss: LossArguments, divisor: int
 ) -> tuple[Tensor, ...]:
-    """The same from their logits [N, V], a transform without bias, but for `loss`; leaves d token_logp / d logits in
-    their place."""
+    """`total`, `logp`, `reward`, `margin` and `coef` from logits [N, V], with a transform without bias; leaves
+    d total / d logits in their place."""
     num_rows, num_sequences, num_groups = len(logits), len(loss.sequences.seq_weight), loss.num_groups
     rows = (*rows_of(logits, target, ignore_index), *transform.scalars, torch.get_num_threads())
     sizes = ((), num_sequences, num_sequences, num_groups, (num_rows, 1))

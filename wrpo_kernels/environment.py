@@ -62,7 +62,7 @@ def _native() -> list[str]:
     features = ", ".join(f"{name} {value}" for name, value in module.features().items())
     form = "delta^T h with delta transposed first" if prefers_transposed() else "as they stand"
     if not multiplies_fast(torch.bfloat16):
-        form = "widened to float32 in stripes, since this CPU has no such products"
+        form = "widened to float32, since this CPU has no such products"
     wide = "our own, faster than torch's on this processor" if prefers_own() else "torch's"
     return [f"native        {features}", f"products      float32 on the CPU: {wide}; bfloat16: {form}"]
 

@@ -16,8 +16,8 @@ READING = (
 READING_OF = {
     "cpu": (
         "The floor is torch's own products in the same dtype, into ready buffers. Where torch multiplies slowly our",
-        "step is far below 1: float32 on a processor that is not Intel's, where it multiplies by itself, and 16 bits",
-        "on one without products of that type.",
+        "step is far below 1: float32 on AMD's processors, where it multiplies by itself, and 16 bits on one without",
+        "products of that type.",
     ),
     "cuda": (
         "Each step starts on an idle device, so that what the host takes to queue it counts.",

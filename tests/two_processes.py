@@ -35,7 +35,7 @@ def _process(rank: int, work: Callable[[int, Path], Any], folder: Path, port: in
     sys.stdout.flush()
     sys.stderr.flush()
     # All is written. What Python and torch take down at an ordinary exit has aborted such a process after its work: a
-    # thread of C++ that nobody had joined (torch 2.13, once in some ten runs of all tests).
+    # thread of C++ that nobody had joined (torch 2.13, seen once).
     os._exit(0)
 
 
